@@ -1,0 +1,60 @@
+"""A durable store for async workers that brings its own schema to the right version at boot."""
+
+from runtime_repo.errors import (
+    ConfigurationError,
+    ConflictError,
+    DatabaseUnavailableError,
+    Difference,
+    ForeignSchemaError,
+    InvalidTransitionError,
+    LeaseLostError,
+    LockHolder,
+    MigrationError,
+    NotFoundError,
+    PayloadMismatchError,
+    RepositoryClosedError,
+    RuntimeRepoError,
+    SchemaDriftError,
+    SchemaError,
+    SchemaHistoryError,
+    SchemaLockTimeoutError,
+    SchemaOutOfDateError,
+    SchemaTooNewError,
+)
+from runtime_repo.postgres import PostgresRuntimeRepository
+from runtime_repo.records import Attempt, AttemptStatus, Lease
+from runtime_repo.repository import RuntimeRepository
+from runtime_repo.schema import AppliedMigration, SchemaReport
+from runtime_repo.sqlite import SqliteRuntimeRepository
+from runtime_repo.url import repository_from_url
+
+__all__ = [
+    "AppliedMigration",
+    "Attempt",
+    "AttemptStatus",
+    "ConfigurationError",
+    "ConflictError",
+    "DatabaseUnavailableError",
+    "Difference",
+    "ForeignSchemaError",
+    "InvalidTransitionError",
+    "Lease",
+    "LeaseLostError",
+    "LockHolder",
+    "MigrationError",
+    "NotFoundError",
+    "PayloadMismatchError",
+    "PostgresRuntimeRepository",
+    "RepositoryClosedError",
+    "RuntimeRepoError",
+    "RuntimeRepository",
+    "SchemaDriftError",
+    "SchemaError",
+    "SchemaHistoryError",
+    "SchemaLockTimeoutError",
+    "SchemaOutOfDateError",
+    "SchemaReport",
+    "SchemaTooNewError",
+    "SqliteRuntimeRepository",
+    "repository_from_url",
+]

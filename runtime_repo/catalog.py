@@ -1,0 +1,158 @@
+"""
+What a schema looks like: the expected catalog of each version, the live one, and their difference.
+
+A column and an index are each one canonical line, such as ``integer not null default 10`` and
+``(queue, priority desc) where status = 'queued'``, built from a database's answers by the backend. Compared is
+meaning, not spelling, so whatever does not matter (a constraint's name, varying spellings of one type) is
+gone from the line before it is compared, and what does matter can be read in the message.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime_repo.errors import Difference
+
+__all__ = ["LEDGER", "Catalog", "LedgerRow", "Look", "Table", "catalog_from_json", "catalog_to_json", "compare"]
+
+LEDGER = "runtime_schema_migrations"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One relation. *kind* is ``table`` unless our name stands on something else."""
+
+    columns: Mapping[str, str]
+    primary_key: tuple[str, ...] = ()
+    indexes: Mapping[str, str] = field(default_factory=dict)
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """
+    The relations that bear our names.
+
+    *fingerprint* identifies the text that SQLite keeps of exactly this catalog, so that a warm boot recognizes it
+    without asking for every column. PostgreSQL keeps no such text.
+    """
+
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    fingerprint: str | None = None
+
+    @property
+    def has_ledger(self) -> bool:
+        """Whether a table with the ledger's name has the ledger's columns."""
+        table = self.tables.get(LEDGER)
+        return (
+            table is not None and table.kind == "table" and {"version", "name", "applied_at_ms"} <= set(table.columns)
+        )
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One applied migration, as recorded."""
+
+    version: int
+    name: str
+    applied_at_ms: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """What boot sees before it decides. *ledger* is None where there is no ledger with our columns."""
+
+    ledger: tuple[LedgerRow, ...] | None
+    catalog: Catalog
+    namespace: bool = True
+    """Whether the runtime schema itself exists; always true on SQLite."""
+
+
+def compare(expected: Catalog, live: Catalog) -> tuple[list[Difference], list[Difference]]:
+    """Return what is missing or changed, and what is extra and tolerated."""
+    drift: list[Difference] = []
+    extra: list[Difference] = []
+    if expected.tables == live.tables:
+        return drift, extra
+    for name, table in expected.tables.items():
+        found = live.tables.get(name)
+        if found is None:
+            drift.append(Difference(f"table {name}", "a table", None))
+            continue
+        _compare_columns(name, table, found, drift, extra)
+        if table.primary_key != found.primary_key:
+            drift.append(Difference(f"primary key of {name}", _key(table.primary_key), _key(found.primary_key)))
+        _compare_indexes(name, table, found, drift, extra)
+    return drift, extra
+
+
+def _key(columns: Sequence[str]) -> str | None:
+    return f"({', '.join(columns)})" if columns else None
+
+
+def _compare_columns(
+    name: str, expected: Table, found: Table, drift: list[Difference], extra: list[Difference]
+) -> None:
+    for column, line in expected.columns.items():
+        if found.columns.get(column) != line:
+            drift.append(Difference(f"column {name}.{column}", line, found.columns.get(column)))
+    for column, line in found.columns.items():
+        if column not in expected.columns:
+            extra.append(Difference(f"column {name}.{column}", None, line))
+
+
+def _compare_indexes(
+    name: str, expected: Table, found: Table, drift: list[Difference], extra: list[Difference]
+) -> None:
+    meanings = {_meaning(line) for line in found.indexes.values()}
+    wanted = {_meaning(line) for line in expected.indexes.values()}
+    for index, line in expected.indexes.items():
+        if _is_constraint(line):
+            if _meaning(line) not in meanings:
+                drift.append(Difference(f"unique constraint on {name}", line, None))
+        elif index in found.indexes and found.indexes[index] != line:
+            drift.append(Difference(f"index {index} on {name}", line, found.indexes[index]))
+        elif _meaning(line) not in meanings:
+            drift.append(Difference(f"index {index} on {name}", line, None))
+    for index, line in found.indexes.items():
+        if index not in expected.indexes and _meaning(line) not in wanted:
+            extra.append(Difference(f"index {index} on {name}", None, line))
+
+
+def _is_constraint(line: str) -> bool:
+    """A valid unique index over all rows is a unique constraint, whichever way it was declared."""
+    return re.fullmatch(r"unique \([^()]*\)", line) is not None
+
+
+def _meaning(line: str) -> str:
+    """Two lines of one meaning compare equal: which column a unique constraint names first does not matter."""
+    if not _is_constraint(line):
+        return line
+    columns = line.removeprefix("unique (").removesuffix(")").split(", ")
+    return f"unique {sorted(column.removesuffix(' desc') for column in columns)}"
+
+
+def catalog_to_json(catalog: Catalog) -> str:
+    """The text of a ``.catalog.json`` file."""
+    tables = {
+        name: {
+            "columns": dict(table.columns),
+            "primary_key": list(table.primary_key),
+            "indexes": dict(sorted(table.indexes.items())),
+        }
+        for name, table in sorted(catalog.tables.items())
+    }
+    head: dict[str, Any] = {} if catalog.fingerprint is None else {"fingerprint": catalog.fingerprint}
+    return json.dumps(head | {"tables": tables}, indent=2) + "\n"
+
+
+def catalog_from_json(text: str) -> Catalog:
+    """The catalog that a ``.catalog.json`` file tells."""
+    data = json.loads(text)
+    tables = {
+        name: Table(table["columns"], tuple(table["primary_key"]), table["indexes"])
+        for name, table in data["tables"].items()
+    }
+    return Catalog(tables, data.get("fingerprint"))

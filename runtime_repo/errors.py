@@ -1,0 +1,246 @@
+"""
+Every error that leaves this package.
+
+    RuntimeRepoError
+    ├── SchemaError                    boot refused; the database was not touched
+    │   ├── SchemaTooNewError          a newer release migrated it
+    │   ├── SchemaHistoryError         the ledger has a gap, or a name that is not ours
+    │   ├── ForeignSchemaError         our table names are taken by somebody else
+    │   ├── SchemaDriftError           the live structure is not the one of its version
+    │   ├── SchemaOutOfDateError       a verify-only boot found migrations pending
+    │   ├── SchemaLockTimeoutError     somebody else held the lock for too long
+    │   └── MigrationError             a migration failed and was rolled back
+    ├── NotFoundError(LookupError)
+    ├── ConflictError
+    │   ├── LeaseLostError
+    │   ├── InvalidTransitionError
+    │   └── PayloadMismatchError
+    ├── RepositoryClosedError
+    ├── ConfigurationError(ValueError)
+    └── DatabaseUnavailableError       cannot be reached, opened or read
+
+Numbers and names are attributes; the message says what was found, what was expected and what to do next.
+A driver's exception leaves only as a ``__cause__``, and no text here ever contains a password.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "ConfigurationError",
+    "ConflictError",
+    "DatabaseUnavailableError",
+    "Difference",
+    "ForeignSchemaError",
+    "InvalidTransitionError",
+    "LeaseLostError",
+    "LockHolder",
+    "MigrationError",
+    "NotFoundError",
+    "PayloadMismatchError",
+    "RepositoryClosedError",
+    "RuntimeRepoError",
+    "SchemaDriftError",
+    "SchemaError",
+    "SchemaHistoryError",
+    "SchemaLockTimeoutError",
+    "SchemaOutOfDateError",
+    "SchemaTooNewError",
+]
+
+
+class RuntimeRepoError(Exception):
+    """The root: catch this to catch everything that runtime_repo raises."""
+
+
+class SchemaError(RuntimeRepoError):
+    """Boot did not bring the schema to the version this release knows. Nothing was changed."""
+
+
+class SchemaTooNewError(SchemaError):
+    """The database was migrated by a newer release; this one must not serve it."""
+
+    def __init__(self, found: int, supported: int) -> None:
+        self.found = found
+        self.supported = supported
+        super().__init__(
+            f"the database's schema is at version {found}, but this release supports version {supported}: "
+            f"deploy a release that knows version {found}, or restore the backup taken before that upgrade"
+        )
+
+
+class SchemaHistoryError(SchemaError):
+    """The ledger does not tell the history that this release ships: a gap, or a name that is not ours."""
+
+    def __init__(self, version: int, recorded: str | None, shipped: str | None) -> None:
+        self.version = version
+        self.recorded = recorded
+        self.shipped = shipped
+        if recorded is None:
+            what = f"has no row for version {version} ({shipped!r}), although a later version is recorded"
+        elif shipped is None:
+            what = f"records a version {version} ({recorded!r}), which no release has ever shipped"
+        else:
+            what = f"records version {version} as {recorded!r}, but this release ships it as {shipped!r}"
+        super().__init__(
+            f"the ledger runtime_schema_migrations {what}: nothing was changed; "
+            "check that this is the right database, or restore its backup"
+        )
+
+
+class ForeignSchemaError(SchemaError):
+    """Tables with our names exist that no ledger accounts for. Nothing is ever adopted."""
+
+    def __init__(self, tables: Sequence[str]) -> None:
+        self.tables = tuple(tables)
+        super().__init__(
+            f"the database holds objects with our names that our migrations did not create: {', '.join(self.tables)}; "
+            "nothing was changed: point to another database or runtime schema, or move these objects away"
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One difference between the live catalog and the expected one. ``None`` stands for *absent*."""
+
+    object: str
+    expected: str | None
+    found: str | None
+
+    def __str__(self) -> str:
+        if self.expected is None:
+            return f"{self.object} is extra: {self.found}"
+        if self.found is None:
+            return f"{self.object} is missing: expected {self.expected}"
+        return f"{self.object} differs: expected {self.expected}, found {self.found}"
+
+
+class SchemaDriftError(SchemaError):
+    """The live structure is not the one that its recorded version has."""
+
+    def __init__(self, version: int, differences: Sequence[Difference]) -> None:
+        self.version = version
+        self.differences = tuple(differences)
+        super().__init__(
+            f"the database's structure has drifted from version {version}: "
+            + "; ".join(map(str, self.differences))
+            + ". Undo these changes, or boot with on_drift='warn' to serve all the same"
+        )
+
+
+class SchemaOutOfDateError(SchemaError):
+    """A verify-only boot (``migrate=False``) found migrations pending."""
+
+    def __init__(self, found: int, supported: int) -> None:
+        self.found = found
+        self.supported = supported
+        super().__init__(
+            f"the database's schema is at version {found}, this release needs version {supported}, and this boot "
+            "may not migrate (migrate=False): boot once with migrate=True under a role that may create tables"
+        )
+
+
+@dataclass(frozen=True)
+class LockHolder:
+    """Who holds the lock that boot waits for. Unknown on SQLite, where no process can be asked."""
+
+    pid: int
+    application_name: str
+    client_address: str | None
+    transaction_age: float
+    """Seconds since the holder's transaction began."""
+
+    def __str__(self) -> str:
+        return (
+            f"process {self.pid} (application {self.application_name!r}, client {self.client_address or 'local'}, "
+            f"in a transaction for {self.transaction_age:.1f} s)"
+        )
+
+
+class SchemaLockTimeoutError(SchemaError):
+    """Another session held a lock that the migration needs for longer than ``lock_timeout``."""
+
+    def __init__(self, waited: float, holder: LockHolder | None) -> None:
+        self.waited = waited
+        self.holder = holder
+        super().__init__(
+            f"waited {waited:.1f} s for the lock that a migration needs, held by {holder or 'an unknown process'}: "
+            "let that process finish or end it, then boot again; or raise lock_timeout"
+        )
+
+
+class MigrationError(SchemaError):
+    """A migration, or a step that must precede it, failed. Everything was rolled back; the cause is attached."""
+
+    def __init__(self, version: int, name: str, reason: str, remedy: str = "mend the cause and boot again") -> None:
+        self.version = version
+        self.name = name
+        super().__init__(f"migration {version} ({name}) failed and was rolled back: {reason}: {remedy}")
+
+
+class NotFoundError(RuntimeRepoError, LookupError):
+    """No row has this id."""
+
+    def __init__(self, what: str, key: str) -> None:
+        self.what = what
+        self.key = key
+        super().__init__(f"there is no {what} {key!r}: it was never stored here, or it was pruned")
+
+
+class ConflictError(RuntimeRepoError):
+    """The row is not in the state that this write needs. Nothing was changed."""
+
+
+class LeaseLostError(ConflictError):
+    """
+    The lease is no longer yours to act on: stop working and discard what you have.
+
+    *token* is the fencing token you hold, *current* the last one given out, *status* the attempt's
+    status and *worker_id* who holds it now (None when nobody does).
+    """
+
+    def __init__(self, attempt_id: str, *, token: int, current: int, status: str, worker_id: str | None) -> None:
+        self.attempt_id = attempt_id
+        self.token = token
+        self.current = current
+        self.status = status
+        self.worker_id = worker_id
+        super().__init__(
+            f"the lease on attempt {attempt_id!r} with token {token} is lost: the attempt is {status}, its current "
+            f"token is {current}, held by {worker_id or 'nobody'}: stop working on it and discard the result"
+        )
+
+
+class InvalidTransitionError(ConflictError):
+    """The verb does not apply to a row in this status."""
+
+    def __init__(self, attempt_id: str, *, status: str, verb: str) -> None:
+        self.attempt_id = attempt_id
+        self.status = status
+        self.verb = verb
+        super().__init__(f"cannot {verb} attempt {attempt_id!r}: it is {status}")
+
+
+class PayloadMismatchError(ConflictError):
+    """The same id was stored before with other content. What is stored was left as it is."""
+
+    def __init__(self, what: str, key: str, differing: Sequence[str]) -> None:
+        self.what = what
+        self.key = key
+        self.differing = tuple(differing)
+        super().__init__(
+            f"{what} {key!r} is stored already with another {', '.join(differing)}: "
+            "use a new id, or repeat the call with the content that is stored"
+        )
+
+
+class RepositoryClosedError(RuntimeRepoError):
+    """The repository is not open: not awaited yet, or closed."""
+
+
+class ConfigurationError(RuntimeRepoError, ValueError):
+    """An argument cannot be meant: nothing was opened or written."""
+
+
+class DatabaseUnavailableError(RuntimeRepoError):
+    """The database cannot be reached, opened or read."""

@@ -1,0 +1,77 @@
+-- Queues, priorities, payloads, results and fencing for attempts; answers for interrupts; roles for API keys.
+-- Every NOT NULL column has a constant default: rows stay where they are and the statement stays cheap.
+
+alter table {schema}.runtime_attempts add column queue text not null default 'default';
+alter table {schema}.runtime_attempts add column priority integer not null default 0;
+alter table {schema}.runtime_attempts add column payload_json text;
+alter table {schema}.runtime_attempts add column max_attempts integer not null default 10;
+alter table {schema}.runtime_attempts add column lease_version integer not null default 0;
+alter table {schema}.runtime_attempts add column worker_id text;
+alter table {schema}.runtime_attempts add column enqueued_at_ms integer not null default 0;
+alter table {schema}.runtime_attempts add column started_at_ms integer;
+alter table {schema}.runtime_attempts add column finished_at_ms integer;
+alter table {schema}.runtime_attempts add column result_json text;
+alter table {schema}.runtime_attempts add column error text;
+
+alter table {schema}.runtime_leases add column claimed_at_ms integer not null default 0;
+
+alter table {schema}.runtime_step_reports add column payload_json text;
+alter table {schema}.runtime_step_reports add column lease_version integer;
+
+alter table {schema}.runtime_interrupts add column resume_payload_json text;
+alter table {schema}.runtime_interrupts add column resume_payload_hash text;
+alter table {schema}.runtime_interrupts add column resumed_at_ms integer;
+
+alter table {schema}.runtime_api_keys add column role text not null default 'operator';
+
+-- One row for each switch of the operator's.
+create table {schema}.runtime_control (
+    name          text not null primary key,
+    value_json    text not null,
+    updated_at_ms integer not null
+);
+
+-- It would cost a third of the claims.
+drop index if exists {schema}.idx_runtime_attempts_status_retry;
+
+-- What version 1 left ambiguous. A lease on a final or missing attempt owns nothing.
+delete from {schema}.runtime_leases
+ where not exists (
+           select 1 from {schema}.runtime_attempts as a
+            where a.attempt_id = runtime_leases.attempt_id and a.status not in ('completed', 'failed', 'cancelled'));
+
+-- Tokens go on from the lease that lives, so that no token is given out twice.
+update {schema}.runtime_attempts
+   set lease_version = (select version from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
+ where attempt_id in (select attempt_id from {schema}.runtime_leases);
+
+-- Nobody owns it, so nobody would ever finish it.
+update {schema}.runtime_attempts
+   set status = 'queued', retry_at_ms = null
+ where status in ('leased', 'running')
+   and not exists (select 1 from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id);
+
+-- Without a time it would wait for ever.
+update {schema}.runtime_attempts
+   set status = 'queued'
+ where status = 'retry_backoff'
+   and retry_at_ms is null;
+
+-- Whatever was tried more often than the default allows has one try left.
+update {schema}.runtime_attempts
+   set max_attempts = attempt_no + 1
+ where attempt_no >= max_attempts;
+
+update {schema}.runtime_attempts
+   set finished_at_ms = {now_ms}
+ where status in ('completed', 'failed', 'cancelled');
+
+create index {schema}.idx_runtime_attempts_ready on runtime_attempts (queue, priority desc, enqueued_at_ms, attempt_id)
+ where status = 'queued' and retry_at_ms is null;
+create index {schema}.idx_runtime_attempts_due on runtime_attempts (retry_at_ms, attempt_id)
+ where status in ('queued', 'retry_backoff') and retry_at_ms is not null;
+create index {schema}.idx_runtime_attempts_final on runtime_attempts (finished_at_ms, attempt_id)
+ where finished_at_ms is not null;
+create index {schema}.idx_runtime_attempts_run on runtime_attempts (run_id, attempt_id);
+create index {schema}.idx_runtime_attempts_status on runtime_attempts (status, attempt_id);
+create index {schema}.idx_runtime_leases_worker on runtime_leases (worker_id, lease_id);

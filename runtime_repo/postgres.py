@@ -1,0 +1,393 @@
+"""
+PostgreSQL: the repository class, and the database it runs on. The only file that imports asyncpg.
+
+Every statement names the runtime schema, and settings are SET LOCAL only: nothing here depends on the state of a
+session, so it runs behind a transaction-pooling pgbouncer (with ``statement_cache_size=0``).
+"""
+
+import asyncio
+import contextlib
+import random
+import ssl
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from runtime_repo.catalog import LEDGER, Catalog, Look
+from runtime_repo.catalog_postgres import catalog_from_rows, ledger_from_text
+from runtime_repo.database import Backend, Busy, Row, finish
+from runtime_repo.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    LockHolder,
+    MigrationError,
+    RepositoryClosedError,
+)
+from runtime_repo.queries import fill, load_queries
+from runtime_repo.repository import RuntimeRepository, check_seconds
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Pool = asyncpg.Pool[asyncpg.Record]
+    Connection = PoolConnectionProxy[asyncpg.Record]
+
+__all__ = ["PostgresRuntimeRepository"]
+
+_LOCK_CLASS = 0x72756E74
+"""The first of the advisory lock's two integers; it must never change, or two releases would not exclude each other."""
+
+_DDL_LOCK_TIMEOUT = "100ms"
+"""How long one try may queue live traffic behind it while it waits for a table."""
+
+_DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+
+_CLOSE_TIMEOUT = 5.0
+"""Seconds for saying goodbye to the server, before the connections are dropped."""
+
+_REMEDIES = {
+    "28000": "check the user and the server's pg_hba.conf",
+    "28P01": "check the user and the password",
+    "3D000": "create the database, or name another one",
+    "42501": "grant the role what it lacks, or boot once under a role that has it",
+    "25006": "the server is a standby or the session is read-only: migrate on the primary, in a session that may write",
+    "53300": "free some connections, or raise the server's max_connections",
+    "57P03": "the server was starting or stopping: wait for it, or raise startup_timeout",
+}
+
+
+class PostgresRuntimeRepository(RuntimeRepository):
+    """
+    The store on PostgreSQL 14 and newer: any number of machines.
+
+    Construction does no I/O. ``await`` it, or enter it with ``async with``: either brings the runtime schema to what
+    this release knows before anything can be queried. Any number of workers may do so at once, also under a role that
+    may only read when nothing is pending, and behind a transaction-pooling pgbouncer (with ``statement_cache_size=0``).
+
+    Args:
+        dsn: ``postgresql://user:password@host:port/database``, as asyncpg reads it, or an asyncpg pool that is open:
+            it is used and never closed.
+        schema: The namespace that holds the ledger and every table. Two of them in one database are independent.
+        migrate: False is verify-only: nothing is written, and pending migrations refuse the boot.
+        on_drift: ``"warn"`` serves although the structure has drifted, and logs every difference.
+        before_migrate: A coroutine function that runs once, under the lock, before the first migration is applied:
+            the place for a backup.
+        lock_timeout: Seconds to wait for another process's migration, or for the locks of live traffic.
+        startup_timeout: Seconds for connecting. A server that refuses connections, is starting or is full, and a name
+            that does not resolve yet, are tried again until then; a wrong password or a missing database fail at once.
+        pool_options: Passed to ``asyncpg.create_pool``. ``min_size`` is 0 unless given.
+
+    Raises:
+        ConfigurationError: An argument cannot be meant.
+    """
+
+    def __init__(
+        self,
+        dsn: "str | Pool",
+        *,
+        schema: str = "runtime",
+        migrate: bool = True,
+        on_drift: Literal["refuse", "warn"] = "refuse",
+        before_migrate: Callable[[], Awaitable[object]] | None = None,
+        lock_timeout: float = 60.0,
+        startup_timeout: float = 30.0,
+        **pool_options: Any,
+    ) -> None:
+        target = Target(dsn, pool_options)
+        # From here on no frame of ours holds a password that a traceback with locals could show.
+        dsn, pool_options = "", {}
+        super().__init__(
+            PostgresDatabase(target, schema=schema, startup_timeout=startup_timeout),
+            migrate=migrate,
+            on_drift=on_drift,
+            before_migrate=before_migrate,
+            lock_timeout=lock_timeout,
+        )
+
+
+class Target:
+    """Where to connect; its repr shows no secret."""
+
+    def __init__(self, dsn: "str | Pool", options: dict[str, Any]) -> None:
+        self.pool = dsn if isinstance(dsn, asyncpg.Pool) else None
+        self._dsn = dsn
+        self._options = options
+        self._shown = "an existing pool"
+        if self.pool is None:
+            self._shown = _shown(dsn) if isinstance(dsn, str) else ""
+            problem = None if self._shown else "it is no postgresql:// URL that can be parsed"
+        else:
+            problem = "an existing pool has its options already" if options else None
+        dsn, options = "", {}
+        if problem:
+            raise ConfigurationError(
+                f"the DSN cannot be used: {problem}; expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with "
+                "special characters percent-encoded (it is not repeated here, since it may hold a password)"
+            )
+
+    def __repr__(self) -> str:
+        return self._shown
+
+    def new_pool(self) -> "Pool":
+        # This package leaves no session state behind, so a connection needs no round trip to be reset.
+        return asyncpg.create_pool(self._dsn, **({"min_size": 0, "reset": _nothing_to_reset} | self._options))
+
+
+def _shown(dsn: str) -> str:
+    """The DSN without what may be secret: the password, and the query, where asyncpg takes one too."""
+    try:
+        parts = urlsplit(dsn)
+        _, _, hosts = parts.netloc.rpartition("@")
+        user = parts.username
+    except ValueError:
+        return ""
+    if parts.scheme not in ("postgresql", "postgres"):
+        return ""
+    return f"{parts.scheme}://{f'{user}@' if user else ''}{hosts}{parts.path}"
+
+
+def _check_schema(schema: str) -> None:
+    try:
+        size = len(schema.encode())
+    except (AttributeError, UnicodeEncodeError):
+        size = 0
+    if not 0 < size <= 63 or "\0" in schema or schema.startswith("pg_"):
+        raise ConfigurationError(
+            f"the runtime schema's name is {schema!r}, {size} bytes: expected 1 to 63 bytes of UTF-8 (PostgreSQL would "
+            "cut a longer one silently, and two names would share a schema), without NUL, not beginning with 'pg_'"
+        )
+
+
+async def _nothing_to_reset(_connection: "Connection") -> None:
+    pass
+
+
+class PostgresDatabase:
+    """One runtime schema of a PostgreSQL database behind the port."""
+
+    backend: Backend = "postgres"
+
+    def __init__(self, target: Target, *, schema: str, startup_timeout: float) -> None:
+        _check_schema(schema)
+        check_seconds("startup_timeout", startup_timeout, positive=True)
+        self._target = target
+        self._schema = schema
+        self._startup_timeout = startup_timeout
+        self.tokens = {
+            "schema": '"' + schema.replace('"', '""') + '"',
+            "now_ms": "(extract(epoch from statement_timestamp()) * 1000)::bigint",
+        }
+        self.queries = load_queries("postgres", self.tokens)
+        # A hash that is the same in every release, process and machine, as a signed integer.
+        self._lock_key = zlib.crc32(schema.encode()) - 2**31
+        self._pool: Pool | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._target!r}, schema={self._schema!r})"
+
+    async def _open(self) -> None:
+        deadline = asyncio.get_running_loop().time() + self._startup_timeout
+        pause = 0.05
+        while True:
+            pool = self._target.pool or self._target.new_pool()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await pool
+                    await pool.release(await pool.acquire())
+            except BaseException as error:
+                if pool is not self._target.pool:
+                    pool.terminate()
+                if isinstance(error, (TypeError, ValueError)) and not isinstance(error, OSError):
+                    # asyncpg's own words may repeat a part of the DSN.
+                    raise ConfigurationError(
+                        f"asyncpg cannot use the DSN or the pool options for {self._target}: check their spelling "
+                        "(its message is not repeated here, since it may hold a password)"
+                    ) from None
+                if not isinstance(error, _DRIVER_ERRORS):
+                    raise
+                if not _is_transient(error) or asyncio.get_running_loop().time() + pause >= deadline:
+                    raise self._unavailable(error) from _bare(error)
+            else:
+                self._pool = pool
+                return
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+            pause = min(pause * 2, 1.0)
+
+    async def close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None and pool is not self._target.pool:
+            await finish(_closed(pool))
+
+    def abandon(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None and pool is not self._target.pool:
+            # The event loop may be closed by now; its end has closed the sockets then.
+            with contextlib.suppress(Exception):
+                pool.terminate()
+
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
+        """Let no driver's exception out but as a cause."""
+        try:
+            yield
+        except _DRIVER_ERRORS as error:
+            raise self._unavailable(error) from error
+
+    @property
+    def pool(self) -> "Pool":
+        if self._pool is None:
+            raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
+        return self._pool
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        with self.translated():
+            async with self.pool.acquire() as connection:
+                return await connection.fetch(self.queries[query], *args)
+
+    async def look(self, shipped: Sequence[Catalog]) -> Look:
+        if self._pool is None:
+            await self._open()
+        with self.translated():
+            async with self.pool.acquire() as connection:
+                try:
+                    rows = await connection.fetch(self.queries["schema.look"], *self._names(shipped))
+                except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+                    # A ledger that is missing, or not ours, is not even parsed.
+                    return await self.look_in_steps(connection, shipped)
+                return Look(ledger_from_text(rows[0]["ledger"]), await self._catalog(connection, rows))
+
+    async def look_in_steps(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
+        """The catalog first, then the ledger if there is one: naming a missing one would abort a transaction."""
+        rows = await connection.fetch(self.queries["schema.catalog"], *self._names(shipped))
+        catalog = await self._catalog(connection, [row for row in rows if row["relname"] is not None])
+        ledger = None
+        if catalog.has_ledger:
+            ledger = ledger_from_text(await connection.fetchval(self.queries["schema.ledger"]))
+        return Look(ledger, catalog, namespace=bool(rows))
+
+    async def _catalog(self, connection: "Connection", rows: Sequence[Row]) -> Catalog:
+        owned: set[tuple[str, str]] = set()
+        if any("nextval(" in row["defaults"] for row in rows):
+            # An earlier program's serial column: as good as an identity, if the column owns its sequence.
+            found = await connection.fetch(self.queries["schema.owned_sequences"], self._schema)
+            owned = {(row["relname"], row["attname"]) for row in found}
+        return catalog_from_rows(rows, owned)
+
+    def _names(self, shipped: Sequence[Catalog]) -> tuple[str, str]:
+        return self._schema, " ".join([LEDGER, *shipped[-1].tables])
+
+    @contextlib.asynccontextmanager
+    async def lock(self) -> AsyncIterator["_BootTransaction"]:
+        pool = self.pool
+        with self.translated():
+            connection = await pool.acquire()
+        try:
+            with self.translated():
+                await connection.execute(_begin(connection.get_server_version().major))
+                if not await connection.fetchval(self.queries["schema.try_lock"], _LOCK_CLASS, self._lock_key):
+                    raise Busy
+            yield _BootTransaction(self, connection)
+            with self.translated():
+                await connection.execute("commit")
+        except BaseException as error:
+            await finish(_rolled_back(connection))
+            if isinstance(error, (MigrationError, DatabaseUnavailableError)) and isinstance(
+                error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
+            ):
+                raise Busy from error.__cause__
+            raise
+        finally:
+            await pool.release(connection)
+
+    async def lock_holder(self) -> LockHolder | None:
+        rows = await self.fetch("schema.lock_holder", _LOCK_CLASS, self._lock_key, self._schema)
+        if not rows:
+            return None
+        row = rows[0]
+        return LockHolder(row["pid"], row["application_name"], row["client_address"], row["transaction_age"])
+
+    async def ready(self) -> None:
+        pass
+
+    async def take_backup(self, from_version: int) -> Path | None:  # noqa: ARG002
+        return None
+
+    def _unavailable(self, error: BaseException) -> DatabaseUnavailableError:
+        code = getattr(error, "sqlstate", None)
+        words = " ".join(str(error.args[0] if error.args else "").split())
+        if isinstance(error, TimeoutError):
+            words = words or "no answer in time"
+        remedy = _REMEDIES.get(str(code), "check that the server runs and can be reached from here")
+        return DatabaseUnavailableError(f"PostgreSQL {self._target}: {words or type(error).__name__}: {remedy}")
+
+
+class _BootTransaction:
+    """What boot does under the advisory lock, which ends with this transaction."""
+
+    def __init__(self, database: PostgresDatabase, connection: "Connection") -> None:
+        self._database = database
+        self._connection = connection
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        with self._database.translated():
+            return await self._connection.fetch(self._database.queries[query], *args)
+
+    async def script(self, text: str) -> None:
+        with self._database.translated():
+            await self._connection.execute(fill(text, self._database.tokens))
+
+    async def look(self, shipped: Sequence[Catalog]) -> Look:
+        with self._database.translated():
+            return await self._database.look_in_steps(self._connection, shipped)
+
+
+def _begin(server: int) -> str:
+    """
+    Begin as boot needs it, whatever the role's settings are: a fresh snapshot for each statement, no waiting behind
+    live traffic, and no end to an index build or a backup by the clock.
+    """
+    unlimited = ["statement_timeout", "idle_in_transaction_session_timeout"]
+    if server >= 17:
+        unlimited.append("transaction_timeout")
+    settings = "".join(f"set local {name} = 0;" for name in unlimited)
+    return f"begin isolation level read committed; set local lock_timeout = '{_DDL_LOCK_TIMEOUT}'; {settings}"
+
+
+async def _closed(pool: "Pool") -> None:
+    """Say goodbye to the server; drop the connections when it does not answer."""
+    try:
+        async with asyncio.timeout(_CLOSE_TIMEOUT):
+            await pool.close()
+    except (TimeoutError, *_DRIVER_ERRORS):
+        pool.terminate()
+
+
+async def _rolled_back(connection: "Connection") -> None:
+    # A connection that is gone has rolled back already.
+    with contextlib.suppress(*_DRIVER_ERRORS):
+        await connection.execute("rollback")
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the server may accept the very same connection a moment later."""
+    if isinstance(error, asyncpg.PostgresConnectionError):
+        return not isinstance(error, asyncpg.ProtocolViolationError)
+    return isinstance(
+        error,
+        (
+            asyncpg.CannotConnectNowError,
+            asyncpg.TooManyConnectionsError,
+            asyncpg.exceptions.TargetServerAttributeNotMatched,
+            OSError,
+        ),
+    ) and not isinstance(error, ssl.SSLError)
+
+
+def _bare(error: BaseException) -> BaseException:
+    """The error without the frames behind it: asyncpg's hold the password in their locals."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)

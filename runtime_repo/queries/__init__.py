@@ -1,0 +1,59 @@
+"""
+The named statements, one ``.sql`` file per noun, and how they are loaded.
+
+A statement stands under ``-- name: verb``; where the databases truly differ, each dialect has its own under
+``-- name: verb @sqlite`` and ``-- name: verb @postgres``. A query may be several statements on SQLite, which has no
+data-modifying common table expressions; they run in one transaction and the last one's rows are the answer.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+
+from runtime_repo.errors import ConfigurationError
+
+__all__ = ["fill", "load_queries", "split_statements"]
+
+_HEADER = re.compile(r"^-- name: (?P<name>\w+)(?: @(?P<backend>sqlite|postgres))?$", re.MULTILINE)
+
+
+def fill(text: str, tokens: Mapping[str, str]) -> str:
+    """Replace each ``{token}``, exactly; any other brace is a mistake in the file and fails."""
+
+    def value(match: re.Match[str]) -> str:
+        try:
+            return tokens[match[1]]
+        except KeyError:
+            raise ConfigurationError(f"unexpected {match[0]!r} in SQL; the tokens are {', '.join(tokens)}") from None
+
+    return re.sub(r"\{(\w*)\}|[{}]", value, text)
+
+
+def load_queries(backend: str, tokens: Mapping[str, str]) -> dict[str, str]:
+    """Every query of *backend*, as ``noun.verb``, with its tokens filled in."""
+    return {name: fill(text, tokens) for name, text in _texts(backend).items()}
+
+
+@cache
+def _texts(backend: str) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for file in files(__name__).iterdir():
+        if file.name.endswith(".sql"):
+            noun = file.name.removesuffix(".sql")
+            parts = _HEADER.split(file.read_text(encoding="utf-8"))[1:]
+            for name, only, text in zip(parts[0::3], parts[1::3], parts[2::3], strict=True):
+                if only in (None, backend):
+                    texts[f"{noun}.{name}"] = text.strip()
+    return texts
+
+
+def split_statements(script: str) -> Iterator[str]:
+    """The statements of a script: literals, quoted names and comments may contain semicolons."""
+    start = 0
+    for token in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/|;", script, re.DOTALL):
+        if token.group() == ";":
+            yield script[start : token.end()].strip()
+            start = token.end()
+    if re.sub(r"--[^\n]*|/\*.*?\*/|\s", "", script[start:], flags=re.DOTALL):
+        yield script[start:].strip()

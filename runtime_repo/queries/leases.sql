@@ -1,0 +1,214 @@
+-- Leases: who owns which attempt, and until when. Every statement locks attempts first, then leases.
+
+-- name: claim @postgres
+-- Take up to as many ready attempts of one queue ($1) as there are lease ids ($4, a JSON array), skipping those that
+-- a rival is claiming at this instant, and promote delayed ones that are due: their rows can't be seen by the
+-- statement that promotes them, so it says how many there were and the caller claims once more.
+with due as (
+    select attempt_id
+      from {schema}.runtime_attempts
+     where status in ('queued', 'retry_backoff')
+       and retry_at_ms is not null
+       and retry_at_ms <= coalesce($5, {now_ms})
+     order by retry_at_ms, attempt_id
+     limit 2 * json_array_length($4::text::json)
+       for update skip locked
+), promoted as (
+    update {schema}.runtime_attempts
+       set status = 'queued', retry_at_ms = null
+     where attempt_id = any (array(select attempt_id from due))
+    returning attempt_id
+), claimed as (
+    update {schema}.runtime_attempts
+       set status = 'leased', lease_version = lease_version + 1, worker_id = $2
+     where attempt_id = any (array(
+               select attempt_id
+                 from {schema}.runtime_attempts
+                where queue = $1
+                  and status = 'queued'
+                  and retry_at_ms is null
+                order by priority desc, enqueued_at_ms, attempt_id
+                limit json_array_length($4::text::json)
+                  for update skip locked))
+    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
+              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+), leased as (
+    insert into {schema}.runtime_leases as l
+           (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
+    select chosen.lease_id, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}),
+           ready.lease_version, coalesce($5, {now_ms})
+      from (select attempt_id, lease_version, row_number() over () as n from claimed) as ready
+      join json_array_elements_text($4::text::json) with ordinality as chosen (lease_id, n) on chosen.n = ready.n
+        on conflict (attempt_id) do update
+       set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
+           lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
+           claimed_at_ms = excluded.claimed_at_ms
+    returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
+)
+select (select count(*) from promoted) as promoted,
+       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
+       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
+       a.error
+  from (select 1) as always
+  left join (leased as l join claimed as a on a.attempt_id = l.attempt_id) on true
+ order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
+
+-- name: claim @sqlite
+-- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
+-- what was promoted is claimed at once.
+update {schema}.runtime_attempts
+   set status = 'queued', retry_at_ms = null
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where status in ('queued', 'retry_backoff')
+              and retry_at_ms is not null
+              and retry_at_ms <= coalesce($5, {now_ms})
+            order by retry_at_ms, attempt_id
+            limit 2 * json_array_length($4));
+insert into {schema}.runtime_leases
+       (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
+select chosen.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
+       ready.lease_version + 1, coalesce($5, {now_ms})
+  from (select attempt_id, lease_version, row_number() over () - 1 as n
+          from (select attempt_id, lease_version
+                  from {schema}.runtime_attempts
+                 where queue = $1
+                   and status = 'queued'
+                   and retry_at_ms is null
+                 order by priority desc, enqueued_at_ms, attempt_id
+                 limit json_array_length($4))) as ready
+  join json_each($4) as chosen on chosen.key = ready.n
+ where true
+    on conflict (attempt_id) do update
+   set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
+       lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
+       claimed_at_ms = excluded.claimed_at_ms;
+update {schema}.runtime_attempts
+   set status = 'leased', lease_version = lease_version + 1, worker_id = $2
+ where attempt_id in (
+           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
+select 0 as promoted,
+       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
+       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
+       a.error
+  from {schema}.runtime_leases as l
+  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
+ where l.lease_id in (select value from json_each($4))
+ order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
+
+-- name: give_back @postgres
+-- Undo a claim whose caller was cancelled: the attempts are ready again and the try does not count.
+with mine as (
+    select attempt_id
+      from {schema}.runtime_attempts
+     where attempt_id in (
+               select attempt_id from {schema}.runtime_leases
+                where lease_id in (select value from json_array_elements_text($1::text::json)))
+     order by attempt_id
+       for update
+), ended as (
+    delete from {schema}.runtime_leases
+     where lease_id in (select value from json_array_elements_text($1::text::json))
+       and attempt_id in (select attempt_id from mine)
+    returning attempt_id, version
+)
+update {schema}.runtime_attempts as a
+   set status = 'queued', retry_at_ms = null
+  from ended
+ where a.attempt_id    = ended.attempt_id
+   and a.lease_version = ended.version
+   and a.status in ('leased', 'running');
+
+-- name: give_back @sqlite
+-- As above, in two statements of one transaction.
+update {schema}.runtime_attempts
+   set status = 'queued', retry_at_ms = null
+ where status in ('leased', 'running')
+   and (attempt_id, lease_version) in (
+           select attempt_id, version from {schema}.runtime_leases
+            where lease_id in (select value from json_each($1)));
+delete from {schema}.runtime_leases
+ where lease_id in (select value from json_each($1));
+
+-- name: heartbeat
+-- Keep a lease, while it is still this token's and has not run out. Fenced on the lease's own row.
+update {schema}.runtime_leases
+   set heartbeat_at_ms     = coalesce($4, {now_ms}),
+       lease_expires_at_ms = coalesce($4, {now_ms}) + $3
+ where lease_id = $1
+   and version  = $2
+   and lease_expires_at_ms > coalesce($4, {now_ms})
+returning heartbeat_at_ms, lease_expires_at_ms;
+
+-- name: holder
+-- Who holds an attempt now, and under which token.
+select a.status, a.lease_version, l.worker_id
+  from {schema}.runtime_attempts as a
+  left join {schema}.runtime_leases as l on l.attempt_id = a.attempt_id
+ where a.attempt_id = $1;
+
+-- name: requeue_expired @postgres
+-- Take attempts from workers that fell silent. The attempt is locked first, skipping those that are being written, then
+-- the lease is deleted only if it still is expired (a heartbeat may have come in between), and only what was deleted
+-- is requeued. The lost try counts, so an attempt that kills its workers ends as failed.
+with expired as (
+    select attempt_id
+      from {schema}.runtime_attempts
+     where attempt_id = any (array(
+               select attempt_id
+                 from {schema}.runtime_leases
+                where lease_expires_at_ms <= coalesce($2, {now_ms})
+                order by lease_expires_at_ms
+                limit $1))
+     order by attempt_id
+       for update skip locked
+), ended as (
+    delete from {schema}.runtime_leases as l
+     using expired
+     where l.attempt_id = expired.attempt_id
+       and l.lease_expires_at_ms <= coalesce($2, {now_ms})
+    returning l.attempt_id, l.worker_id
+)
+update {schema}.runtime_attempts as a
+   set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
+       attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
+       retry_at_ms    = null,
+       finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
+       error          = 'the lease of worker ' || ended.worker_id || ' expired'
+  from ended
+ where a.attempt_id = ended.attempt_id
+   and a.status in ('leased', 'running')
+returning a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
+          a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms,
+          a.result_json, a.error;
+
+-- name: requeue_expired @sqlite
+-- As above, in two statements of one transaction. The clock moves between them, so the second one keeps every lease
+-- whose attempt the first one left alone.
+update {schema}.runtime_attempts
+   set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
+       attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
+       retry_at_ms    = null,
+       finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
+       error          = 'the lease of worker ' || worker_id || ' expired'
+ where status in ('leased', 'running')
+   and attempt_id in (
+           select attempt_id
+             from {schema}.runtime_leases
+            where lease_expires_at_ms <= coalesce($2, {now_ms})
+            order by lease_expires_at_ms
+            limit $1)
+returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+delete from {schema}.runtime_leases
+ where lease_id in (
+           select lease_id
+             from {schema}.runtime_leases
+            where lease_expires_at_ms <= coalesce($2, {now_ms})
+            order by lease_expires_at_ms
+            limit $1)
+   and attempt_id not in (
+           select attempt_id from {schema}.runtime_attempts where status in ('leased', 'running'));

@@ -1,0 +1,130 @@
+-- What boot itself writes. IF NOT EXISTS appears nowhere: on PostgreSQL it needs CREATE even where the object exists.
+
+-- name: create_namespace @postgres
+create schema {schema};
+
+-- name: create_ledger @postgres
+-- One row for every migration that was applied, written in the migration's own transaction.
+create table {schema}.runtime_schema_migrations (
+    version       integer primary key,
+    name          text not null,
+    applied_at_ms bigint not null
+);
+
+-- name: create_ledger @sqlite
+-- As above: milliseconds need BIGINT on PostgreSQL, where INTEGER has 32 bits.
+create table {schema}.runtime_schema_migrations (
+    version       integer primary key,
+    name          text not null,
+    applied_at_ms integer not null
+);
+
+-- name: record
+insert into {schema}.runtime_schema_migrations (version, name, applied_at_ms)
+values ($1, $2, {now_ms});
+
+-- name: look @sqlite
+-- The ledger and, beside each of its rows, the text that SQLite keeps of all that bears our names ($1): one statement
+-- for a warm boot, which recognizes the text.
+select version, name, applied_at_ms,
+       (select group_concat(sql, char(10))
+          from {schema}.sqlite_schema
+         where instr($1, '"' || lower(tbl_name) || '"')) as text
+  from {schema}.runtime_schema_migrations;
+
+-- name: columns @sqlite
+-- Every column of ours, for a catalog whose text is not known.
+select t.type as kind, t.name as "table", t.sql, c.name, c.type, c."notnull", c.dflt_value, c.pk, c.hidden
+  from {schema}.sqlite_schema as t
+  left join pragma_table_xinfo(t.name, '{schema}') as c
+ where t.type in ('table', 'view')
+   and instr($1, '"' || lower(t.name) || '"')
+ order by t.name, c.cid;
+
+-- name: indexes @sqlite
+-- Every key column of every index of ours; the predicate is only to be read in the index's text.
+select t.name as "table", i.name, i."unique", i.origin, i.partial, k.name as "column", k."desc", k.coll, s.sql
+  from {schema}.sqlite_schema as t
+  join pragma_index_list(t.name, '{schema}') as i
+  join pragma_index_xinfo(i.name, '{schema}') as k
+  left join {schema}.sqlite_schema as s on s.type = 'index' and s.name = i.name
+ where t.type = 'table'
+   and instr($1, '"' || lower(t.name) || '"')
+   and k.key
+ order by t.name, i.name, k.seqno;
+
+-- name: try_lock @postgres
+-- SQLite's own write lock is its migration lock; PostgreSQL needs one of ours, which ends with the transaction.
+select pg_try_advisory_xact_lock($1::int, $2::int);
+
+-- name: lock_holder @postgres
+-- Who is in the way: a migration that has been running for a while, otherwise the oldest transaction that holds a lock
+-- on one of our tables, or on the migration lock. An advisory key is the same in every database.
+select a.pid, coalesce(a.application_name, '') as application_name, host(a.client_addr) as client_address,
+       extract(epoch from clock_timestamp() - coalesce(a.xact_start, a.backend_start, clock_timestamp()))::float8
+           as transaction_age
+  from pg_catalog.pg_locks as l
+  join pg_catalog.pg_stat_activity as a on a.pid = l.pid
+ where l.granted
+   and l.pid <> pg_backend_pid()
+   and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
+   and (   (l.locktype = 'advisory' and l.classid::bigint = $1::int and l.objsubid = 2
+            and l.objid::bigint = $2::int & 4294967295::bigint)
+        or (l.locktype = 'relation' and l.relation in (
+               select c.oid from pg_catalog.pg_class as c
+                where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $3))))
+ order by l.locktype = 'advisory' and a.xact_start < clock_timestamp() - interval '1 second' desc, a.xact_start
+ limit 1;
+
+-- name: look @postgres
+-- The ledger and, a row for each relation that bears one of our names ($2, of the schema $1), its columns, defaults and
+-- indexes as text: raw catalog columns without joins, since most of the cost is planning on a fresh connection.
+select array(select (version, name, applied_at_ms) from {schema}.runtime_schema_migrations)::text as ledger,
+       c.relname, c.relkind,
+       array(select (attnum, attname, atttypid, atttypmod, attnotnull, attidentity, attgenerated)
+               from pg_catalog.pg_attribute
+              where attrelid = c.oid and attnum > 0 and not attisdropped)::text as columns,
+       array(select (adnum, pg_get_expr(adbin, adrelid))
+               from pg_catalog.pg_attrdef
+              where adrelid = c.oid)::text as defaults,
+       array(select (indexrelid::regclass, indisprimary, indisunique and indimmediate,
+                     indisvalid and indisready and indislive, indnkeyatts, indkey, indoption, indclass,
+                     pg_get_expr(indexprs, indrelid), pg_get_expr(indpred, indrelid))
+               from pg_catalog.pg_index
+              where indrelid = c.oid)::text as indexes
+  from pg_catalog.pg_class as c
+ where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1)
+   and c.relname = any (string_to_array($2, ' '));
+
+-- name: catalog @postgres
+-- As above without the ledger, whose absence would fail the statement; a row without a name is a schema without ours.
+select c.relname, c.relkind,
+       array(select (attnum, attname, atttypid, atttypmod, attnotnull, attidentity, attgenerated)
+               from pg_catalog.pg_attribute
+              where attrelid = c.oid and attnum > 0 and not attisdropped)::text as columns,
+       array(select (adnum, pg_get_expr(adbin, adrelid))
+               from pg_catalog.pg_attrdef
+              where adrelid = c.oid)::text as defaults,
+       array(select (indexrelid::regclass, indisprimary, indisunique and indimmediate,
+                     indisvalid and indisready and indislive, indnkeyatts, indkey, indoption, indclass,
+                     pg_get_expr(indexprs, indrelid), pg_get_expr(indpred, indrelid))
+               from pg_catalog.pg_index
+              where indrelid = c.oid)::text as indexes
+  from pg_catalog.pg_namespace as n
+  left join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = any (string_to_array($2, ' '))
+ where n.nspname = $1;
+
+-- name: ledger @postgres
+select array(select (version, name, applied_at_ms) from {schema}.runtime_schema_migrations)::text as ledger;
+
+-- name: owned_sequences @postgres
+-- Which defaults come from a sequence that their column owns. Asked only where a default is a sequence's.
+select c.relname, a.attname
+  from pg_catalog.pg_depend as d
+  join pg_catalog.pg_class as s on s.oid = d.objid and s.relkind = 'S'
+  join pg_catalog.pg_class as c on c.oid = d.refobjid
+  join pg_catalog.pg_attribute as a on a.attrelid = c.oid and a.attnum = d.refobjsubid
+ where d.classid = 'pg_catalog.pg_class'::regclass
+   and d.refclassid = 'pg_catalog.pg_class'::regclass
+   and d.deptype = 'a'
+   and c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1);

@@ -1,0 +1,213 @@
+"""
+What the repository hands out: frozen records, their statuses, and the conversions that every noun shares.
+
+Instants are aware ``datetime`` in UTC, durations ``timedelta``; in the database both are milliseconds.
+"""
+
+import json
+import secrets
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from runtime_repo.database import Row
+from runtime_repo.errors import ConfigurationError, RuntimeRepoError
+
+__all__ = [
+    "Attempt",
+    "AttemptStatus",
+    "Lease",
+    "attempt_from_row",
+    "check_count",
+    "check_id",
+    "from_json",
+    "from_ms",
+    "instant_ms",
+    "lease_from_row",
+    "new_id",
+    "span_ms",
+    "to_json",
+]
+
+MAX_ID_LENGTH = 512
+MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class AttemptStatus(StrEnum):
+    """Where an attempt is in its life. The last three are final."""
+
+    QUEUED = "queued"
+    LEASED = "leased"
+    RUNNING = "running"
+    RETRY_BACKOFF = "retry_backoff"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing will happen to the attempt any more."""
+        return self in (AttemptStatus.COMPLETED, AttemptStatus.FAILED, AttemptStatus.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A unit of work of a run, tried up to ``max_attempts`` times."""
+
+    attempt_id: str
+    run_id: str
+    attempt_no: int
+    """The 1-based number of the try that runs now or comes next."""
+    status: AttemptStatus
+    queue: str
+    priority: int
+    """Higher goes first."""
+    payload: Any
+    max_attempts: int
+    lease_version: int
+    """The last fencing token given out; 0 before the first claim."""
+    worker_id: str | None
+    """The last holder."""
+    enqueued_at: datetime
+    retry_at: datetime | None
+    """When a delayed attempt becomes ready."""
+    started_at: datetime | None
+    finished_at: datetime | None
+    result: Any
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker's time-limited ownership of an attempt; it holds while the database's clock is before ``expires_at``."""
+
+    lease_id: str
+    attempt_id: str
+    worker_id: str
+    version: int
+    """The fencing token: it grows with every claim of the same attempt."""
+    claimed_at: datetime
+    heartbeat_at: datetime
+    expires_at: datetime
+    attempt: Attempt
+    """The attempt as it was when it was claimed."""
+
+
+def attempt_from_row(row: Row) -> Attempt:
+    """An attempt from the columns that every statement on attempts returns."""
+    try:
+        status = AttemptStatus(row["status"])
+    except ValueError:
+        raise RuntimeRepoError(
+            f"attempt {row['attempt_id']!r} has the unknown status {row['status']!r}; known are "
+            f"{', '.join(AttemptStatus)}: a newer release or another program wrote it"
+        ) from None
+    return Attempt(
+        attempt_id=row["attempt_id"],
+        run_id=row["run_id"],
+        attempt_no=row["attempt_no"],
+        status=status,
+        queue=row["queue"],
+        priority=row["priority"],
+        payload=from_json(row["payload_json"]),
+        max_attempts=row["max_attempts"],
+        lease_version=row["lease_version"],
+        worker_id=row["worker_id"],
+        enqueued_at=from_ms(row["enqueued_at_ms"]),
+        retry_at=_maybe_from_ms(row["retry_at_ms"]),
+        started_at=_maybe_from_ms(row["started_at_ms"]),
+        finished_at=_maybe_from_ms(row["finished_at_ms"]),
+        result=from_json(row["result_json"]),
+        error=row["error"],
+    )
+
+
+def lease_from_row(row: Row) -> Lease:
+    """A lease, with its attempt, from one joined row."""
+    return Lease(
+        lease_id=row["lease_id"],
+        attempt_id=row["attempt_id"],
+        worker_id=row["worker_id"],
+        version=row["lease_version"],
+        claimed_at=from_ms(row["claimed_at_ms"]),
+        heartbeat_at=from_ms(row["heartbeat_at_ms"]),
+        expires_at=from_ms(row["lease_expires_at_ms"]),
+        attempt=attempt_from_row(row),
+    )
+
+
+def from_ms(value: int) -> datetime:
+    """The instant that a ``_ms`` column holds."""
+    return _EPOCH + timedelta(milliseconds=value)
+
+
+def _maybe_from_ms(value: int | None) -> datetime | None:
+    return None if value is None else from_ms(value)
+
+
+def instant_ms(name: str, value: datetime | None) -> int | None:
+    """An aware instant in milliseconds since the epoch; None stays None."""
+    if value is None:
+        return None
+    if value.tzinfo is None:
+        raise ConfigurationError(f"{name} is {value!r}, without a time zone: pass an aware datetime, such as UTC")
+    return (value - _EPOCH) // timedelta(milliseconds=1)
+
+
+def span_ms(name: str, value: timedelta, *, positive: bool = False) -> int:
+    """A duration in milliseconds; never negative, and not zero where it must be positive."""
+    milliseconds = value // timedelta(milliseconds=1)
+    if milliseconds < (1 if positive else 0):
+        raise ConfigurationError(
+            f"{name} is {value!r}: expected {'at least a millisecond' if positive else '0 or more'}"
+        )
+    return milliseconds
+
+
+def check_id(name: str, value: str) -> str:
+    """An id or a name that both databases can store."""
+    if not isinstance(value, str) or not value or len(value) > MAX_ID_LENGTH or "\0" in value:
+        shown = repr(value) if not isinstance(value, str) or len(value) <= 80 else f"{len(value)} characters long"
+        raise ConfigurationError(f"{name} is {shown}: expected 1 to {MAX_ID_LENGTH} characters without NUL")
+    return value
+
+
+def check_count(name: str, value: int, *, least: int = 1) -> int:
+    """A number of things that both databases can store as an integer."""
+    if not isinstance(value, int) or not least <= value < 2**31:
+        raise ConfigurationError(f"{name} is {value!r}: expected a whole number from {least} to {2**31 - 1}")
+    return value
+
+
+def to_json(name: str, value: Any) -> str | None:
+    """Canonical JSON, so that equal values are equal text; None is stored as NULL."""
+    if value is None:
+        return None
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{name} cannot be stored as JSON: {error}") from None
+    if len(text) > MAX_PAYLOAD_BYTES:
+        raise ConfigurationError(
+            f"{name} is {len(text)} bytes of JSON: expected at most {MAX_PAYLOAD_BYTES}; store it elsewhere "
+            "and pass a reference"
+        )
+    return text
+
+
+def from_json(text: str | None) -> Any:
+    """The value of a ``_json`` column."""
+    return None if text is None else json.loads(text)
+
+
+def new_id() -> str:
+    """A unique id whose text order is the order of creation, to the millisecond (the layout of UUID version 7)."""
+    head = time.time_ns() // 1_000_000
+    tail = secrets.randbits(74)
+    value = (head << 80) | (0x7 << 76) | ((tail >> 62) << 64) | (0b10 << 62) | (tail & (2**62 - 1))
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -1,0 +1,188 @@
+"""
+The repository: its life, and its stores.
+
+Awaiting it boots it, whoever awaits and however often: one boot happens, owned by a task of its own, and every awaiter
+only waits for that. So a cancelled awaiter does not spoil the others, and the last one takes the boot with it.
+"""
+
+import asyncio
+import warnings
+from collections.abc import Awaitable, Callable, Generator
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from runtime_repo.attempts import Attempts
+from runtime_repo.database import Database, finish
+from runtime_repo.errors import ConfigurationError, RepositoryClosedError
+from runtime_repo.leases import Leases
+from runtime_repo.schema import Policy, SchemaReport, ensure_schema, load_migrations
+
+__all__ = ["RuntimeRepository"]
+
+
+class RuntimeRepository:
+    """
+    A durable store whose schema is exactly the one this release knows, once it has been awaited.
+
+    ``await repo`` and ``async with repo`` both boot it and may be repeated and mixed; many tasks may await it together
+    and one boot happens. After a failure it may be awaited again; after ``close()`` it is closed for good.
+
+    Attributes:
+        attempts: Units of work: enqueue, complete, fail.
+        leases: Ownership of attempts: claim, heartbeat, requeue_expired.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        migrate: bool,
+        on_drift: Literal["refuse", "warn"],
+        before_migrate: Callable[[], Awaitable[object]] | None,
+        lock_timeout: float,
+    ) -> None:
+        check_seconds("lock_timeout", lock_timeout)
+        if on_drift not in ("refuse", "warn"):
+            raise ConfigurationError(f"on_drift is {on_drift!r}: expected 'refuse' or 'warn'")
+        self._policy = Policy(migrate, on_drift, lock_timeout, before_migrate)
+        self._database = database
+        self._boot: _Boot | None = None
+        self._report: SchemaReport | None = None
+        self._closed = False
+        self.attempts = Attempts(database)
+        self.leases = Leases(database)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open" if self._report else "not awaited yet"
+        return f"<{type(self).__name__} {self._database!r}, {state}>"
+
+    @property
+    def boot_report(self) -> SchemaReport:
+        """
+        What the boot found and did.
+
+        Raises:
+            RepositoryClosedError: It has not been awaited yet.
+        """
+        if self._report is None:
+            raise RepositoryClosedError(f"{self!r} has no boot report: await it first")
+        return self._report
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self._ready().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        # Also where construction failed, before there was anything to forget.
+        if getattr(self, "_report", None) is not None and not self._closed:
+            warnings.warn(
+                f"{self!r} was never closed: use 'async with', or await close()", ResourceWarning, source=self
+            )
+            self._database.abandon()
+
+    async def ensure_schema(self) -> SchemaReport:
+        """
+        Bring the schema to the version this release knows, or prove that it is there; may be called at any time.
+
+        Boots the repository if it has not been awaited, and returns what was found and done. Other processes may do
+        the same at the same moment: exactly one of them applies the migrations.
+
+        Raises:
+            SchemaError: Refused; the subclass says why, and the database was not touched.
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            RepositoryClosedError: The repository was closed.
+        """
+        if self._report is None:
+            return (await self).boot_report
+        return await self._ensure()
+
+    async def close(self) -> None:
+        """Close it for good and leave no connection, thread or task. May be repeated; a boot under way is given up."""
+        self._closed = True
+        if self._boot is not None:
+            await finish(self._give_up(self._boot))
+        await self._database.close()
+
+    async def _ready(self) -> Self:
+        _require_asyncio()
+        while self._report is None and not self._closed:
+            if self._boot is None:
+                self._boot = _Boot(asyncio.create_task(self._start(), name="runtime_repo boot"))
+            if self._boot.given_up:
+                await self._boot.ended.wait()
+            else:
+                await self._join(self._boot)
+        if self._closed:
+            raise RepositoryClosedError(f"{self!r} cannot be awaited any more: construct another")
+        return self
+
+    async def _start(self) -> SchemaReport:
+        try:
+            return await self._ensure()
+        except BaseException:
+            await self._database.close()
+            raise
+
+    async def _ensure(self) -> SchemaReport:
+        return await ensure_schema(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def _join(self, boot: "_Boot") -> None:
+        """Wait for a boot. It counts as successful only when an awaiter has lived to see it."""
+        boot.awaiters += 1
+        try:
+            await asyncio.wait([boot.task])
+        except asyncio.CancelledError:
+            if boot.awaiters == 1 and self._report is None:
+                await finish(self._give_up(boot))
+            raise
+        finally:
+            boot.awaiters -= 1
+        if self._boot is boot and not boot.given_up:
+            self._boot = None
+        if not self._closed:
+            self._report = boot.task.result()
+
+    async def _give_up(self, boot: "_Boot") -> None:
+        boot.given_up = True
+        boot.task.cancel()
+        await asyncio.wait([boot.task])
+        if not boot.task.cancelled() and boot.task.exception() is None:
+            # It ended well in the very turn in which it was given up: nobody will close what it opened.
+            await self._database.close()
+        self._boot = None
+        boot.ended.set()
+
+
+class _Boot:
+    """A boot under way, and how many wait for it."""
+
+    def __init__(self, task: "asyncio.Task[SchemaReport]") -> None:
+        self.task = task
+        self.awaiters = 0
+        self.given_up = False
+        self.ended = asyncio.Event()
+
+
+def check_seconds(name: str, value: float, *, positive: bool = False) -> None:
+    """A time-out in seconds: finite, never negative, and not zero where it must be positive."""
+    if not isinstance(value, (int, float)) or not 0 <= value < float("inf") or (positive and not value):
+        raise ConfigurationError(
+            f"{name} is {value!r}: expected a number of seconds, {'more than 0' if positive else '0 or more'}"
+        )
+
+
+def _require_asyncio() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise ConfigurationError(
+            "runtime_repo needs a running asyncio event loop, since its drivers do: "
+            "use asyncio.run(), or anyio with backend='asyncio'; trio is not supported"
+        ) from None

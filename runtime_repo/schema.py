@@ -1,0 +1,323 @@
+"""
+Boot: bring a database's schema to the version that this release ships, or say why not.
+
+``ensure_schema`` is the whole of it, in the order in which it happens; ``decide`` is its judgement, a pure function,
+the same for both databases. The migrations are files: their names are their numbers and names, and the newest one is
+the supported version.
+"""
+
+import asyncio
+import logging
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from runtime_repo.catalog import LEDGER, Catalog, LedgerRow, Look, catalog_from_json, compare
+from runtime_repo.database import Busy, Database, Transaction
+from runtime_repo.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    Difference,
+    ForeignSchemaError,
+    MigrationError,
+    SchemaDriftError,
+    SchemaError,
+    SchemaHistoryError,
+    SchemaLockTimeoutError,
+    SchemaOutOfDateError,
+    SchemaTooNewError,
+)
+from runtime_repo.queries import split_statements
+
+__all__ = [
+    "AppliedMigration",
+    "Decision",
+    "Migrate",
+    "Migration",
+    "Policy",
+    "Refuse",
+    "SchemaReport",
+    "Serve",
+    "decide",
+    "ensure_schema",
+    "load_migrations",
+]
+
+_log = logging.getLogger("runtime_repo")
+
+_POLL_FIRST = 0.005
+_POLL_LAST = 0.25
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One step forward: its number and name, its SQL with tokens, and the catalog it leads to."""
+
+    version: int
+    name: str
+    sql: str
+    catalog: Catalog
+
+    def __post_init__(self) -> None:
+        for statement in split_statements(self.sql):
+            bare = re.sub(r"--[^\n]*|/\*.*?\*/", "", statement, flags=re.DOTALL).strip()
+            if re.match(r"(begin|start|commit|end|rollback|abort|savepoint|release|prepare)\b", bare, re.IGNORECASE):
+                raise ConfigurationError(
+                    f"migration {self.version} ({self.name}) controls its own transaction ({bare.split()[0]}): "
+                    "remove that statement; a migration commits together with its ledger row"
+                )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the operator wants boot to decide."""
+
+    migrate: bool = True
+    on_drift: Literal["refuse", "warn"] = "refuse"
+    lock_timeout: float = 60.0
+    """Seconds."""
+    before_migrate: Callable[[], Awaitable[object]] | None = None
+
+
+@dataclass(frozen=True)
+class AppliedMigration:
+    """A migration that this boot applied, and how long it took in seconds."""
+
+    version: int
+    name: str
+    duration: float
+
+
+@dataclass(frozen=True)
+class SchemaReport:
+    """What boot found and did."""
+
+    from_version: int
+    """The version found; 0 is a fresh database."""
+    to_version: int
+    applied: tuple[AppliedMigration, ...] = ()
+    """What this boot itself applied; empty when the schema was current or another process migrated it."""
+    waited: float = 0.0
+    """Seconds spent waiting for another process's migration or lock."""
+    backup: Path | None = None
+    """The backup that was taken before an upgrade (SQLite)."""
+    tolerated: tuple[Difference, ...] = ()
+    """Extra columns and indexes of the operator's and, with ``on_drift="warn"``, every drift."""
+
+
+@dataclass(frozen=True)
+class Serve:
+    """The schema is the one this release knows."""
+
+    from_version: int
+    tolerated: tuple[Difference, ...] = ()
+
+
+@dataclass(frozen=True)
+class Migrate:
+    """These migrations are pending."""
+
+    from_version: int
+    pending: tuple[Migration, ...]
+    tolerated: tuple[Difference, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """This database must not be served or changed, because."""
+
+    error: SchemaError
+
+
+Decision = Serve | Migrate | Refuse
+
+
+@cache
+def load_migrations(backend: str) -> tuple[Migration, ...]:
+    """The migrations that this release ships for *backend*, oldest first."""
+    folder = files("runtime_repo") / "migrations" / backend
+    texts = {file.name: file for file in folder.iterdir()}
+    migrations = []
+    for filename in sorted(name for name in texts if name.endswith(".sql")):
+        stem = filename.removesuffix(".sql")
+        version, _, name = stem.partition("_")
+        catalog = catalog_from_json(texts[f"{stem}.catalog.json"].read_text(encoding="utf-8"))
+        migrations.append(Migration(int(version), name, texts[filename].read_text(encoding="utf-8"), catalog))
+    return tuple(migrations)
+
+
+def decide(
+    ledger: Sequence[LedgerRow] | None, catalog: Catalog, migrations: Sequence[Migration], policy: Policy
+) -> Decision:
+    """Serve, migrate these, or refuse because: foreign, too new, a gap or another name, drift, pending."""
+    supported = migrations[-1].version
+    recorded = {row.version: row.name for row in ledger or ()}
+    version = max(recorded, default=0)
+    shipped = {migration.version: migration for migration in migrations}
+
+    if foreign := _foreign(ledger, catalog, shipped.get(min(version, supported)), migrations[-1]):
+        return Refuse(ForeignSchemaError(foreign))
+    if version > supported:
+        return Refuse(SchemaTooNewError(version, supported))
+    for number in sorted(recorded.keys() | {m.version for m in migrations if m.version <= version}):
+        name = shipped[number].name if number in shipped else None
+        if recorded.get(number) != name:
+            return Refuse(SchemaHistoryError(number, recorded.get(number), name))
+
+    drift, extra = compare(shipped[version].catalog, catalog) if version else ([], [])
+    if drift and policy.on_drift == "refuse":
+        return Refuse(SchemaDriftError(version, drift))
+    tolerated = (*drift, *extra)
+    if version == supported:
+        return Serve(version, tolerated)
+    if not policy.migrate:
+        return Refuse(SchemaOutOfDateError(version, supported))
+    return Migrate(version, tuple(m for m in migrations if m.version > version), tolerated)
+
+
+def _foreign(
+    ledger: Sequence[LedgerRow] | None, catalog: Catalog, recorded: Migration | None, newest: Migration
+) -> list[str]:
+    """Our names on what our migrations did not create."""
+    ours = newest.catalog.tables.keys() | {LEDGER}
+    taken = [name for name in sorted(catalog.tables) if name in ours]
+    if not ledger:
+        return taken
+    expected = {LEDGER, *(recorded.catalog.tables if recorded else ours)}
+    return [name for name in taken if catalog.tables[name].kind != "table" or name not in expected]
+
+
+async def ensure_schema(database: Database, migrations: Sequence[Migration], policy: Policy) -> SchemaReport:
+    """
+    Bring *database* to the newest of *migrations*, exactly once among any number of processes.
+
+    Look without a lock; when something is pending take the lock, look and decide again, apply everything with its
+    ledger rows, verify, and commit as one. Whatever fails leaves the database as it was.
+
+    Raises:
+        SchemaError: Boot is refused; the subclass says why.
+        DatabaseUnavailableError: The database cannot be read.
+    """
+    catalogs = [migration.catalog for migration in migrations]
+    patience = _Patience(policy.lock_timeout)
+    preparation: _Preparation | None = None
+    look: Look | None = None
+    found: int | None = None
+    while True:
+        try:
+            look = look or await database.look(catalogs)
+            decision = decide(look.ledger, look.catalog, migrations, policy)
+            if isinstance(decision, Refuse):
+                raise decision.error
+            found = decision.from_version if found is None else found
+            if isinstance(decision, Serve):
+                await database.ready()
+                return _report(found, decision, patience)
+            async with database.lock() as transaction:
+                look = await transaction.look(catalogs)
+                decision = decide(look.ledger, look.catalog, migrations, policy)
+                if not isinstance(decision, Migrate):
+                    continue
+                preparation = preparation or await _prepare(database, decision, policy)
+                applied = await _apply(transaction, look, decision)
+                verified = _verify(await transaction.look(catalogs), migrations, policy)
+            return _report(decision.from_version, verified, patience, applied, preparation.backup)
+        except Busy as busy:
+            if patience.exhausted:
+                raise SchemaLockTimeoutError(patience.waited, await database.lock_holder()) from busy.__cause__
+            await patience.wait()
+            look = None
+
+
+class _Patience:
+    """A bounded wait in short, growing steps, each of random length so that waiters do not march together."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._since: float | None = None
+        self._step = _POLL_FIRST
+
+    @property
+    def waited(self) -> float:
+        return 0.0 if self._since is None else time.monotonic() - self._since
+
+    @property
+    def exhausted(self) -> bool:
+        if self._since is None:
+            self._since = time.monotonic()
+        return self.waited >= self._timeout
+
+    async def wait(self) -> None:
+        pause = min(self._step * random.uniform(0.5, 1.5), self._timeout - self.waited)  # noqa: S311
+        await asyncio.sleep(max(pause, 0))
+        self._step = min(self._step * 1.5, _POLL_LAST)
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    backup: Path | None
+
+
+async def _prepare(database: Database, decision: Migrate, policy: Policy) -> _Preparation:
+    """What happens once, under the lock, before the first change."""
+    backup = None
+    if decision.from_version:
+        try:
+            backup = await database.take_backup(decision.from_version)
+        except DatabaseUnavailableError as error:
+            first = decision.pending[0]
+            raise MigrationError(first.version, first.name, str(error)) from error.__cause__
+    if policy.before_migrate is not None:
+        await policy.before_migrate()
+    return _Preparation(backup)
+
+
+async def _apply(transaction: Transaction, look: Look, decision: Migrate) -> tuple[AppliedMigration, ...]:
+    """Apply what is pending, each with its ledger row."""
+    applied: list[AppliedMigration] = []
+    for migration in decision.pending:
+        started = time.monotonic()
+        try:
+            if migration is decision.pending[0]:
+                if not look.namespace:
+                    await transaction.fetch("schema.create_namespace")
+                if look.ledger is None:
+                    await transaction.fetch("schema.create_ledger")
+            await transaction.script(migration.sql)
+            await transaction.fetch("schema.record", migration.version, migration.name)
+        except DatabaseUnavailableError as error:
+            raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
+        applied.append(AppliedMigration(migration.version, migration.name, time.monotonic() - started))
+    return tuple(applied)
+
+
+def _verify(look: Look, migrations: Sequence[Migration], policy: Policy) -> Serve:
+    """Prove, before the commit, that the migrations led where they should."""
+    newest = migrations[-1]
+    match decide(look.ledger, look.catalog, migrations, policy):
+        case Serve() as verified:
+            return verified
+        case Refuse(error=error):
+            raise MigrationError(newest.version, newest.name, f"it did not lead to its catalog: {error}")
+        case Migrate(pending=pending):
+            missing = pending[0]
+            raise MigrationError(missing.version, missing.name, "its ledger row is missing after it was written")
+
+
+def _report(
+    found: int,
+    decision: Serve,
+    patience: _Patience,
+    applied: tuple[AppliedMigration, ...] = (),
+    backup: Path | None = None,
+) -> SchemaReport:
+    for difference in decision.tolerated:
+        level = logging.INFO if difference.expected is None else logging.WARNING
+        _log.log(level, "schema: %s (tolerated)", difference)
+    return SchemaReport(found, decision.from_version, applied, patience.waited, backup, decision.tolerated)

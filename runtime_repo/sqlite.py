@@ -1,0 +1,419 @@
+"""
+SQLite: the repository class, and the database it runs on. The only file that imports aiosqlite.
+
+One connection, whose thread does one *hop* at a time: a function that runs a whole transaction and ends it, so that a
+caller who is cancelled leaves no lock behind. Only boot keeps a transaction open between hops.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, cast
+
+import aiosqlite
+
+from runtime_repo.catalog import LEDGER, Catalog, Look
+from runtime_repo.catalog_sqlite import catalog_from_rows, fingerprint, ledger_from_rows
+from runtime_repo.database import Backend, Busy, Row, finish, settle
+from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LockHolder, RepositoryClosedError
+from runtime_repo.queries import fill, load_queries, split_statements
+from runtime_repo.repository import RuntimeRepository
+
+__all__ = ["SqliteRuntimeRepository"]
+
+T = TypeVar("T")
+
+_TOKENS = {"schema": "main", "now_ms": "cast(round((julianday('now') - 2440587.5) * 86400000) as integer)"}
+
+_WAL_MODES = ("wal", "memory")
+"""Write-ahead logging, and what a database without a file has instead."""
+
+_BUSY_TIMEOUT = 0.05
+"""Seconds that a hop may block its thread. Longer waits repeat the hop, so that a cancelled caller is heard."""
+
+
+class SqliteRuntimeRepository(RuntimeRepository):
+    """
+    The store on SQLite: embedded, one machine, any number of processes.
+
+    Construction does no I/O. ``await`` it, or enter it with ``async with``: either brings the file to the schema that
+    this release knows before anything can be queried. The file is switched to WAL, which does not work on network
+    file systems, and keeps SQLite's default of a synchronous commit.
+
+    Args:
+        path: The database file; it is created when it is missing, its folder is not. ``:memory:`` is one private
+            database without backup.
+        migrate: False is verify-only: nothing is created or written, and pending migrations refuse the boot.
+        on_drift: ``"warn"`` serves although the structure has drifted, and logs every difference.
+        backup: Copy the file beside itself before an upgrade, named ``<file>.v<version>-<time>.backup``.
+        before_migrate: A coroutine function that runs once, under the lock, before the first migration is applied.
+        lock_timeout: Seconds to wait for another process's migration or write.
+
+    Raises:
+        ConfigurationError: An argument cannot be meant.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        migrate: bool = True,
+        on_drift: Literal["refuse", "warn"] = "refuse",
+        backup: bool = True,
+        before_migrate: Callable[[], Awaitable[object]] | None = None,
+        lock_timeout: float = 60.0,
+    ) -> None:
+        super().__init__(
+            SqliteDatabase(path, writes=migrate, backup=backup, lock_timeout=lock_timeout),
+            migrate=migrate,
+            on_drift=on_drift,
+            before_migrate=before_migrate,
+            lock_timeout=lock_timeout,
+        )
+
+
+class _Hop:
+    """A function that runs on the connection's thread, dressed as what aiosqlite passes through: parameters and a cursor."""
+
+    def __init__(self, work: Callable[["_Connection"], Any]) -> None:
+        self._work = work
+        self._result: Any = None
+
+    def run(self, connection: "_Connection") -> Self:
+        self._result = self._work(connection)
+        return self
+
+    def fetchall(self) -> Any:
+        return self._result
+
+
+class _Connection(sqlite3.Connection):
+    """aiosqlite has no public way to do several statements in one hop, at 90 µs a hop; this is the way."""
+
+    def __init__(self, *args: Any, first: _Hop | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.row_factory = sqlite3.Row
+        if first is not None:
+            try:
+                first.run(self)
+            except BaseException:
+                self.close()
+                raise
+
+    def execute(self, sql: str, parameters: Any = (), /) -> Any:
+        return parameters.run(self) if isinstance(parameters, _Hop) else super().execute(sql, parameters)
+
+
+class SqliteDatabase:
+    """One SQLite file behind the port."""
+
+    backend: Backend = "sqlite"
+
+    def __init__(self, path: str | os.PathLike[str], *, writes: bool, backup: bool, lock_timeout: float) -> None:
+        name = os.fspath(path)
+        if not isinstance(name, str) or not name or name.startswith("file:") or "\0" in name:
+            raise ConfigurationError(f"the path of a SQLite database is {name!r}: expected a file's path or ':memory:'")
+        self._path = None if name == ":memory:" else Path(name).absolute()
+        self._writes = writes
+        self._backup = backup
+        self._lock_timeout = lock_timeout
+        self._queries = _queries()
+        self._connection: aiosqlite.Connection | None = None
+        self._wal = False
+        self._turn = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self._path or ':memory:')!r})"
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await _closed(connection)
+
+    def abandon(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.stop()
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            try:
+                async with self._turn:
+                    return await self.run(query, args)
+            except Busy as busy:
+                if time.monotonic() >= deadline:
+                    raise DatabaseUnavailableError(
+                        f"{self._path} is locked by another process for more than {self._lock_timeout} s: "
+                        "end that process's transaction, or raise lock_timeout"
+                    ) from busy.__cause__
+                await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
+
+    async def run(self, query: str, args: Sequence[object]) -> Sequence[Row]:
+        statements = self._queries[query]
+        parameters = {str(number): value for number, value in enumerate(args, 1)}
+
+        def work(connection: _Connection) -> Sequence[Row]:
+            # A single statement is a transaction of its own; several need one, unless boot has opened it.
+            own = len(statements) > 1 and not connection.in_transaction
+            if own:
+                connection.execute("begin immediate")
+            try:
+                rows: Sequence[Row] = ()
+                for statement in statements:
+                    cursor = connection.execute(statement, parameters)
+                    if cursor.description is not None:
+                        rows = cursor.fetchall()
+                if own:
+                    connection.execute("commit")
+            except BaseException:
+                if own:
+                    connection.rollback()
+                raise
+            return rows
+
+        return await self.hop(work)
+
+    async def hop(self, work: Callable[[_Connection], T], connection: aiosqlite.Connection | None = None) -> T:
+        connection = connection or self._connection
+        if connection is None:
+            raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
+        with self._translated():
+            result = await connection.execute_fetchall("a hop", cast(Iterable[Any], _Hop(work)))
+        return cast(T, result)
+
+    async def look(self, shipped: Sequence[Catalog]) -> Look:
+        if self._connection is not None:
+            async with self._turn:
+                return await self.hop(self._looking(shipped))
+        first = _Hop(self._looking(shipped))
+        try:
+            await finish(self._open("rw", first))
+        except DatabaseUnavailableError:
+            if self._path is None:
+                raise
+            # What is absent is fresh, and a verify-only boot must not create it.
+            if not self._writes and not self._path.exists():
+                return Look(None, Catalog())
+            # Whatever else is wrong is wrong again, unless another process has just created the file.
+            await finish(self._open("rwc" if self._writes else "rw", first))
+        return cast(Look, first.fetchall())
+
+    async def _open(self, mode: str, first: _Hop) -> None:
+        self._turn = asyncio.Lock()
+        self._connection = await self._connect(mode, first)
+
+    async def _connect(self, mode: str, first: _Hop | None = None) -> aiosqlite.Connection:
+        connection = aiosqlite.connect(
+            ":memory:" if self._path is None else f"{self._path.as_uri()}?mode={mode}",
+            uri=self._path is not None,
+            factory=partial(_Connection, first=first),
+            isolation_level=None,
+            timeout=_BUSY_TIMEOUT,
+        )
+        # A connection that was forgotten unclosed must not keep the process from exiting; there is no public switch.
+        connection._thread.daemon = True
+        with self._translated():
+            return await connection
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Let no driver's exception out but as a cause."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise Busy from error
+            raise self._unavailable(error) from error
+
+    def _looking(self, shipped: Sequence[Catalog]) -> Callable[[_Connection], Look]:
+        names = {"1": json.dumps([LEDGER, *shipped[-1].tables])}
+        known = {catalog.fingerprint: catalog for catalog in shipped if catalog.fingerprint}
+
+        def work(connection: _Connection) -> Look:
+            own = not connection.in_transaction
+            self._wal = _journal_mode(connection) in _WAL_MODES
+            while True:
+                try:
+                    rows = connection.execute(self._queries["schema.look"][0], names).fetchall()
+                except sqlite3.OperationalError as error:
+                    if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+                        raise
+                    rows = None  # a ledger that is missing, or not ours, is not even parsed
+                if rows is not None:
+                    ledger, text = ledger_from_rows(rows), fingerprint(rows)
+                    if text in known:
+                        return Look(ledger, known[text])
+                if own:
+                    connection.execute("begin")
+                try:
+                    columns = connection.execute(self._queries["schema.columns"][0], names).fetchall()
+                    indexes = connection.execute(self._queries["schema.indexes"][0], names).fetchall()
+                finally:
+                    if own:
+                        connection.rollback()
+                catalog = catalog_from_rows(columns, indexes, shipped[-1])
+                if rows is not None:
+                    return Look(ledger, replace(catalog, fingerprint=text))
+                if not catalog.has_ledger:
+                    return Look(None, catalog)
+                # Somebody migrated in between: look again.
+
+        return work
+
+    async def look_now(self, shipped: Sequence[Catalog]) -> Look:
+        """Look from within a transaction, whose owner has the connection to itself."""
+        return await self.hop(self._looking(shipped))
+
+    @contextlib.asynccontextmanager
+    async def lock(self) -> AsyncIterator["_BootTransaction"]:
+        async with self._turn:
+            await self.hop(_switch_to_wal)
+            try:
+                await self.hop(lambda connection: connection.execute("begin immediate"))
+                yield _BootTransaction(self)
+                await self.hop(lambda connection: connection.execute("commit"))
+            except BaseException:
+                # Also after a cancelled BEGIN: it may succeed behind the caller's back and keep the lock.
+                await finish(self.hop(lambda connection: connection.rollback()))
+                raise
+
+    async def lock_holder(self) -> LockHolder | None:
+        return None
+
+    async def ready(self) -> None:
+        if self._writes and not self._wal:
+            async with self._turn:
+                await self.hop(_switch_to_wal)
+
+    async def take_backup(self, from_version: int) -> Path | None:
+        if not self._backup or self._path is None:
+            return None
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
+        target = self._path.with_name(f"{self._path.name}.v{from_version}-{moment}.backup")
+        try:
+            await self._copy(target)
+        except (sqlite3.Error, OSError, DatabaseUnavailableError) as error:
+            cause = error.__cause__ or error
+            raise DatabaseUnavailableError(
+                f"the backup {target} could not be written ({cause}): free some space or grant the folder, "
+                "or boot with backup=False after taking one yourself"
+            ) from cause
+        return target
+
+    async def _copy(self, target: Path) -> None:
+        """Copy the database online; what stands under *target*'s name is always a whole copy."""
+        partial = target.with_name(target.name + ".partial")
+        cancelled = False
+
+        def work(connection: _Connection) -> None:
+            def check(_status: int, _remaining: int, _total: int) -> None:
+                if cancelled:
+                    raise InterruptedError
+
+            # An API key's hash must not become readable in the copy.
+            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            with contextlib.closing(sqlite3.connect(partial)) as copy:
+                connection.backup(copy, pages=1024, progress=check)
+            shutil.copymode(cast(Path, self._path), partial)
+            partial.replace(target)
+            _sync_folder(target.parent)
+
+        # A second connection: from the one that holds the write transaction the backup would hang.
+        reader = await self._connect("rw")
+        try:
+            await asyncio.shield(copying := asyncio.ensure_future(self.hop(work, reader)))
+        except BaseException:
+            cancelled = True
+            with contextlib.suppress(Busy, DatabaseUnavailableError, OSError):
+                await settle(copying)
+            partial.unlink(missing_ok=True)
+            raise
+        finally:
+            await _closed(reader)
+
+    def _unavailable(self, error: sqlite3.Error) -> DatabaseUnavailableError:
+        path = self._path
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if path is None:
+            reason = "check its statements"
+        elif path.is_dir():
+            reason = "it is a folder: name a file in it"
+        elif not path.parent.is_dir():
+            reason = f"the folder {path.parent} does not exist: create it first"
+        elif code == sqlite3.SQLITE_NOTADB:
+            reason = "the file is no SQLite database: name another path, or move the file away"
+        elif code == sqlite3.SQLITE_CORRUPT:
+            reason = "the file is damaged or truncated: restore a backup"
+        elif code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+            reason = (
+                "this process may not write the file or its folder (WAL needs both): grant it, or name another path"
+            )
+        elif code == sqlite3.SQLITE_FULL:
+            reason = "the disk is full: free some space"
+        else:
+            reason = "check the file, its disk and its permissions"
+        return DatabaseUnavailableError(f"SQLite database {path or ':memory:'}: {error}: {reason}")
+
+
+class _BootTransaction:
+    """What boot does between BEGIN IMMEDIATE and COMMIT, a hop at a time."""
+
+    def __init__(self, database: SqliteDatabase) -> None:
+        self._database = database
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        return await self._database.run(query, args)
+
+    async def script(self, text: str) -> None:
+        statements = tuple(split_statements(fill(text, _TOKENS)))
+
+        def work(connection: _Connection) -> None:
+            for statement in statements:
+                connection.execute(statement)
+
+        await self._database.hop(work)
+
+    async def look(self, shipped: Sequence[Catalog]) -> Look:
+        return await self._database.look_now(shipped)
+
+
+@cache
+def _queries() -> dict[str, tuple[str, ...]]:
+    """Every query as its statements; the same for every file."""
+    return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", _TOKENS).items()}
+
+
+def _journal_mode(connection: _Connection) -> str:
+    return cast(str, connection.execute("pragma main.journal_mode").fetchone()[0])
+
+
+def _switch_to_wal(connection: _Connection) -> None:
+    if _journal_mode(connection) not in _WAL_MODES:
+        connection.execute("pragma main.journal_mode = wal").fetchone()
+
+
+async def _closed(connection: aiosqlite.Connection) -> None:
+    """Close it in one hop, its thread's last, and see the thread off."""
+    await settle(cast("asyncio.Future[Any]", connection.stop()))
+    connection._thread.join()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in *folder* durable, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

