@@ -15,7 +15,7 @@ from typing import Any
 
 from runtime_repo.errors import Difference
 
-__all__ = ["LEDGER", "Catalog", "LedgerRow", "Look", "Table", "catalog_from_json", "catalog_to_json", "compare"]
+__all__ = ["LEDGER", "Catalog", "Ledger", "LedgerRow", "Look", "Table", "catalog_from_json", "catalog_to_json", "compare"]
 
 LEDGER = "runtime_schema_migrations"
 
@@ -35,8 +35,8 @@ class Catalog:
     """
     The relations that bear our names.
 
-    *fingerprint* identifies the text that SQLite keeps of exactly this catalog, so that a warm boot recognizes it
-    without asking for every column. PostgreSQL keeps no such text.
+    *fingerprint* identifies the text in which the database itself keeps exactly this catalog, so that a warm boot
+    recognizes it without asking for every column. Another text may still mean the same: then the columns decide.
     """
 
     tables: Mapping[str, Table] = field(default_factory=dict)
@@ -60,11 +60,14 @@ class LedgerRow:
     applied_at_ms: int
 
 
+Ledger = tuple[LedgerRow, ...]
+
+
 @dataclass(frozen=True)
 class Look:
     """What boot sees before it decides. *ledger* is None where there is no ledger with our columns."""
 
-    ledger: tuple[LedgerRow, ...] | None
+    ledger: Ledger | None
     catalog: Catalog
     namespace: bool = True
     """Whether the runtime schema itself exists; always true on SQLite."""

@@ -1,11 +1,11 @@
-"""From what SQLite says about itself to a catalog: pure functions over rows. What is compared stands in ``catalog``."""
+"""From what SQLite says about itself to a catalog: pure functions over rows. ``catalog`` compares."""
 
 import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from runtime_repo.catalog import Catalog, LedgerRow, Table
+from runtime_repo.catalog import Catalog, Ledger, LedgerRow, Table
 from runtime_repo.database import Row
 
 __all__ = ["catalog_from_rows", "fingerprint", "ledger_from_rows"]
@@ -20,7 +20,7 @@ _TOKEN = re.compile(
 )
 
 
-def ledger_from_rows(rows: Iterable[Row]) -> tuple[LedgerRow, ...] | None:
+def ledger_from_rows(rows: Iterable[Row]) -> Ledger | None:
     """The ledger's rows; None when one of them is not a ledger's."""
     found = [(row["version"], row["name"], row["applied_at_ms"]) for row in rows]
     if not all(isinstance(version, int) and isinstance(name, str) for version, name, _ in found):

@@ -25,6 +25,7 @@ A driver's exception leaves only as a ``__cause__``, and no text here ever conta
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = [
     "ConfigurationError",
@@ -51,6 +52,16 @@ __all__ = [
 
 class RuntimeRepoError(Exception):
     """The root: catch this to catch everything that runtime_repo raises."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call the constructor with the message: an error must be able to cross a process.
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _restored(kind: type[RuntimeRepoError], args: tuple[Any, ...]) -> RuntimeRepoError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 class SchemaError(RuntimeRepoError):

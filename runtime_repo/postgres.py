@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
-from runtime_repo.catalog import LEDGER, Catalog, Look
-from runtime_repo.catalog_postgres import catalog_from_rows, ledger_from_text
+from runtime_repo.catalog import LEDGER, Catalog, Ledger, Look
+from runtime_repo.catalog_postgres import fingerprint, ledger_from_records, tables_from_rows
 from runtime_repo.database import Backend, Busy, Row, finish
 from runtime_repo.errors import (
     ConfigurationError,
@@ -114,7 +114,7 @@ class Target:
 
     def __init__(self, dsn: "str | Pool", options: dict[str, Any]) -> None:
         self.pool = dsn if isinstance(dsn, asyncpg.Pool) else None
-        self._dsn = dsn
+        self._dsn = dsn if isinstance(dsn, str) else ""
         self._options = options
         self._shown = "an existing pool"
         if self.pool is None:
@@ -134,7 +134,8 @@ class Target:
 
     def new_pool(self) -> "Pool":
         # This package leaves no session state behind, so a connection needs no round trip to be reset.
-        return asyncpg.create_pool(self._dsn, **({"min_size": 0, "reset": _nothing_to_reset} | self._options))
+        options: dict[str, Any] = {"min_size": 0, "reset": _nothing_to_reset} | self._options
+        return asyncpg.create_pool(self._dsn, **options)
 
 
 def _shown(dsn: str) -> str:
@@ -181,7 +182,7 @@ class PostgresDatabase:
             "schema": '"' + schema.replace('"', '""') + '"',
             "now_ms": "(extract(epoch from statement_timestamp()) * 1000)::bigint",
         }
-        self.queries = load_queries("postgres", self.tokens)
+        self.queries = load_queries("postgres", **self.tokens)
         # A hash that is the same in every release, process and machine, as a signed integer.
         self._lock_key = zlib.crc32(schema.encode()) - 2**31
         self._pool: Pool | None = None
@@ -189,7 +190,8 @@ class PostgresDatabase:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target!r}, schema={self._schema!r})"
 
-    async def _open(self) -> None:
+    async def _first_connection(self) -> "Connection":
+        """Open the pool by acquiring from it, trying again while the server may come up."""
         deadline = asyncio.get_running_loop().time() + self._startup_timeout
         pause = 0.05
         while True:
@@ -197,7 +199,7 @@ class PostgresDatabase:
             try:
                 async with asyncio.timeout_at(deadline):
                     await pool
-                    await pool.release(await pool.acquire())
+                    connection = await pool.acquire()
             except BaseException as error:
                 if pool is not self._target.pool:
                     pool.terminate()
@@ -213,7 +215,7 @@ class PostgresDatabase:
                     raise self._unavailable(error) from _bare(error)
             else:
                 self._pool = pool
-                return
+                return connection
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
             pause = min(pause * 2, 1.0)
 
@@ -243,65 +245,70 @@ class PostgresDatabase:
             raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
         return self._pool
 
+    @contextlib.asynccontextmanager
+    async def _acquired(self, *, connect: bool = False) -> AsyncIterator["Connection"]:
+        if self._pool is None and connect:
+            connection = await self._first_connection()
+            pool = self.pool
+        else:
+            pool = self.pool
+            with self.translated():
+                connection = await pool.acquire()
+        try:
+            yield connection
+        finally:
+            await pool.release(connection)
+
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        with self.translated():
-            async with self.pool.acquire() as connection:
+        async with self._acquired() as connection:
+            with self.translated():
                 return await connection.fetch(self.queries[query], *args)
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
-        if self._pool is None:
-            await self._open()
-        with self.translated():
-            async with self.pool.acquire() as connection:
-                try:
-                    rows = await connection.fetch(self.queries["schema.look"], *self._names(shipped))
-                except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-                    # A ledger that is missing, or not ours, is not even parsed.
-                    return await self.look_in_steps(connection, shipped)
-                return Look(ledger_from_text(rows[0]["ledger"]), await self._catalog(connection, rows))
+        async with self._acquired(connect=True) as connection:
+            with self.translated():
+                with contextlib.suppress(asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+                    ledger, text = await self._glance(connection, shipped)
+                    for catalog in shipped:
+                        if catalog.fingerprint == text:
+                            return Look(ledger, catalog)
+                # The catalog is unknown, or the ledger is missing or not ours, and then not even parsed.
+                return await self.look_closely(connection, shipped)
 
-    async def look_in_steps(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
+    async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         """The catalog first, then the ledger if there is one: naming a missing one would abort a transaction."""
-        rows = await connection.fetch(self.queries["schema.catalog"], *self._names(shipped))
-        catalog = await self._catalog(connection, [row for row in rows if row["relname"] is not None])
-        ledger = None
-        if catalog.has_ledger:
-            ledger = ledger_from_text(await connection.fetchval(self.queries["schema.ledger"]))
-        return Look(ledger, catalog, namespace=bool(rows))
+        names = " ".join(shipped[-1].tables.keys() | {LEDGER})
+        rows = await connection.fetch(self.queries["schema.catalog"], self._schema, names)
+        tables = tables_from_rows([row for row in rows if row["relname"] is not None])
+        catalog = Catalog(tables)
+        if not catalog.has_ledger:
+            return Look(None, catalog, namespace=bool(rows))
+        ledger, text = await self._glance(connection, shipped)
+        return Look(ledger, Catalog(tables, text))
 
-    async def _catalog(self, connection: "Connection", rows: Sequence[Row]) -> Catalog:
-        owned: set[tuple[str, str]] = set()
-        if any("nextval(" in row["defaults"] for row in rows):
-            # An earlier program's serial column: as good as an identity, if the column owns its sequence.
-            found = await connection.fetch(self.queries["schema.owned_sequences"], self._schema)
-            owned = {(row["relname"], row["attname"]) for row in found}
-        return catalog_from_rows(rows, owned)
-
-    def _names(self, shipped: Sequence[Catalog]) -> tuple[str, str]:
-        return self._schema, " ".join([LEDGER, *shipped[-1].tables])
+    async def _glance(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Ledger | None, str]:
+        names = [f"{self.tokens['schema']}.{name}" for name in sorted(shipped[-1].tables)]
+        rows = await connection.fetch(self.queries["schema.look"], names)
+        return ledger_from_records(rows[0]["ledger"]), fingerprint(rows, self._schema)
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator["_BootTransaction"]:
-        pool = self.pool
-        with self.translated():
-            connection = await pool.acquire()
-        try:
-            with self.translated():
-                await connection.execute(_begin(connection.get_server_version().major))
-                if not await connection.fetchval(self.queries["schema.try_lock"], _LOCK_CLASS, self._lock_key):
-                    raise Busy
-            yield _BootTransaction(self, connection)
-            with self.translated():
-                await connection.execute("commit")
-        except BaseException as error:
-            await finish(_rolled_back(connection))
-            if isinstance(error, (MigrationError, DatabaseUnavailableError)) and isinstance(
-                error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
-            ):
-                raise Busy from error.__cause__
-            raise
-        finally:
-            await pool.release(connection)
+        async with self._acquired() as connection:
+            try:
+                with self.translated():
+                    await connection.execute(_begin(connection.get_server_version().major))
+                    if not await connection.fetchval(self.queries["schema.try_lock"], _LOCK_CLASS, self._lock_key):
+                        raise Busy
+                yield _BootTransaction(self, connection)
+                with self.translated():
+                    await connection.execute("commit")
+            except BaseException as error:
+                await finish(_rolled_back(connection))
+                if isinstance(error, (MigrationError, DatabaseUnavailableError)) and isinstance(
+                    error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
+                ):
+                    raise Busy from error.__cause__
+                raise
 
     async def lock_holder(self) -> LockHolder | None:
         rows = await self.fetch("schema.lock_holder", _LOCK_CLASS, self._lock_key, self._schema)
@@ -342,7 +349,7 @@ class _BootTransaction:
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         with self._database.translated():
-            return await self._database.look_in_steps(self._connection, shipped)
+            return await self._database.look_closely(self._connection, shipped)
 
 
 def _begin(server: int) -> str:

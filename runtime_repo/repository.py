@@ -83,7 +83,10 @@ class RuntimeRepository:
         # Also where construction failed, before there was anything to forget.
         if getattr(self, "_report", None) is not None and not self._closed:
             warnings.warn(
-                f"{self!r} was never closed: use 'async with', or await close()", ResourceWarning, source=self
+                f"{self!r} was never closed: use 'async with', or await close()",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
             )
             self._database.abandon()
 

@@ -83,7 +83,7 @@ class SqliteRuntimeRepository(RuntimeRepository):
 
 
 class _Hop:
-    """A function that runs on the connection's thread, dressed as what aiosqlite passes through: parameters and a cursor."""
+    """A function to run on the connection's thread, dressed as what aiosqlite lets through: parameters and cursor."""
 
     def __init__(self, work: Callable[["_Connection"], Any]) -> None:
         self._work = work
@@ -391,7 +391,7 @@ class _BootTransaction:
 @cache
 def _queries() -> dict[str, tuple[str, ...]]:
     """Every query as its statements; the same for every file."""
-    return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", _TOKENS).items()}
+    return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", **_TOKENS).items()}
 
 
 def _journal_mode(connection: _Connection) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _CREATE_SECONDS = 120
 _START_SECONDS = 30
+_RUN_SECONDS = 30
 _STOP_SECONDS = 10
 _LOG_TAIL = 4_000
 
@@ -61,8 +62,7 @@ while [ "$pid" ] && kill -0 "$pid" && [ "$tries" -lt 30 ]; do
     tries=$((tries + 1))
 done
 tries=0
-while [ -e "$1" ] && [ "$tries" -lt 30 ]; do
-    rm -rf "$1"
+while ! rm -rf "$1" && [ "$tries" -lt 30 ]; do
     sleep 1
     tries=$((tries + 1))
 done
@@ -317,7 +317,7 @@ class PostgresServer:
     def _accepts(self, port: int) -> bool:
         # The socket lies in our folder: unlike on the port, no other server can answer there.
         place = ("--host", str(self.folder), "--port", str(port))
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
             self._run("pg_isready", "--timeout=3", "--username=postgres", "--dbname=postgres", *place)
             return True
         return False
@@ -417,7 +417,7 @@ class PostgresServer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=_START_SECONDS,
+            timeout=_RUN_SECONDS,
             check=False,
             cwd="/",
             env=self._environment(),

@@ -8,7 +8,7 @@ data-modifying common table expressions; they run in one transaction and the las
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 from runtime_repo.errors import ConfigurationError
@@ -30,9 +30,10 @@ def fill(text: str, tokens: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w*)\}|[{}]", value, text)
 
 
-def load_queries(backend: str, tokens: Mapping[str, str]) -> dict[str, str]:
+@lru_cache(maxsize=16)
+def load_queries(backend: str, *, schema: str, now_ms: str) -> Mapping[str, str]:
     """Every query of *backend*, as ``noun.verb``, with its tokens filled in."""
-    return {name: fill(text, tokens) for name, text in _texts(backend).items()}
+    return {name: fill(text, {"schema": schema, "now_ms": now_ms}) for name, text in _texts(backend).items()}
 
 
 @cache

@@ -77,41 +77,102 @@ select a.pid, coalesce(a.application_name, '') as application_name, host(a.clien
  limit 1;
 
 -- name: look @postgres
--- The ledger and, a row for each relation that bears one of our names ($2, of the schema $1), its columns, defaults and
--- indexes as text: raw catalog columns without joins, since most of the cost is planning on a fresh connection.
-select array(select (version, name, applied_at_ms) from {schema}.runtime_schema_migrations)::text as ledger,
-       c.relname, c.relkind,
-       array(select (attnum, attname, atttypid, atttypmod, attnotnull, attidentity, attgenerated)
-               from pg_catalog.pg_attribute
-              where attrelid = c.oid and attnum > 0 and not attisdropped)::text as columns,
-       array(select (adnum, pg_get_expr(adbin, adrelid))
-               from pg_catalog.pg_attrdef
-              where adrelid = c.oid)::text as defaults,
-       array(select (indexrelid::regclass, indisprimary, indisunique and indimmediate,
-                     indisvalid and indisready and indislive, indnkeyatts, indkey, indoption, indclass,
-                     pg_get_expr(indexprs, indrelid), pg_get_expr(indpred, indrelid))
-               from pg_catalog.pg_index
-              where indrelid = c.oid)::text as indexes
-  from pg_catalog.pg_class as c
- where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1)
-   and c.relname = any (string_to_array($2, ' '));
+-- The ledger and, a row for each of our relations ($1, qualified names), the raw catalog text by which a warm boot
+-- recognizes it: one statement. Its cost is planning and page faults on a fresh connection, so it has no joins, and
+-- every operator and type is the one that an index of the catalogs has (an oid compared to a regclass costs 0.2 ms).
+select array(select (version, name, applied_at_ms)::text from {schema}.runtime_schema_migrations) as ledger,
+       array(select (attnum, attname, atttypid, atttypmod, attnotnull, attidentity, attgenerated)::text
+               from pg_catalog.pg_attribute where attrelid = o) as columns,
+       array(select (adnum, pg_get_expr(adbin, adrelid))::text
+               from pg_catalog.pg_attrdef where adrelid = o) as defaults,
+       array(select (indexrelid::regclass, indisunique, indisprimary, indisvalid, indisready, indislive, indimmediate,
+                     indnkeyatts, indkey, indoption, indclass, indcollation, pg_get_expr(indexprs, indrelid),
+                     pg_get_expr(indpred, indrelid))::text
+               from pg_catalog.pg_index where indrelid = o) as indexes
+  from unnest(array(select to_regclass(x)::oid from unnest($1::text[]) as x)) as o;
 
 -- name: catalog @postgres
--- As above without the ledger, whose absence would fail the statement; a row without a name is a schema without ours.
+-- Every relation of the schema $1 that bears one of our names ($2), column by column and index by index, for a catalog
+-- whose text is not known. One row without a name is a schema that holds nothing of ours; no row is no schema.
 select c.relname, c.relkind,
-       array(select (attnum, attname, atttypid, atttypmod, attnotnull, attidentity, attgenerated)
-               from pg_catalog.pg_attribute
-              where attrelid = c.oid and attnum > 0 and not attisdropped)::text as columns,
-       array(select (adnum, pg_get_expr(adbin, adrelid))
-               from pg_catalog.pg_attrdef
-              where adrelid = c.oid)::text as defaults,
-       array(select (indexrelid::regclass, indisprimary, indisunique and indimmediate,
-                     indisvalid and indisready and indislive, indnkeyatts, indkey, indoption, indclass,
-                     pg_get_expr(indexprs, indrelid), pg_get_expr(indpred, indrelid))
-               from pg_catalog.pg_index
-              where indrelid = c.oid)::text as indexes
+       (select json_agg(json_build_array(
+                   a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated <> '',
+                   a.attidentity <> '' or pg_get_serial_sequence(quote_ident(n.nspname) || '.' || quote_ident(c.relname),
+                                                                 a.attname) is not null,
+                   pg_get_expr(d.adbin, d.adrelid)) order by a.attnum)
+          from pg_catalog.pg_attribute as a
+          left join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
+         where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped)::text as columns,
+       (select json_agg(json_build_array(
+                   x.relname, i.indisprimary, i.indisunique, i.indimmediate,
+                   i.indisvalid and i.indisready and i.indislive, i.indkey::int2[], pg_get_indexdef(i.indexrelid)))
+          from pg_catalog.pg_index as i
+          join pg_catalog.pg_class as x on x.oid = i.indexrelid
+         where i.indrelid = c.oid)::text as indexes
   from pg_catalog.pg_namespace as n
-  left join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = any (string_to_array($2, ' '))
+  left join pg_catalog.pg_class as c
+         on c.relnamespace = n.oid and c.relname = any (string_to_array($2, ' ')) and c.relkind <> 'i'
+ where n.nspname = $1;
+
+-- name: try_lock @postgres
+-- SQLite's own write lock is its migration lock; PostgreSQL needs one of ours, which ends with the transaction.
+select pg_try_advisory_xact_lock($1::int, $2::int);
+
+-- name: lock_holder @postgres
+-- Who is in the way: a migration that has been running for a while, otherwise the oldest transaction that holds a lock
+-- on one of our tables, or on the migration lock. An advisory key is the same in every database.
+select a.pid, coalesce(a.application_name, '') as application_name, host(a.client_addr) as client_address,
+       extract(epoch from clock_timestamp() - coalesce(a.xact_start, a.backend_start, clock_timestamp()))::float8
+           as transaction_age
+  from pg_catalog.pg_locks as l
+  join pg_catalog.pg_stat_activity as a on a.pid = l.pid
+ where l.granted
+   and l.pid <> pg_backend_pid()
+   and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
+   and (   (l.locktype = 'advisory' and l.classid::bigint = $1::int and l.objsubid = 2
+            and l.objid::bigint = $2::int & 4294967295::bigint)
+        or (l.locktype = 'relation' and l.relation in (
+               select c.oid from pg_catalog.pg_class as c
+                where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $3))))
+ order by l.locktype = 'advisory' and a.xact_start < clock_timestamp() - interval '1 second' desc, a.xact_start
+ limit 1;
+
+-- name: look @postgres
+-- The ledger and, a row for each of our relations ($1, qualified names), the raw catalog text by which a warm boot
+-- recognizes it: one statement. Its cost is planning and page faults on a fresh connection, so it has no joins, and
+-- every operator and type is the one that an index of the catalogs has (an oid compared to a regclass costs 0.2 ms).
+select array(select (version, name, applied_at_ms)::text from {schema}.runtime_schema_migrations) as ledger,
+       array(select (attnum, attname, atttypid, atttypmod, attnotnull, attidentity, attgenerated)::text
+               from pg_catalog.pg_attribute where attrelid = o) as columns,
+       array(select (adnum, pg_get_expr(adbin, adrelid))::text
+               from pg_catalog.pg_attrdef where adrelid = o) as defaults,
+       array(select (indexrelid::regclass, indisunique, indisprimary, indisvalid, indisready, indislive, indimmediate,
+                     indnkeyatts, indkey, indoption, indclass, indcollation, pg_get_expr(indexprs, indrelid),
+                     pg_get_expr(indpred, indrelid))::text
+               from pg_catalog.pg_index where indrelid = o) as indexes
+  from unnest(array(select to_regclass(x)::oid from unnest($1::text[]) as x)) as o;
+
+-- name: catalog @postgres
+-- Every relation of the schema $1 that bears one of our names ($2), column by column and index by index, for a catalog
+-- whose text is not known. One row without a name is a schema that holds nothing of ours; no row is no schema.
+select c.relname, c.relkind,
+       (select json_agg(json_build_array(
+                   a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated <> '',
+                   a.attidentity <> '' or pg_get_serial_sequence(quote_ident(n.nspname) || '.' || quote_ident(c.relname),
+                                                                 a.attname) is not null,
+                   pg_get_expr(d.adbin, d.adrelid)) order by a.attnum)
+          from pg_catalog.pg_attribute as a
+          left join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
+         where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped)::text as columns,
+       (select json_agg(json_build_array(
+                   x.relname, i.indisprimary, i.indisunique, i.indimmediate,
+                   i.indisvalid and i.indisready and i.indislive, i.indkey::int2[], pg_get_indexdef(i.indexrelid)))
+          from pg_catalog.pg_index as i
+          join pg_catalog.pg_class as x on x.oid = i.indexrelid
+         where i.indrelid = c.oid)::text as indexes
+  from pg_catalog.pg_namespace as n
+  left join pg_catalog.pg_class as c
+         on c.relnamespace = n.oid and c.relname = any (string_to_array($2, ' ')) and c.relkind <> 'i'
  where n.nspname = $1;
 
 -- name: ledger @postgres
