@@ -15,7 +15,17 @@ from typing import Any
 
 from runtime_repo.errors import Difference
 
-__all__ = ["LEDGER", "Catalog", "Ledger", "LedgerRow", "Look", "Table", "catalog_from_json", "catalog_to_json", "compare"]
+__all__ = [
+    "LEDGER",
+    "Catalog",
+    "Ledger",
+    "LedgerRow",
+    "Look",
+    "Table",
+    "catalog_from_json",
+    "catalog_to_json",
+    "compare",
+]
 
 LEDGER = "runtime_schema_migrations"
 

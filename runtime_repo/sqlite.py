@@ -35,9 +35,6 @@ T = TypeVar("T")
 
 _TOKENS = {"schema": "main", "now_ms": "cast(round((julianday('now') - 2440587.5) * 86400000) as integer)"}
 
-_WAL_MODES = ("wal", "memory")
-"""Write-ahead logging, and what a database without a file has instead."""
-
 _BUSY_TIMEOUT = 0.05
 """Seconds that a hop may block its thread. Longer waits repeat the hop, so that a cancelled caller is heard."""
 
@@ -88,8 +85,10 @@ class _Hop:
     def __init__(self, work: Callable[["_Connection"], Any]) -> None:
         self._work = work
         self._result: Any = None
+        self.connection: _Connection | None = None
 
     def run(self, connection: "_Connection") -> Self:
+        self.connection = connection
         self._result = self._work(connection)
         return self
 
@@ -100,15 +99,14 @@ class _Hop:
 class _Connection(sqlite3.Connection):
     """aiosqlite has no public way to do several statements in one hop, at 90 µs a hop; this is the way."""
 
-    def __init__(self, *args: Any, first: _Hop | None = None, **options: Any) -> None:
+    def __init__(self, *args: Any, first: _Hop, **options: Any) -> None:
         super().__init__(*args, **options)
         self.row_factory = sqlite3.Row
-        if first is not None:
-            try:
-                first.run(self)
-            except BaseException:
-                self.close()
-                raise
+        try:
+            first.run(self)
+        except BaseException:
+            self.close()
+            raise
 
     def execute(self, sql: str, parameters: Any = (), /) -> Any:
         return parameters.run(self) if isinstance(parameters, _Hop) else super().execute(sql, parameters)
@@ -129,7 +127,6 @@ class SqliteDatabase:
         self._lock_timeout = lock_timeout
         self._queries = _queries()
         self._connection: aiosqlite.Connection | None = None
-        self._wal = False
         self._turn = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -198,7 +195,7 @@ class SqliteDatabase:
                 return await self.hop(self._looking(shipped))
         first = _Hop(self._looking(shipped))
         try:
-            await finish(self._open("rw", first))
+            await self._open("rw", first)
         except DatabaseUnavailableError:
             if self._path is None:
                 raise
@@ -206,25 +203,31 @@ class SqliteDatabase:
             if not self._writes and not self._path.exists():
                 return Look(None, Catalog())
             # Whatever else is wrong is wrong again, unless another process has just created the file.
-            await finish(self._open("rwc" if self._writes else "rw", first))
+            await self._open("rwc" if self._writes else "rw", first)
         return cast(Look, first.fetchall())
 
     async def _open(self, mode: str, first: _Hop) -> None:
         self._turn = asyncio.Lock()
         self._connection = await self._connect(mode, first)
 
-    async def _connect(self, mode: str, first: _Hop | None = None) -> aiosqlite.Connection:
+    async def _connect(self, mode: str, first: _Hop) -> aiosqlite.Connection:
+        """Connect, and run *first* in the same hop."""
         connection = aiosqlite.connect(
             ":memory:" if self._path is None else f"{self._path.as_uri()}?mode={mode}",
             uri=self._path is not None,
             factory=partial(_Connection, first=first),
             isolation_level=None,
             timeout=_BUSY_TIMEOUT,
+            check_same_thread=False,  # aiosqlite sees to that; see _forsaken
         )
         # A connection that was forgotten unclosed must not keep the process from exiting; there is no public switch.
         connection._thread.daemon = True
-        with self._translated():
-            return await connection
+        try:
+            with self._translated():
+                return await connection
+        except asyncio.CancelledError:
+            await finish(_forsaken(connection, first))
+            raise
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -242,7 +245,6 @@ class SqliteDatabase:
 
         def work(connection: _Connection) -> Look:
             own = not connection.in_transaction
-            self._wal = _journal_mode(connection) in _WAL_MODES
             while True:
                 try:
                     rows = connection.execute(self._queries["schema.look"][0], names).fetchall()
@@ -292,7 +294,8 @@ class SqliteDatabase:
         return None
 
     async def ready(self) -> None:
-        if self._writes and not self._wal:
+        # A connection that has read a database in WAL mode has its log beside it.
+        if self._writes and self._path is not None and not os.path.exists(f"{self._path}-wal"):  # noqa: ASYNC240, PTH110
             async with self._turn:
                 await self.hop(_switch_to_wal)
 
@@ -330,7 +333,7 @@ class SqliteDatabase:
             _sync_folder(target.parent)
 
         # A second connection: from the one that holds the write transaction the backup would hang.
-        reader = await self._connect("rw")
+        reader = await self._connect("rw", _Hop(lambda _: None))
         try:
             await asyncio.shield(copying := asyncio.ensure_future(self.hop(work, reader)))
         except BaseException:
@@ -394,19 +397,27 @@ def _queries() -> dict[str, tuple[str, ...]]:
     return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", **_TOKENS).items()}
 
 
-def _journal_mode(connection: _Connection) -> str:
-    return cast(str, connection.execute("pragma main.journal_mode").fetchone()[0])
-
-
 def _switch_to_wal(connection: _Connection) -> None:
-    if _journal_mode(connection) not in _WAL_MODES:
+    # Write-ahead logging, or what a database without a file has instead.
+    if connection.execute("pragma main.journal_mode").fetchone()[0] not in ("wal", "memory"):
         connection.execute("pragma main.journal_mode = wal").fetchone()
 
 
 async def _closed(connection: aiosqlite.Connection) -> None:
     """Close it in one hop, its thread's last, and see the thread off."""
-    await settle(cast("asyncio.Future[Any]", connection.stop()))
+    try:
+        await cast("asyncio.Future[Any]", connection.stop())
+    except asyncio.CancelledError:
+        await finish(asyncio.to_thread(connection._thread.join))
+        raise
     connection._thread.join()
+
+
+async def _forsaken(connection: aiosqlite.Connection, first: _Hop) -> None:
+    """See off a thread whose caller was cancelled while it connected, and close what aiosqlite has lost sight of."""
+    await asyncio.to_thread(connection._thread.join)
+    if first.connection is not None:
+        first.connection.close()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Every contract test runs on both backends, through public verbs only."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -8,26 +8,33 @@ import pytest
 
 from runtime_repo import PostgresRuntimeRepository, RuntimeRepository, SqliteRuntimeRepository
 
-
-@pytest.fixture
-async def sqlite_repo(tmp_path: Path) -> AsyncIterator[RuntimeRepository]:
-    """An open repository on a file of its own."""
-    async with SqliteRuntimeRepository(tmp_path / "runtime.db") as repository:
-        yield repository
+Factory = Callable[[], RuntimeRepository]
 
 
 @pytest.fixture
-async def postgres_repo(postgres_url: str, postgres_schema: str) -> AsyncIterator[RuntimeRepository]:
-    """An open repository on a runtime schema of its own."""
-    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repository:
-        yield repository
+def sqlite_factory(tmp_path: Path) -> Factory:
+    """Makes repositories on one file of the test's own."""
+    return lambda: SqliteRuntimeRepository(tmp_path / "runtime.db")
+
+
+@pytest.fixture
+def postgres_factory(postgres_url: str, postgres_schema: str) -> Factory:
+    """Makes repositories on one runtime schema of the test's own."""
+    return lambda: PostgresRuntimeRepository(postgres_url, schema=postgres_schema)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def repo(request: pytest.FixtureRequest) -> RuntimeRepository:
-    """An open repository, once for each backend."""
-    repository: RuntimeRepository = request.getfixturevalue(f"{request.param}_repo")
-    return repository
+def factory(request: pytest.FixtureRequest) -> Factory:
+    """Makes repositories on the test's database, once for each backend."""
+    chosen: Factory = request.getfixturevalue(f"{request.param}_factory")
+    return chosen
+
+
+@pytest.fixture
+async def repo(factory: Factory) -> AsyncIterator[RuntimeRepository]:
+    """An open repository on a database of its own."""
+    async with factory() as repository:
+        yield repository
 
 
 class Clock:

@@ -1,13 +1,14 @@
 """Leases: who owns an attempt, and for how long."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from runtime_repo import AttemptStatus, ConfigurationError, LeaseLostError, RuntimeRepository
-from tests.contract.conftest import Clock
+from tests.contract.conftest import Clock, Factory
 
 MINUTE = timedelta(minutes=1)
 
@@ -144,24 +145,53 @@ async def test_requeueing_is_bounded(repo: RuntimeRepository, clock: Clock) -> N
 
 
 async def test_a_cancelled_claim_owns_nothing(repo: RuntimeRepository) -> None:
-    """Whenever the caller is cancelled, what it claimed is ready again and the try is not counted."""
+    """At whichever turn of the event loop the caller is cancelled, the attempt is ready again and no try is counted."""
     await repo.attempts.enqueue("run", attempt_id="a")
-    taken = 0
-    for turns in range(40):
-        claim = asyncio.create_task(repo.leases.claim("worker", ttl=60 * MINUTE))
+    turns = 0
+    while True:
+        claim = asyncio.create_task(repo.leases.claim("worker"))
         for _ in range(turns):
             await asyncio.sleep(0)
-        claim.cancel()
-        try:
-            leases = await claim
-        except asyncio.CancelledError:
-            taken += (await repo.attempts.get("a")).lease_version > taken
-            attempt = await repo.attempts.get("a")
-            assert (attempt.status, attempt.attempt_no) == (AttemptStatus.QUEUED, 1)
-        else:
-            assert [lease.attempt_id for lease in leases] == ["a"]
+        if claim.done():
             break
-    assert taken or turns < 39
+        claim.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await claim
+        attempt = await repo.attempts.get("a")
+        assert (attempt.status, attempt.attempt_no) == (AttemptStatus.QUEUED, 1)
+        turns += 1 + turns // 4
+    assert [lease.attempt_id for lease in await claim] == ["a"]
+
+
+async def test_a_claim_that_had_happened_when_it_was_cancelled_is_given_back(
+    repo: RuntimeRepository, factory: Factory
+) -> None:
+    """The database committed, the caller was cancelled before it knew: nobody owns the attempt."""
+
+    async def until_claimed() -> bool:
+        async with factory() as other:
+            for _ in range(100):
+                if (await other.attempts.get("a")).lease_version:
+                    return True
+        return False
+
+    await repo.attempts.enqueue("run", attempt_id="a")
+    for turns in range(2, 40):
+        claim = asyncio.create_task(repo.leases.claim("worker"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        # This loop stands still meanwhile, so the claim's answer waits unread.
+        with ThreadPoolExecutor() as threads:
+            claimed = threads.submit(asyncio.run, until_claimed()).result()
+        claim.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await claim
+        if claimed:
+            break
+    attempt = await repo.attempts.get("a")
+    assert (attempt.status, attempt.attempt_no, attempt.lease_version) == (AttemptStatus.QUEUED, 1, 1)
+    (lease,) = await repo.leases.claim("other")
+    assert lease.version == 2
 
 
 @pytest.mark.parametrize(
