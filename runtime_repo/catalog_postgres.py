@@ -11,7 +11,15 @@ from runtime_repo.database import Row
 
 __all__ = ["fingerprint", "ledger_from_records", "tables_from_rows"]
 
-_KINDS = {"r": "table", "p": "partitioned table", "v": "view", "m": "materialized view", "f": "foreign table"}
+_KINDS = {
+    "r": "table",
+    "p": "partitioned table",
+    "v": "view",
+    "m": "materialized view",
+    "f": "foreign table",
+    "t": "type",
+    "i": "index",
+}
 
 
 def ledger_from_records(records: Iterable[str]) -> Ledger | None:
@@ -38,12 +46,15 @@ def fingerprint(rows: Sequence[Row], schema: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tables_from_rows(rows: Sequence[Row]) -> Mapping[str, Table]:
-    """The live relations, column by column and index by index."""
-    return {row["relname"]: _table(row) for row in rows}
+def tables_from_rows(rows: Sequence[Row]) -> Mapping[str, Table] | None:
+    """The live relations, column by column and index by index; None when an index has lost its definition meanwhile."""
+    indexes = {row["relname"]: json.loads(row["indexes"] or "[]") for row in rows}
+    if any(definition is None for found in indexes.values() for *_, definition in found):
+        return None
+    return {row["relname"]: _table(row, indexes[row["relname"]]) for row in rows}
 
 
-def _table(row: Row) -> Table:
+def _table(row: Row, found: Sequence[Sequence[Any]]) -> Table:
     name = row["relname"]
     names: dict[int, str] = {}
     columns: dict[str, str] = {}
@@ -63,7 +74,7 @@ def _table(row: Row) -> Table:
         columns[column] = line
     primary_key: tuple[str, ...] = ()
     indexes: dict[str, str] = {}
-    for index, primary, *facts in json.loads(row["indexes"] or "[]"):
+    for index, primary, *facts in found:
         if primary and facts[2]:
             primary_key = tuple(names[number] for number in facts[3])
         else:

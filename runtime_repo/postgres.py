@@ -46,6 +46,9 @@ _DDL_LOCK_TIMEOUT = "100ms"
 
 _DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
+_REST = 0.4
+"""Seconds between two such tries, whoever makes them."""
+
 _CLOSE_TIMEOUT = 5.0
 """Seconds for saying goodbye to the server, before the connections are dropped."""
 
@@ -272,14 +275,27 @@ class PostgresDatabase:
                     for catalog in shipped:
                         if catalog.fingerprint == text:
                             return Look(ledger, catalog)
-                # The catalog is unknown, or the ledger is missing or not ours, and then not even parsed.
-                return await self.look_closely(connection, shipped)
+                # The catalog is unknown, or the ledger is missing or not ours, and then not even parsed. Several
+                # statements must see one state, or a migration that commits between them would look like drift.
+                try:
+                    await connection.execute("begin isolation level repeatable read read only")
+                    return await self.look_closely(connection, shipped)
+                finally:
+                    await finish(_rolled_back(connection))
 
     async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
-        """The catalog first, then the ledger if there is one: naming a missing one would abort a transaction."""
+        """
+        The catalog first, then the ledger if there is one: naming a missing one would abort the transaction.
+
+        Raises:
+            Busy: An index went away while it was read, for PostgreSQL describes one as it is now, not as the snapshot
+                has it: somebody is migrating.
+        """
         names = " ".join(shipped[-1].tables.keys() | {LEDGER})
         rows = await connection.fetch(self.queries["schema.catalog"], self._schema, names)
         tables = tables_from_rows([row for row in rows if row["relname"] is not None])
+        if tables is None:
+            raise Busy
         catalog = Catalog(tables)
         if not catalog.has_ledger:
             return Look(None, catalog, namespace=bool(rows))
@@ -307,8 +323,24 @@ class PostgresDatabase:
                 if isinstance(error, (MigrationError, DatabaseUnavailableError)) and isinstance(
                     error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
                 ):
+                    await self._rest(connection)
                     raise Busy from error.__cause__
                 raise
+
+    async def _rest(self, connection: "Connection") -> None:
+        """
+        Keep the lock for a moment without wanting any table.
+
+        Each try may hold up live traffic, and the next of four hundred booters would begin one at once: so all of
+        them rest. Should one of them be quicker than this, it rests after its own try.
+        """
+        again = f"select pg_try_advisory_xact_lock({_LOCK_CLASS}, {self._lock_key})"
+        try:
+            with self.translated():
+                await connection.execute(f"{_begin(connection.get_server_version().major)} {again}")
+            await asyncio.sleep(_REST)
+        finally:
+            await finish(_rolled_back(connection))
 
     async def lock_holder(self) -> LockHolder | None:
         rows = await self.fetch("schema.lock_holder", _LOCK_CLASS, self._lock_key, self._schema)

@@ -225,7 +225,7 @@ class SqliteDatabase:
         try:
             with self._translated():
                 return await connection
-        except asyncio.CancelledError:
+        except BaseException:
             await finish(_forsaken(connection, first))
             raise
 
@@ -266,7 +266,7 @@ class SqliteDatabase:
                         connection.rollback()
                 catalog = catalog_from_rows(columns, indexes, shipped[-1])
                 if rows is not None:
-                    return Look(ledger, replace(catalog, fingerprint=text))
+                    return Look(ledger if catalog.has_ledger else None, replace(catalog, fingerprint=text))
                 if not catalog.has_ledger:
                     return Look(None, catalog)
                 # Somebody migrated in between: look again.
@@ -414,7 +414,7 @@ async def _closed(connection: aiosqlite.Connection) -> None:
 
 
 async def _forsaken(connection: aiosqlite.Connection, first: _Hop) -> None:
-    """See off a thread whose caller was cancelled while it connected, and close what aiosqlite has lost sight of."""
+    """See off the thread of a connection that failed or was cancelled, and close what aiosqlite has lost sight of."""
     await asyncio.to_thread(connection._thread.join)
     if first.connection is not None:
         first.connection.close()

@@ -1,4 +1,4 @@
--- What boot itself writes. IF NOT EXISTS appears nowhere: on PostgreSQL it needs CREATE even where the object exists.
+-- What boot reads and writes. IF NOT EXISTS appears nowhere: on PostgreSQL it needs CREATE even where the object exists.
 
 -- name: create_namespace @postgres
 create schema {schema};
@@ -33,11 +33,11 @@ select version, name, applied_at_ms,
   from {schema}.runtime_schema_migrations;
 
 -- name: columns @sqlite
--- Every column of ours, for a catalog whose text is not known.
+-- Every column of ours, for a catalog whose text is not known. An index takes a table's name.
 select t.type as kind, t.name as "table", t.sql, c.name, c.type, c."notnull", c.dflt_value, c.pk, c.hidden
   from {schema}.sqlite_schema as t
-  left join pragma_table_xinfo(t.name, '{schema}') as c
- where t.type in ('table', 'view')
+  left join pragma_table_xinfo(iif(t.type = 'index', null, t.name), '{schema}') as c
+ where t.type in ('table', 'view', 'index')
    and instr($1, '"' || lower(t.name) || '"')
  order by t.name, c.cid;
 
@@ -53,29 +53,6 @@ select t.name as "table", i.name, i."unique", i.origin, i.partial, k.name as "co
    and k.key
  order by t.name, i.name, k.seqno;
 
--- name: try_lock @postgres
--- SQLite's own write lock is its migration lock; PostgreSQL needs one of ours, which ends with the transaction.
-select pg_try_advisory_xact_lock($1::int, $2::int);
-
--- name: lock_holder @postgres
--- Who is in the way: a migration that has been running for a while, otherwise the oldest transaction that holds a lock
--- on one of our tables, or on the migration lock. An advisory key is the same in every database.
-select a.pid, coalesce(a.application_name, '') as application_name, host(a.client_addr) as client_address,
-       extract(epoch from clock_timestamp() - coalesce(a.xact_start, a.backend_start, clock_timestamp()))::float8
-           as transaction_age
-  from pg_catalog.pg_locks as l
-  join pg_catalog.pg_stat_activity as a on a.pid = l.pid
- where l.granted
-   and l.pid <> pg_backend_pid()
-   and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
-   and (   (l.locktype = 'advisory' and l.classid::bigint = $1::int and l.objsubid = 2
-            and l.objid::bigint = $2::int & 4294967295::bigint)
-        or (l.locktype = 'relation' and l.relation in (
-               select c.oid from pg_catalog.pg_class as c
-                where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $3))))
- order by l.locktype = 'advisory' and a.xact_start < clock_timestamp() - interval '1 second' desc, a.xact_start
- limit 1;
-
 -- name: look @postgres
 -- The ledger and, a row for each of our relations ($1, qualified names), the raw catalog text by which a warm boot
 -- recognizes it: one statement. Its cost is planning and page faults on a fresh connection, so it has no joins, and
@@ -93,12 +70,14 @@ select array(select (version, name, applied_at_ms)::text from {schema}.runtime_s
 
 -- name: catalog @postgres
 -- Every relation of the schema $1 that bears one of our names ($2), column by column and index by index, for a catalog
--- whose text is not known. One row without a name is a schema that holds nothing of ours; no row is no schema.
+-- whose text is not known. A table takes a type's name too, so types count. A number that a column's own sequence
+-- provides is as good as an identity. One row without a name is a schema that holds nothing of ours; no row is none.
 select c.relname, c.relkind,
        (select json_agg(json_build_array(
                    a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated <> '',
-                   a.attidentity <> '' or pg_get_serial_sequence(quote_ident(n.nspname) || '.' || quote_ident(c.relname),
-                                                                 a.attname) is not null,
+                   a.attidentity <> ''
+                   or pg_get_expr(d.adbin, d.adrelid) = format('nextval(%L::regclass)', pg_get_serial_sequence(
+                          quote_ident(n.nspname) || '.' || quote_ident(c.relname), a.attname)::regclass),
                    pg_get_expr(d.adbin, d.adrelid)) order by a.attnum)
           from pg_catalog.pg_attribute as a
           left join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
@@ -110,8 +89,12 @@ select c.relname, c.relkind,
           join pg_catalog.pg_class as x on x.oid = i.indexrelid
          where i.indrelid = c.oid)::text as indexes
   from pg_catalog.pg_namespace as n
-  left join pg_catalog.pg_class as c
-         on c.relnamespace = n.oid and c.relname = any (string_to_array($2, ' ')) and c.relkind <> 'i'
+  left join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = any (string_to_array($2, ' '))
+ where n.nspname = $1
+ union all
+select t.typname, 't', null, null
+  from pg_catalog.pg_namespace as n
+  join pg_catalog.pg_type as t on t.typnamespace = n.oid and t.typrelid = 0 and t.typname = any (string_to_array($2, ' '))
  where n.nspname = $1;
 
 -- name: try_lock @postgres
@@ -136,56 +119,3 @@ select a.pid, coalesce(a.application_name, '') as application_name, host(a.clien
                 where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $3))))
  order by l.locktype = 'advisory' and a.xact_start < clock_timestamp() - interval '1 second' desc, a.xact_start
  limit 1;
-
--- name: look @postgres
--- The ledger and, a row for each of our relations ($1, qualified names), the raw catalog text by which a warm boot
--- recognizes it: one statement. Its cost is planning and page faults on a fresh connection, so it has no joins, and
--- every operator and type is the one that an index of the catalogs has (an oid compared to a regclass costs 0.2 ms).
-select array(select (version, name, applied_at_ms)::text from {schema}.runtime_schema_migrations) as ledger,
-       array(select (attnum, attname, atttypid, atttypmod, attnotnull, attidentity, attgenerated)::text
-               from pg_catalog.pg_attribute where attrelid = o) as columns,
-       array(select (adnum, pg_get_expr(adbin, adrelid))::text
-               from pg_catalog.pg_attrdef where adrelid = o) as defaults,
-       array(select (indexrelid::regclass, indisunique, indisprimary, indisvalid, indisready, indislive, indimmediate,
-                     indnkeyatts, indkey, indoption, indclass, indcollation, pg_get_expr(indexprs, indrelid),
-                     pg_get_expr(indpred, indrelid))::text
-               from pg_catalog.pg_index where indrelid = o) as indexes
-  from unnest(array(select to_regclass(x)::oid from unnest($1::text[]) as x)) as o;
-
--- name: catalog @postgres
--- Every relation of the schema $1 that bears one of our names ($2), column by column and index by index, for a catalog
--- whose text is not known. One row without a name is a schema that holds nothing of ours; no row is no schema.
-select c.relname, c.relkind,
-       (select json_agg(json_build_array(
-                   a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated <> '',
-                   a.attidentity <> '' or pg_get_serial_sequence(quote_ident(n.nspname) || '.' || quote_ident(c.relname),
-                                                                 a.attname) is not null,
-                   pg_get_expr(d.adbin, d.adrelid)) order by a.attnum)
-          from pg_catalog.pg_attribute as a
-          left join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
-         where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped)::text as columns,
-       (select json_agg(json_build_array(
-                   x.relname, i.indisprimary, i.indisunique, i.indimmediate,
-                   i.indisvalid and i.indisready and i.indislive, i.indkey::int2[], pg_get_indexdef(i.indexrelid)))
-          from pg_catalog.pg_index as i
-          join pg_catalog.pg_class as x on x.oid = i.indexrelid
-         where i.indrelid = c.oid)::text as indexes
-  from pg_catalog.pg_namespace as n
-  left join pg_catalog.pg_class as c
-         on c.relnamespace = n.oid and c.relname = any (string_to_array($2, ' ')) and c.relkind <> 'i'
- where n.nspname = $1;
-
--- name: ledger @postgres
-select array(select (version, name, applied_at_ms) from {schema}.runtime_schema_migrations)::text as ledger;
-
--- name: owned_sequences @postgres
--- Which defaults come from a sequence that their column owns. Asked only where a default is a sequence's.
-select c.relname, a.attname
-  from pg_catalog.pg_depend as d
-  join pg_catalog.pg_class as s on s.oid = d.objid and s.relkind = 'S'
-  join pg_catalog.pg_class as c on c.oid = d.refobjid
-  join pg_catalog.pg_attribute as a on a.attrelid = c.oid and a.attnum = d.refobjsubid
- where d.classid = 'pg_catalog.pg_class'::regclass
-   and d.refclassid = 'pg_catalog.pg_class'::regclass
-   and d.deptype = 'a'
-   and c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $1);
