@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from runtime_repo.database import Database
+from runtime_repo.database import Queries
 from runtime_repo.errors import LeaseLostError, NotFoundError, PayloadMismatchError
 from runtime_repo.records import (
     Attempt,
@@ -34,8 +34,8 @@ class Attempts:
     *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
 
     async def enqueue(
         self,
@@ -65,7 +65,7 @@ class Attempts:
             "payload": to_json("payload", payload),
         }
         key = new_id() if attempt_id is None else check_id("attempt_id", attempt_id)
-        rows = await self._database.fetch(
+        rows = await self._queries.fetch(
             "attempts.enqueue",
             key,
             run_id,
@@ -98,7 +98,7 @@ class Attempts:
 
     async def find(self, attempt_id: str) -> Attempt | None:
         """Return an attempt, or None."""
-        rows = await self._database.fetch("attempts.find", check_id("attempt_id", attempt_id))
+        rows = await self._queries.fetch("attempts.find", check_id("attempt_id", attempt_id))
         return attempt_from_row(rows[0]) if rows else None
 
     async def list(self, *, run_id: str, after: str = "", limit: int = 100) -> Sequence[Attempt]:
@@ -108,7 +108,7 @@ class Attempts:
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
         text may differ between databases.
         """
-        rows = await self._database.fetch(
+        rows = await self._queries.fetch(
             "attempts.list_by_run", check_id("run_id", run_id), after, check_count("limit", limit)
         )
         return [attempt_from_row(row) for row in rows]
@@ -123,7 +123,7 @@ class Attempts:
         Raises:
             LeaseLostError: The attempt is no longer this lease's to finish: discard the result.
         """
-        rows = await self._database.fetch(
+        rows = await self._queries.fetch(
             "attempts.complete", lease.attempt_id, lease.version, to_json("result", result), instant_ms("now", now)
         )
         return attempt_from_row(rows[0]) if rows else await self._done_before(lease, AttemptStatus.COMPLETED)
@@ -141,7 +141,7 @@ class Attempts:
         Raises:
             LeaseLostError: The attempt is no longer this lease's to fail.
         """
-        rows = await self._database.fetch(
+        rows = await self._queries.fetch(
             "attempts.fail",
             lease.attempt_id,
             lease.version,
@@ -158,12 +158,12 @@ class Attempts:
         attempt = await self.get(lease.attempt_id)
         if attempt.lease_version == lease.version and attempt.status in outcomes:
             return attempt
-        raise await lost(self._database, lease)
+        raise await lost(self._queries, lease)
 
 
-async def lost(database: Database, lease: Lease) -> LeaseLostError | NotFoundError:
+async def lost(queries: Queries, lease: Lease) -> LeaseLostError | NotFoundError:
     """The error that says why *lease* can no longer be acted on."""
-    rows = await database.fetch("leases.holder", lease.attempt_id)
+    rows = await queries.fetch("leases.holder", lease.attempt_id)
     if not rows:
         return NotFoundError("attempt", lease.attempt_id)
     return LeaseLostError(

@@ -17,7 +17,7 @@ import anyio
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.errors import LockHolder
 
-__all__ = ["Backend", "Busy", "Database", "Row", "Transaction", "finish", "settle"]
+__all__ = ["Backend", "Busy", "Database", "Queries", "Row", "Transaction", "finish", "settle"]
 
 Backend = Literal["sqlite", "postgres"]
 
@@ -30,12 +30,16 @@ class Row(Protocol):
     def __getitem__(self, column: str, /) -> Any: ...
 
 
-class Transaction(Protocol):
-    """Statements that commit together."""
+class Queries(Protocol):
+    """All that a noun needs."""
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        """Run a named query and return its rows."""
+        """Run a named query as one atomic step and return its rows."""
         ...
+
+
+class Transaction(Queries, Protocol):
+    """Statements that commit together."""
 
     async def script(self, text: str) -> None:
         """Run the statements of a migration, in order."""
@@ -46,7 +50,7 @@ class Transaction(Protocol):
         ...
 
 
-class Database(Protocol):
+class Database(Queries, Protocol):
     """One database, which connects at its first look and then serves many tasks."""
 
     @property
@@ -58,10 +62,6 @@ class Database(Protocol):
 
     def abandon(self) -> None:
         """Let go of everything without waiting: for an owner that was forgotten unclosed."""
-        ...
-
-    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        """Run a named query as one atomic step and return its rows."""
         ...
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from runtime_repo.attempts import DEFAULT_QUEUE, lost
-from runtime_repo.database import Database, Row, finish
+from runtime_repo.database import Queries, Row, finish
 from runtime_repo.errors import RuntimeRepoError
 from runtime_repo.records import (
     Attempt,
@@ -37,8 +37,8 @@ class Leases:
     *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
 
     async def claim(
         self,
@@ -77,7 +77,7 @@ class Leases:
         return leases
 
     async def _claim(self, *args: object) -> Sequence[Row]:
-        return await self._database.fetch("leases.claim", *args)
+        return await self._queries.fetch("leases.claim", *args)
 
     async def _undo(self, claim: "asyncio.Task[Sequence[Row]]", ids: str, before: Sequence[Lease]) -> None:
         """Give back what a cancelled caller claimed. The claim is over first, so that nothing commits behind this."""
@@ -87,7 +87,7 @@ class Leases:
             claim.exception()
         ids = json.dumps([*json.loads(ids), *(lease.lease_id for lease in before)])
         try:
-            await self._database.fetch("leases.give_back", ids)
+            await self._queries.fetch("leases.give_back", ids)
         except RuntimeRepoError as error:
             _log.warning("a cancelled claim could not be given back, its leases will expire: %s", error)
 
@@ -101,7 +101,7 @@ class Leases:
         Raises:
             LeaseLostError: The lease expired, or the attempt was finished, requeued or claimed by another worker.
         """
-        rows = await self._database.fetch(
+        rows = await self._queries.fetch(
             "leases.heartbeat",
             lease.lease_id,
             lease.version,
@@ -109,7 +109,7 @@ class Leases:
             instant_ms("now", now),
         )
         if not rows:
-            raise await lost(self._database, lease)
+            raise await lost(self._queries, lease)
         return dataclasses.replace(
             lease,
             heartbeat_at=from_ms(rows[0]["heartbeat_at_ms"]),
@@ -123,5 +123,5 @@ class Leases:
         Returns the attempts whose lease had expired, at most *limit*: each is ``queued`` with the lost try counted or,
         after try number ``max_attempts``, ``failed``. Repeat it until it returns fewer than *limit*.
         """
-        rows = await self._database.fetch("leases.requeue_expired", check_count("limit", limit), instant_ms("now", now))
+        rows = await self._queries.fetch("leases.requeue_expired", check_count("limit", limit), instant_ms("now", now))
         return [attempt_from_row(row) for row in rows]

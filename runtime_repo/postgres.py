@@ -236,11 +236,11 @@ class PostgresDatabase:
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
-        """Let no driver's exception out but as a cause."""
+        """Let no driver's exception out but as a cause, without its frames: a verb may have had to connect anew."""
         try:
             yield
         except _DRIVER_ERRORS as error:
-            raise self._unavailable(error) from error
+            raise self._unavailable(error) from _bare(error)
 
     @property
     def pool(self) -> "Pool":

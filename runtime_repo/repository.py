@@ -7,12 +7,12 @@ only waits for that. So a cancelled awaiter does not spoil the others, and the l
 
 import asyncio
 import warnings
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from runtime_repo.attempts import Attempts
-from runtime_repo.database import Database, finish
+from runtime_repo.database import Database, Row, finish
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.leases import Leases
 from runtime_repo.schema import Policy, SchemaReport, ensure_schema, load_migrations
@@ -49,8 +49,9 @@ class RuntimeRepository:
         self._boot: _Boot | None = None
         self._report: SchemaReport | None = None
         self._closed = False
-        self.attempts = Attempts(database)
-        self.leases = Leases(database)
+        self._gate = _Gate(database)
+        self.attempts = Attempts(self._gate)
+        self.leases = Leases(self._gate)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._report else "not awaited yet"
@@ -102,13 +103,14 @@ class RuntimeRepository:
             DatabaseUnavailableError: The database cannot be reached, opened or read.
             RepositoryClosedError: The repository was closed.
         """
-        if self._report is None:
+        if self._report is None or self._closed:
             return (await self).boot_report
         return await self._ensure()
 
     async def close(self) -> None:
         """Close it for good and leave no connection, thread or task. May be repeated; a boot under way is given up."""
         self._closed = True
+        self._gate.is_open = False
         if self._boot is not None:
             await finish(self._give_up(self._boot))
         await self._database.close()
@@ -151,6 +153,7 @@ class RuntimeRepository:
             self._boot = None
         if not self._closed:
             self._report = boot.task.result()
+            self._gate.is_open = True
 
     async def _give_up(self, boot: "_Boot") -> None:
         boot.given_up = True
@@ -161,6 +164,19 @@ class RuntimeRepository:
             await self._database.close()
         self._boot = None
         boot.ended.set()
+
+
+class _Gate:
+    """What the nouns query: the database, from the end of boot until the repository is closed."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.is_open = False
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        if not self.is_open:
+            raise RepositoryClosedError("the repository is not open: await it first, and do not use it after close()")
+        return await self._database.fetch(query, *args)
 
 
 class _Boot:
