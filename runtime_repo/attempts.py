@@ -1,5 +1,6 @@
 """Attempts: units of work that are enqueued, tried under a lease, and finished once."""
 
+import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -109,7 +110,10 @@ class Attempts:
         text may differ between databases.
         """
         rows = await self._queries.fetch(
-            "attempts.list_by_run", check_id("run_id", run_id), after, check_count("limit", limit)
+            "attempts.list_by_run",
+            check_id("run_id", run_id),
+            after and check_id("after", after),
+            check_count("limit", limit),
         )
         return [attempt_from_row(row) for row in rows]
 
@@ -145,7 +149,7 @@ class Attempts:
             "attempts.fail",
             lease.attempt_id,
             lease.version,
-            error.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+            re.sub("[\0\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", error),
             None if retry_in is None else span_ms("retry_in", retry_in),
             instant_ms("now", now),
         )

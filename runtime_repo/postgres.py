@@ -8,6 +8,7 @@ session, so it runs behind a transaction-pooling pgbouncer (with ``statement_cac
 import asyncio
 import contextlib
 import random
+import re
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from runtime_repo.errors import (
     LockHolder,
     MigrationError,
     RepositoryClosedError,
+    RuntimeRepoError,
 )
 from runtime_repo.queries import fill, load_queries
 from runtime_repo.repository import RuntimeRepository, check_seconds
@@ -41,7 +43,7 @@ __all__ = ["PostgresRuntimeRepository"]
 _LOCK_CLASS = 0x72756E74
 """The first of the advisory lock's two integers; it must never change, or two releases would not exclude each other."""
 
-_DDL_LOCK_TIMEOUT = "100ms"
+_LOCK_TIMEOUT = "100ms"
 """How long one try may queue live traffic behind it while it waits for a table."""
 
 _DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
@@ -100,9 +102,11 @@ class PostgresRuntimeRepository(RuntimeRepository):
         startup_timeout: float = 30.0,
         **pool_options: Any,
     ) -> None:
-        target = Target(dsn, pool_options)
-        # From here on no frame of ours holds a password that a traceback with locals could show.
-        dsn, pool_options = "", {}
+        try:
+            target = Target(dsn, pool_options)
+        finally:
+            # From here on no frame of ours holds a password that a traceback with locals could show.
+            dsn, pool_options = "", {}
         super().__init__(
             PostgresDatabase(target, schema=schema, startup_timeout=startup_timeout),
             migrate=migrate,
@@ -144,13 +148,17 @@ class Target:
 def _shown(dsn: str) -> str:
     """The DSN without what may be secret: the password, and the query, where asyncpg takes one too."""
     try:
+        dsn.encode()
         parts = urlsplit(dsn)
         _, _, hosts = parts.netloc.rpartition("@")
         user = parts.username
     except ValueError:
         return ""
-    if parts.scheme not in ("postgresql", "postgres"):
+    if parts.scheme not in ("postgresql", "postgres") or "\0" in dsn:
         return ""
+    if "@" in parts.path + parts.query + parts.fragment or not all(map(_HOST.fullmatch, hosts.split(","))):
+        # A character of the password that should have been encoded cuts it wrongly: its rest may be anywhere.
+        return f"{parts.scheme}://..."
     return f"{parts.scheme}://{f'{user}@' if user else ''}{hosts}{parts.path}"
 
 
@@ -166,6 +174,9 @@ def _check_schema(schema: str) -> None:
         )
 
 
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:,]*)(:\d*)?")
+
+
 async def _nothing_to_reset(_connection: "Connection") -> None:
     pass
 
@@ -176,10 +187,10 @@ class PostgresDatabase:
     backend: Backend = "postgres"
 
     def __init__(self, target: Target, *, schema: str, startup_timeout: float) -> None:
-        _check_schema(schema)
-        check_seconds("startup_timeout", startup_timeout, positive=True)
         self._target = target
         self._schema = schema
+        _check_schema(schema)
+        check_seconds("startup_timeout", startup_timeout, positive=True)
         self._startup_timeout = startup_timeout
         self.tokens = {
             "schema": '"' + schema.replace('"', '""') + '"',
@@ -197,30 +208,45 @@ class PostgresDatabase:
         """Open the pool by acquiring from it, trying again while the server may come up."""
         deadline = asyncio.get_running_loop().time() + self._startup_timeout
         pause = 0.05
+        failure: RuntimeRepoError | None = None
         while True:
-            pool = self._target.pool or self._target.new_pool()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await pool
-                    connection = await pool.acquire()
-            except BaseException as error:
-                if pool is not self._target.pool:
-                    pool.terminate()
-                if isinstance(error, (TypeError, ValueError)) and not isinstance(error, OSError):
-                    # asyncpg's own words may repeat a part of the DSN.
-                    raise ConfigurationError(
-                        f"asyncpg cannot use the DSN or the pool options for {self._target}: check their spelling "
-                        "(its message is not repeated here, since it may hold a password)"
-                    ) from None
-                if not isinstance(error, _DRIVER_ERRORS):
-                    raise
-                if not _is_transient(error) or asyncio.get_running_loop().time() + pause >= deadline:
-                    raise self._unavailable(error) from _bare(error)
-            else:
-                self._pool = pool
-                return connection
+            connected = await self._connected(deadline)
+            if not isinstance(connected, RuntimeRepoError):
+                return connected
+            again = connected.__cause__ is not None and _is_transient(connected.__cause__)
+            if not again or asyncio.get_running_loop().time() + pause >= deadline:
+                # A try that the deadline cut short says less than the one before it.
+                raise failure if failure and isinstance(connected.__cause__, TimeoutError) else connected
+            failure = connected
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
             pause = min(pause * 2, 1.0)
+
+    async def _connected(self, deadline: float) -> "Connection | RuntimeRepoError":
+        """Try once. An error is returned, not raised, so that asyncpg's own frames and words stay behind."""
+        pool: Pool | None = None
+        try:
+            pool = self._target.pool or self._target.new_pool()
+            async with asyncio.timeout_at(deadline):
+                await pool
+                connection = await pool.acquire()
+        except BaseException as error:
+            if pool is not None and pool is not self._target.pool:
+                pool.terminate()
+            if isinstance(error, (TypeError, ValueError, ArithmeticError, AttributeError)) and not (
+                isinstance(error, OSError)
+            ):
+                # asyncpg's own words may repeat a part of the DSN.
+                return ConfigurationError(
+                    f"asyncpg cannot use the DSN or the pool options for {self._target}: check their spelling "
+                    "(its message is not repeated here, since it may hold a password)"
+                )
+            if not isinstance(error, _DRIVER_ERRORS):
+                raise
+            failure = self._unavailable(error)
+            failure.__cause__ = _bare(error)
+            return failure
+        self._pool = pool
+        return connection
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
@@ -269,19 +295,29 @@ class PostgresDatabase:
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         async with self._acquired(connect=True) as connection:
-            with self.translated():
-                with contextlib.suppress(asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-                    ledger, text = await self._glance(connection, shipped)
-                    for catalog in shipped:
-                        if catalog.fingerprint == text:
-                            return Look(ledger, catalog)
-                # The catalog is unknown, or the ledger is missing or not ours, and then not even parsed. Several
-                # statements must see one state, or a migration that commits between them would look like drift.
-                try:
-                    await connection.execute("begin isolation level repeatable read read only")
-                    return await self.look_closely(connection, shipped)
-                finally:
-                    await finish(_rolled_back(connection))
+            try:
+                with self.translated():
+                    return await self._glance_or_look(connection, shipped)
+            except DatabaseUnavailableError as error:
+                if isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                    raise Busy from error.__cause__
+                raise
+
+    async def _glance_or_look(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
+        with contextlib.suppress(asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+            ledger, text = await self._glance(connection, shipped)
+            for catalog in shipped:
+                if catalog.fingerprint == text:
+                    return Look(ledger, catalog)
+        # The catalog is unknown, or the ledger is missing or not ours, and then not even parsed. Several statements
+        # must see one state, or a migration that commits between them would look like drift.
+        try:
+            await connection.execute(
+                f"begin isolation level repeatable read read only; set local lock_timeout = '{_LOCK_TIMEOUT}'"
+            )
+            return await self.look_closely(connection, shipped)
+        finally:
+            await finish(_rolled_back(connection))
 
     async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         """
@@ -357,10 +393,13 @@ class PostgresDatabase:
 
     def _unavailable(self, error: BaseException) -> DatabaseUnavailableError:
         code = getattr(error, "sqlstate", None)
-        words = " ".join(str(error.args[0] if error.args else "").split())
+        # Of an OSError's arguments the first is its number.
+        words = " ".join(str(getattr(error, "strerror", None) or (error.args[0] if error.args else "")).split())
         if isinstance(error, TimeoutError):
             words = words or "no answer in time"
-        remedy = _REMEDIES.get(str(code), "check that the server runs and can be reached from here")
+        reachable = isinstance(error, asyncpg.PostgresError) and not isinstance(error, asyncpg.PostgresConnectionError)
+        usual = "mend what the server names" if reachable else "check that the server runs and can be reached from here"
+        remedy = _REMEDIES.get(str(code), usual)
         return DatabaseUnavailableError(f"PostgreSQL {self._target}: {words or type(error).__name__}: {remedy}")
 
 
@@ -393,7 +432,7 @@ def _begin(server: int) -> str:
     if server >= 17:
         unlimited.append("transaction_timeout")
     settings = "".join(f"set local {name} = 0;" for name in unlimited)
-    return f"begin isolation level read committed; set local lock_timeout = '{_DDL_LOCK_TIMEOUT}'; {settings}"
+    return f"begin isolation level read committed; set local lock_timeout = '{_LOCK_TIMEOUT}'; {settings}"
 
 
 async def _closed(pool: "Pool") -> None:

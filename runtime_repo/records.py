@@ -5,6 +5,7 @@ Instants are aware ``datetime`` in UTC, durations ``timedelta``; in the database
 """
 
 import json
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 MAX_ID_LENGTH = 512
+MAX_SPAN_MS = 1000 * 366 * 86_400_000
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -161,19 +163,24 @@ def instant_ms(name: str, value: datetime | None) -> int | None:
 def span_ms(name: str, value: timedelta, *, positive: bool = False) -> int:
     """A duration in milliseconds; never negative, and not zero where it must be positive."""
     milliseconds = value // timedelta(milliseconds=1)
-    if milliseconds < (1 if positive else 0):
+    if not (1 if positive else 0) <= milliseconds <= MAX_SPAN_MS:
         raise ConfigurationError(
-            f"{name} is {value!r}: expected {'at least a millisecond' if positive else '0 or more'}"
+            f"{name} is {value!r}: expected {'at least a millisecond' if positive else '0 or more'}, at most 1000 years"
         )
     return milliseconds
 
 
 def check_id(name: str, value: str) -> str:
     """An id or a name that both databases can store."""
-    if not isinstance(value, str) or not value or len(value) > MAX_ID_LENGTH or "\0" in value:
+    if not isinstance(value, str) or not value or len(value) > MAX_ID_LENGTH or not is_text(value):
         shown = repr(value) if not isinstance(value, str) or len(value) <= 80 else f"{len(value)} characters long"
         raise ConfigurationError(f"{name} is {shown}: expected 1 to {MAX_ID_LENGTH} characters without NUL")
     return value
+
+
+def is_text(value: str) -> bool:
+    """Whether both databases can store it: neither takes a lone surrogate, PostgreSQL takes no NUL."""
+    return re.search("[\0\ud800-\udfff]", value) is None
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> int:

@@ -7,7 +7,7 @@ only waits for that. So a cancelled awaiter does not spoil the others, and the l
 
 import asyncio
 import warnings
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -54,6 +54,9 @@ class RuntimeRepository:
         self.leases = Leases(self._gate)
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_closed"):
+            # A traceback with locals shows also what could not be constructed.
+            return f"<{type(self).__name__}, not constructed>"
         state = "closed" if self._closed else "open" if self._report else "not awaited yet"
         return f"<{type(self).__name__} {self._database!r}, {state}>"
 
@@ -112,7 +115,7 @@ class RuntimeRepository:
         self._closed = True
         self._gate.is_open = False
         if self._boot is not None:
-            await finish(self._give_up(self._boot))
+            await self._give_up(self._boot)
         await self._database.close()
 
     async def _ready(self) -> Self:
@@ -145,7 +148,7 @@ class RuntimeRepository:
             await asyncio.wait([boot.task])
         except asyncio.CancelledError:
             if boot.awaiters == 1 and self._report is None:
-                await finish(self._give_up(boot))
+                await self._give_up(boot)
             raise
         finally:
             boot.awaiters -= 1
@@ -155,9 +158,13 @@ class RuntimeRepository:
             self._report = boot.task.result()
             self._gate.is_open = True
 
-    async def _give_up(self, boot: "_Boot") -> None:
+    def _give_up(self, boot: "_Boot") -> Coroutine[Any, Any, None]:
+        """Mark it at once, so that nobody joins it any more; see it off when awaited."""
         boot.given_up = True
         boot.task.cancel()
+        return finish(self._see_off(boot))
+
+    async def _see_off(self, boot: "_Boot") -> None:
         await asyncio.wait([boot.task])
         if not boot.task.cancelled() and boot.task.exception() is None:
             # It ended well in the very turn in which it was given up: nobody will close what it opened.

@@ -118,9 +118,10 @@ class SqliteDatabase:
     backend: Backend = "sqlite"
 
     def __init__(self, path: str | os.PathLike[str], *, writes: bool, backup: bool, lock_timeout: float) -> None:
-        name = os.fspath(path)
-        if not isinstance(name, str) or not name or name.startswith("file:") or "\0" in name:
-            raise ConfigurationError(f"the path of a SQLite database is {name!r}: expected a file's path or ':memory:'")
+        self._path: Path | None = None
+        name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+        if not isinstance(name, str) or not name or name.startswith("file:") or "\0" in name or not _is_encodable(name):
+            raise ConfigurationError(f"the path of a SQLite database is {path!r}: expected a file's path or ':memory:'")
         self._path = None if name == ":memory:" else Path(name).absolute()
         self._writes = writes
         self._backup = backup
@@ -200,7 +201,7 @@ class SqliteDatabase:
             if self._path is None:
                 raise
             # What is absent is fresh, and a verify-only boot must not create it.
-            if not self._writes and not self._path.exists():
+            if not self._writes and _is_absent(self._path):
                 return Look(None, Catalog())
             # Whatever else is wrong is wrong again, unless another process has just created the file.
             await self._open("rwc" if self._writes else "rw", first)
@@ -280,9 +281,8 @@ class SqliteDatabase:
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator["_BootTransaction"]:
         async with self._turn:
-            await self.hop(_switch_to_wal)
             try:
-                await self.hop(lambda connection: connection.execute("begin immediate"))
+                await self.hop(_begin)
                 yield _BootTransaction(self)
                 await self.hop(lambda connection: connection.execute("commit"))
             except BaseException:
@@ -296,8 +296,10 @@ class SqliteDatabase:
     async def ready(self) -> None:
         # A connection that has read a database in WAL mode has its log beside it.
         if self._writes and self._path is not None and not os.path.exists(f"{self._path}-wal"):  # noqa: ASYNC240, PTH110
-            async with self._turn:
-                await self.hop(_switch_to_wal)
+            # While others hold the file in its old mode it works all the same; a later boot will switch.
+            with contextlib.suppress(Busy):
+                async with self._turn:
+                    await self.hop(_switch_to_wal)
 
     async def take_backup(self, from_version: int) -> Path | None:
         if not self._backup or self._path is None:
@@ -327,6 +329,7 @@ class SqliteDatabase:
             # An API key's hash must not become readable in the copy.
             os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             with contextlib.closing(sqlite3.connect(partial)) as copy:
+                copy.execute("pragma journal_mode = off")  # half a copy is thrown away, not rolled back
                 connection.backup(copy, pages=1024, progress=check)
             shutil.copymode(cast(Path, self._path), partial)
             partial.replace(target)
@@ -350,10 +353,10 @@ class SqliteDatabase:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if path is None:
             reason = "check its statements"
-        elif path.is_dir():
+        elif os.path.isdir(path):  # noqa: PTH112 - pathlib's raises where it may not look
             reason = "it is a folder: name a file in it"
-        elif not path.parent.is_dir():
-            reason = f"the folder {path.parent} does not exist: create it first"
+        elif not os.path.isdir(path.parent):  # noqa: PTH112
+            reason = f"the folder {str(path.parent)!r} does not exist: create it first"
         elif code == sqlite3.SQLITE_NOTADB:
             reason = "the file is no SQLite database: name another path, or move the file away"
         elif code == sqlite3.SQLITE_CORRUPT:
@@ -366,7 +369,7 @@ class SqliteDatabase:
             reason = "the disk is full: free some space"
         else:
             reason = "check the file, its disk and its permissions"
-        return DatabaseUnavailableError(f"SQLite database {path or ':memory:'}: {error}: {reason}")
+        return DatabaseUnavailableError(f"SQLite database {str(path or ':memory:')!r}: {error}: {reason}")
 
 
 class _BootTransaction:
@@ -397,6 +400,14 @@ def _queries() -> dict[str, tuple[str, ...]]:
     return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", **_TOKENS).items()}
 
 
+def _begin(connection: _Connection) -> None:
+    # A new file first: in WAL its many readers do not keep the one writer from committing. An old one stays as it is
+    # until its upgrade has succeeded.
+    if connection.execute("pragma main.page_count").fetchone()[0] == 0:
+        _switch_to_wal(connection)
+    connection.execute("begin immediate")
+
+
 def _switch_to_wal(connection: _Connection) -> None:
     # Write-ahead logging, or what a database without a file has instead.
     if connection.execute("pragma main.journal_mode").fetchone()[0] not in ("wal", "memory"):
@@ -418,6 +429,25 @@ async def _forsaken(connection: aiosqlite.Connection, first: _Hop) -> None:
     await asyncio.to_thread(connection._thread.join)
     if first.connection is not None:
         first.connection.close()
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether there is certainly no such file: one that may not be looked for may be there."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -20,10 +20,15 @@ def repository_from_url(url: str, **options: Any) -> RuntimeRepository:
     Raises:
         ConfigurationError: The URL is neither.
     """
-    scheme, separator, rest = url.partition("://")
-    if separator and scheme == "sqlite" and rest.startswith("/"):
-        return SqliteRuntimeRepository(rest[1:], **options)
-    if separator and scheme in ("postgresql", "postgres"):
-        return PostgresRuntimeRepository(url, **options)
+    try:
+        scheme, separator, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
+        if separator and scheme == "sqlite" and rest.startswith("/"):
+            return SqliteRuntimeRepository(rest[1:], **options)
+        if separator and scheme in ("postgresql", "postgres"):
+            return PostgresRuntimeRepository(url, **options)
+    finally:
+        # No frame of ours holds a password that a traceback with locals could show.
+        url, rest, options = "", "", {}
     # The URL may hold a password, so it is not shown.
+    scheme = ""
     raise ConfigurationError("the database URL is neither sqlite:///PATH nor postgresql://USER@HOST/DATABASE")

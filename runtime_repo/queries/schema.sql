@@ -57,6 +57,7 @@ select t.name as "table", i.name, i."unique", i.origin, i.partial, k.name as "co
 -- The ledger and, a row for each of our relations ($1, qualified names), the raw catalog text by which a warm boot
 -- recognizes it: one statement. Its cost is planning and page faults on a fresh connection, so it has no joins, and
 -- every operator and type is the one that an index of the catalogs has (an oid compared to a regclass costs 0.2 ms).
+-- pg_get_expr locks the table that it is about, so while somebody changes that table the statement gives up soon.
 select array(select (version, name, applied_at_ms)::text from {schema}.runtime_schema_migrations) as ledger,
        array(select (attnum, attname, atttypid, atttypmod, attnotnull, attidentity, attgenerated)::text
                from pg_catalog.pg_attribute where attrelid = o) as columns,
@@ -66,7 +67,8 @@ select array(select (version, name, applied_at_ms)::text from {schema}.runtime_s
                      indnkeyatts, indkey, indoption, indclass, indcollation, pg_get_expr(indexprs, indrelid),
                      pg_get_expr(indpred, indrelid))::text
                from pg_catalog.pg_index where indrelid = o) as indexes
-  from unnest(array(select to_regclass(x)::oid from unnest($1::text[]) as x)) as o;
+  from (select set_config('lock_timeout', '100ms', true) offset 0) as bounded,
+       unnest(array(select to_regclass(x)::oid from unnest($1::text[]) as x)) as o;
 
 -- name: catalog @postgres
 -- Every relation of the schema $1 that bears one of our names ($2), column by column and index by index, for a catalog

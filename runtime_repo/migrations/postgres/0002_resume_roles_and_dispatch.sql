@@ -39,16 +39,16 @@ create table {schema}.runtime_control (
 -- It would cost a third of the claims.
 drop index if exists {schema}.idx_runtime_attempts_status_retry;
 
--- What version 1 left ambiguous. A lease on a final or missing attempt owns nothing.
+-- What version 1 left ambiguous. Tokens go on from the lease that lives, so that no token is given out twice.
+update {schema}.runtime_attempts
+   set lease_version = (select version from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
+ where attempt_id in (select attempt_id from {schema}.runtime_leases);
+
+-- A lease on a final or missing attempt owns nothing.
 delete from {schema}.runtime_leases
  where not exists (
            select 1 from {schema}.runtime_attempts as a
             where a.attempt_id = runtime_leases.attempt_id and a.status not in ('completed', 'failed', 'cancelled'));
-
--- Tokens go on from the lease that lives, so that no token is given out twice.
-update {schema}.runtime_attempts
-   set lease_version = (select version from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
- where attempt_id in (select attempt_id from {schema}.runtime_leases);
 
 -- Nobody owns it, so nobody would ever finish it.
 update {schema}.runtime_attempts
