@@ -183,10 +183,10 @@ class SchemaLockTimeoutError(SchemaError):
 class MigrationError(SchemaError):
     """A migration, or a step that must precede it, failed. Everything was rolled back; the cause is attached."""
 
-    def __init__(self, version: int, name: str, reason: str, remedy: str = "mend the cause and boot again") -> None:
+    def __init__(self, version: int, name: str, reason: str) -> None:
         self.version = version
         self.name = name
-        super().__init__(f"migration {version} ({name}) failed and was rolled back: {reason}: {remedy}")
+        super().__init__(f"migration {version} ({name}) failed and was rolled back: {reason}, then boot again")
 
 
 class NotFoundError(RuntimeRepoError, LookupError):

@@ -310,10 +310,12 @@ def _verify(look: Look, migrations: Sequence[Migration], policy: Policy) -> Serv
         case Serve() as verified:
             return verified
         case Refuse(error=error):
-            raise MigrationError(newest.version, newest.name, f"it did not lead to its catalog: {error}")
+            reason = f"it did not lead to its catalog: {error}: mend the migration or its catalog file"
+            raise MigrationError(newest.version, newest.name, reason)
         case Migrate(pending=pending):
             missing = pending[0]
-            raise MigrationError(missing.version, missing.name, "its ledger row is missing after it was written")
+            reason = "its ledger row is missing after it was written: find what deletes it, such as a trigger"
+            raise MigrationError(missing.version, missing.name, reason)
 
 
 def _report(
