@@ -86,13 +86,14 @@ class RuntimeRepository:
     def __del__(self) -> None:
         # Also where construction failed, before there was anything to forget.
         if getattr(self, "_report", None) is not None and not self._closed:
+            # First let go: where warnings are errors, the warning ends this method.
+            self._database.abandon()
             warnings.warn(
                 f"{self!r} was never closed: use 'async with', or await close()",
                 ResourceWarning,
                 stacklevel=2,
                 source=self,
             )
-            self._database.abandon()
 
     async def ensure_schema(self) -> SchemaReport:
         """

@@ -1,0 +1,328 @@
+"""The life of a repository: constructed, awaited by one or many, and closed, with nothing left behind."""
+
+import asyncio
+import gc
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from unittest.mock import Mock
+
+import anyio
+import asyncpg
+import pytest
+import trio
+
+from runtime_repo import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    ForeignSchemaError,
+    PostgresRuntimeRepository,
+    RepositoryClosedError,
+    RuntimeRepository,
+    SchemaReport,
+)
+from tests.faults.conftest import Lab, PostgresLab, SqliteLab, closing, on_postgres, on_sqlite
+
+Use = Callable[[RuntimeRepository], Awaitable[object]]
+
+
+async def _awaited(repository: RuntimeRepository) -> None:
+    await repository
+
+
+async def _entered(repository: RuntimeRepository) -> None:
+    async with repository:
+        pass
+
+
+async def _report(repository: RuntimeRepository) -> SchemaReport:
+    return repository.boot_report
+
+
+VERBS: dict[str, Use] = {
+    "attempts.enqueue": lambda repository: repository.attempts.enqueue("run"),
+    "attempts.find": lambda repository: repository.attempts.find("a"),
+    "leases.claim": lambda repository: repository.leases.claim("worker"),
+    "leases.requeue_expired": lambda repository: repository.leases.requeue_expired(),
+}
+BOOTS: dict[str, Use] = {
+    "await": _awaited,
+    "async with": _entered,
+    "ensure_schema": lambda repository: repository.ensure_schema(),
+}
+
+
+class Gate:
+    """A *before_migrate* that says when boot has come to it, and lets it pass when told."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.opened = asyncio.Event()
+
+    async def __call__(self) -> None:
+        self.reached.set()
+        await self.opened.wait()
+
+
+async def test_construction_does_no_io(lab: Lab) -> None:
+    """A repository that was constructed and forgotten has opened nothing and has nothing to close."""
+    async with lab.nothing_left():
+        repository = lab.repository()
+        assert await lab.connections() == []
+        assert await lab.snapshot() == []
+        if isinstance(lab, SqliteLab):
+            assert not lab.path.exists()
+        del repository
+        gc.collect()
+
+
+async def test_await_and_async_with_may_be_repeated_and_mixed(lab: Lab) -> None:
+    """Whoever awaits gets the same repository and the same report; the first exit closes it."""
+    async with lab.nothing_left():
+        repository = await lab.repository()
+        report = repository.boot_report
+        assert [migration.version for migration in report.applied] == [1, 2]
+        assert await repository is repository
+        async with repository as entered:
+            assert entered is repository
+            assert repository.boot_report is report
+            assert (await repository.ensure_schema()).applied == ()
+        with pytest.raises(RepositoryClosedError):
+            await repository
+
+
+async def test_twenty_tasks_that_await_together_make_one_boot(lab: Lab) -> None:
+    """One migration, one connection, one report."""
+    calls = 0
+
+    async def before_migrate() -> None:
+        nonlocal calls
+        calls += 1
+
+    async with lab.nothing_left(), closing(lab.repository(before_migrate=before_migrate)) as repository:
+        every = await asyncio.gather(*(BOOTS["await" if n % 2 else "ensure_schema"](repository) for n in range(20)))
+        assert len(every) == 20
+        assert calls == 1
+        reports = {id(report) for report in every if report is not None}
+        assert reports == {id(repository.boot_report)}
+        # A file in WAL mode has three descriptors at most.
+        assert 1 <= len(await lab.connections()) <= (1 if isinstance(lab, PostgresLab) else 3)
+
+
+async def test_a_failed_boot_succeeds_when_its_cause_is_gone(lab: Lab) -> None:
+    """The same object may be awaited again after any failure, and a failure leaves nothing."""
+    if isinstance(lab, PostgresLab):
+        await lab.execute(f"create schema {lab.place.schema}")
+    await lab.execute(f"create table {lab.table('jobs')} (mine integer)")
+    repository = lab.repository()
+    before = await lab.snapshot()
+    async with lab.nothing_left():
+        for boot in BOOTS.values():
+            with pytest.raises(ForeignSchemaError):
+                await boot(repository)
+        assert await lab.snapshot() == before
+    await lab.execute(f"drop table {lab.table('jobs')}")
+    async with lab.nothing_left(), repository:
+        assert repository.boot_report.to_version == 2
+
+
+@on_sqlite
+async def test_a_folder_may_be_created_after_a_failed_boot(lab: SqliteLab, tmp_path: Path) -> None:
+    """The folder is the operator's to create; boot does not."""
+    lab = SqliteLab(tmp_path / "later")
+    repository = lab.repository()
+    async with lab.nothing_left():
+        with pytest.raises(DatabaseUnavailableError, match="create it first"):
+            await repository
+    assert not lab.path.parent.exists()
+    lab.path.parent.mkdir()
+    async with lab.nothing_left(), repository:
+        assert repository.boot_report.to_version == 2
+
+
+async def test_close_may_be_repeated_and_raced(lab: Lab) -> None:
+    """Before boot, after it, twice, and by ten tasks at once."""
+    async with lab.nothing_left():
+        unused = lab.repository()
+        await unused.close()
+        repository = await lab.repository()
+        await asyncio.gather(*(repository.close() for _ in range(10)))
+        await repository.close()
+
+
+@pytest.mark.parametrize("use", VERBS)
+async def test_nothing_can_be_queried_before_boot(lab: Lab, use: str) -> None:
+    """A verb does not boot, for whoever calls it may not expect a migration."""
+    async with lab.nothing_left():
+        with pytest.raises(RepositoryClosedError, match="await"):
+            await VERBS[use](lab.repository())
+
+
+async def test_there_is_no_report_before_boot(lab: Lab) -> None:
+    """There is nothing to tell yet."""
+    with pytest.raises(RepositoryClosedError, match="await"):
+        _ = lab.repository().boot_report
+
+
+async def test_nothing_can_be_queried_while_boot_is_under_way(lab: Lab) -> None:
+    """The schema is not the one that the verbs are written for."""
+    gate = Gate()
+    async with lab.nothing_left(), closing(lab.repository(before_migrate=gate)) as repository:
+        boot = asyncio.ensure_future(BOOTS["await"](repository))
+        await gate.reached.wait()
+        found = asyncio.ensure_future(VERBS["attempts.find"](repository))
+        await asyncio.wait([found], timeout=2)
+        refused = found.done() and isinstance(found.exception(), RepositoryClosedError)
+        gate.opened.set()
+        await asyncio.wait([boot, found])
+        assert refused, f"it was not refused: {found!r}"
+
+
+@pytest.mark.parametrize("booted", [False, True], ids=["never awaited", "booted"])
+@pytest.mark.parametrize("use", [*VERBS, *BOOTS])
+async def test_closed_is_closed_for_good(lab: Lab, use: str, booted: bool) -> None:  # noqa: FBT001
+    """After close() every use is refused and nothing is opened again."""
+    async with lab.nothing_left(), closing(lab.repository()) as repository:
+        if booted:
+            await repository
+        await repository.close()
+        with pytest.raises(RepositoryClosedError):
+            await (VERBS | BOOTS)[use](repository)
+        assert await lab.connections() == []
+
+
+async def test_close_gives_up_a_boot_under_way(lab: Lab) -> None:
+    """Its awaiters learn that it was closed; the database stays as it was and the lock is free."""
+    await lab.lay(1)
+    before = await lab.snapshot()
+    gate = Gate()
+    async with lab.nothing_left(), closing(lab.repository(before_migrate=gate)) as repository:
+        boots = [asyncio.ensure_future(boot(repository)) for boot in BOOTS.values()]
+        await gate.reached.wait()
+        await repository.close()
+        errors = await asyncio.gather(*boots, return_exceptions=True)
+    assert [type(error) for error in errors] == [RepositoryClosedError] * len(BOOTS)
+    assert await lab.snapshot() == before
+    async with lab.repository(lock_timeout=0) as successor:
+        assert successor.boot_report.from_version == 1
+
+
+def forget(repositories: list[RuntimeRepository]) -> None:
+    """Let go of the last references."""
+    repositories.clear()
+    gc.collect()
+
+
+async def test_a_forgotten_close_is_warned_of_and_cleaned_up(lab: Lab) -> None:
+    """Garbage collection says who was forgotten and leaves no thread or connection."""
+    async with lab.nothing_left():
+        repositories = [await lab.repository()]
+        with pytest.warns(ResourceWarning, match="never closed.*async with"):
+            forget(repositories)
+
+
+async def test_a_forgotten_close_is_cleaned_up_where_warnings_are_errors(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error that no destructor can raise does not stop the cleaning."""
+    unraisable: list[object] = []
+    async with AsyncExitStack() as stack, lab.nothing_left():
+        repositories = [await lab.repository()]
+        # If that fails, it must not disturb the tests that follow.
+        stack.callback(repositories[0]._database.abandon)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "unraisablehook", lambda error: unraisable.append(error.exc_type))
+            forget(repositories)
+    assert unraisable == [ResourceWarning]
+
+
+@pytest.mark.parametrize("kept", ["local", "global"])
+async def test_a_forgotten_close_does_not_keep_the_process_alive(lab: Lab, kept: str) -> None:
+    """The process ends by itself, with a warning, also when a module still refers to the repository."""
+    program = f"""
+import asyncio
+from tests.faults.processes import Place
+
+async def main():
+    {"global repository" if kept == "global" else ""}
+    repository = await {lab.place!r}.repository()
+    print(repository.boot_report.to_version)
+
+asyncio.run(main())
+"""
+    command = [sys.executable, "-W", "always::ResourceWarning", "-c", program]
+    root = Path(__file__).parents[2]
+    async with lab.nothing_left():
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        output, words = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, output.split()) == (0, [b"2"]), words.decode()
+    assert b"Traceback" not in words, words.decode()
+    assert b"Exception ignored" not in words, words.decode()
+    assert b"was never closed" in words
+
+
+@on_postgres
+@pytest.mark.parametrize("max_size", [1, 10])
+async def test_an_existing_pool_is_used_and_not_closed(lab: PostgresLab, max_size: int) -> None:
+    """Its owner goes on with it; one connection is enough for boot, migration and verbs."""
+    pool = await asyncpg.create_pool(lab.place.where, min_size=0, max_size=max_size)
+    async with pool:
+        for applied in (2, 0):
+            async with PostgresRuntimeRepository(pool, schema=lab.place.schema) as repository:
+                assert len(repository.boot_report.applied) == applied
+                await asyncio.gather(*(repository.attempts.enqueue("run") for _ in range(5)))
+        assert await pool.fetchval(f"select count(*) from {lab.table('attempts')}") == 10
+
+
+@on_postgres
+async def test_pool_options_pass_through(lab: PostgresLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asyncpg's pool understands can be given."""
+    create = Mock(wraps=asyncpg.create_pool)
+    monkeypatch.setattr(asyncpg, "create_pool", create)
+    settings = {"application_name": f"{lab.place.schema}-pool"}
+    options = {"statement_cache_size": 0, "max_size": 2, "server_settings": settings}
+    async with lab.nothing_left(), lab.repository(**options) as repository:
+        await asyncio.gather(*(repository.attempts.find("a") for _ in range(10)))
+        assert len(await lab.connections()) == 2
+    (call,) = create.call_args_list
+    assert options.items() <= call.kwargs.items()
+
+
+@pytest.mark.parametrize("boot", BOOTS.values(), ids=BOOTS)
+async def test_trio_is_refused_in_words(lab: Lab, boot: Use) -> None:
+    """The drivers need asyncio; the error says so and nothing was opened."""
+    async with lab.nothing_left():
+        with pytest.raises(ConfigurationError, match="asyncio"):
+            await asyncio.to_thread(trio.run, boot, lab.repository())
+    assert await lab.snapshot() == []
+
+
+async def test_anyio_runs_it_on_asyncio(lab: Lab) -> None:
+    """In a task group, in a loop of its own."""
+
+    async def main() -> None:
+        async with lab.repository() as repository, anyio.create_task_group() as group:
+            for _ in range(5):
+                group.start_soon(repository.attempts.enqueue, "run")
+        async with lab.repository() as repository:
+            assert len(await repository.leases.claim("worker", limit=9)) == 5
+
+    async with lab.nothing_left():
+        await asyncio.to_thread(anyio.run, main)
+
+
+async def test_a_repository_whose_boot_failed_needs_no_close(lab: Lab) -> None:
+    """A failure has closed what it opened: to forget the object then is no mistake."""
+    await lab.lay(1)
+    async with lab.nothing_left():
+        with pytest.raises(RuntimeError, match="not today"):
+            await lab.repository(before_migrate=_not_today)
+        gc.collect()
+
+
+async def _not_today() -> None:
+    raise RuntimeError("not today")
