@@ -1,0 +1,316 @@
+"""SQLite: whatever cannot be meant, opened or read is refused in one line, and nothing is left behind."""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime_repo import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    MigrationError,
+    RepositoryClosedError,
+    RuntimeRepoError,
+    SchemaOutOfDateError,
+    SqliteRuntimeRepository,
+)
+from runtime_repo.schema import Migration, Policy, ensure_schema, load_migrations
+from runtime_repo.sqlite import SqliteDatabase
+from tests.privileges import unprivileged
+
+PAGE = 4096
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything under *folder*: files with their bytes, folders with None."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def our_threads() -> set[threading.Thread]:
+    """The threads of this process but for those of the event loop's own pool, which ends with the loop."""
+    return {thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
+
+
+async def refused(path: Path, kind: type[RuntimeRepoError] = DatabaseUnavailableError, **options: Any) -> str:
+    """Boot, be refused with exactly *kind* in one line, and leave no thread; return the line."""
+    threads = our_threads()
+    with pytest.raises(RuntimeRepoError) as caught:
+        await SqliteRuntimeRepository(path, **options)
+    assert type(caught.value) is kind
+    assert our_threads() <= threads
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+async def boots(path: str | os.PathLike[str], **options: Any) -> tuple[int, int]:
+    """Boot, store something, close; return the versions before and after."""
+    async with SqliteRuntimeRepository(path, **options) as repo:
+        await repo.attempts.enqueue("run", attempt_id="a")
+        assert (await repo.attempts.get("a")).run_id == "run"
+        return repo.boot_report.from_version, repo.boot_report.to_version
+
+
+async def make(path: Path, *, version: int = 2, wal: bool = True) -> Path:
+    """A database at *version*, closed."""
+    database = SqliteDatabase(path, writes=True, backup=False, lock_timeout=5)
+    await ensure_schema(database, load_migrations("sqlite")[:version], Policy())
+    await database.close()
+    if not wal:
+        connection = sqlite3.connect(path)
+        connection.execute("pragma journal_mode = delete")
+        connection.close()
+    return path
+
+
+def close_to_writers(path: Path, folder: Path, file_mode: int) -> None:
+    """Nobody but root may write in the folder, and the file has this mode."""
+    path.chmod(file_mode)
+    folder.chmod(0o555)
+
+
+async def test_a_path_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    """The file is created, its folder is not; the error names the folder."""
+    assert "does not exist: create it first" in await refused(tmp_path / "no" / "x.db")
+    assert contents(tmp_path) == {}
+
+
+async def test_a_folder_is_no_database(tmp_path: Path) -> None:
+    """A folder's path is refused as what it is."""
+    assert "it is a folder: name a file in it" in await refused(tmp_path)
+    assert contents(tmp_path) == {}
+
+
+async def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    """A file where a folder should be is a missing folder."""
+    (tmp_path / "file").write_text("mine")
+    assert "create it first" in await refused(tmp_path / "file" / "x.db")
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+async def test_a_name_that_the_file_system_refuses_is_refused(tmp_path: Path) -> None:
+    """A name of 300 bytes is too long for every common file system; nothing but our own error says so."""
+    assert "x" * 300 in await refused(tmp_path / ("x" * 300))
+    assert contents(tmp_path) == {}
+
+
+async def test_a_line_break_in_the_path_stays_out_of_the_message(tmp_path: Path) -> None:
+    """The message is one line, whatever the path is."""
+    await refused(tmp_path / "new\nline" / "x.db")
+
+
+@pytest.mark.parametrize("migrate", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        pytest.param(lambda _: b"abc", "no SQLite database", id="three-bytes"),
+        pytest.param(lambda _: b"hello, world\n" * 1000, "no SQLite database", id="a-text"),
+        pytest.param(lambda _: b"\0" * PAGE, "no SQLite database", id="zeros"),
+        pytest.param(lambda whole: whole[:100], "damaged or truncated: restore a backup", id="header-only"),
+        pytest.param(lambda whole: whole[: 2 * PAGE + 100], "damaged or truncated: restore a backup", id="truncated"),
+        pytest.param(
+            lambda whole: whole[:100] + b"\xff" * (PAGE - 100) + whole[PAGE:],
+            "damaged or truncated: restore a backup",
+            id="first-page-corrupted",
+        ),
+        pytest.param(
+            lambda whole: whole[:PAGE] + b"\xff" * PAGE + whole[2 * PAGE :],
+            "damaged or truncated: restore a backup",
+            id="second-page-corrupted",
+        ),
+    ],
+)
+async def test_a_file_that_is_no_whole_database_is_refused_and_left_as_it_is(
+    tmp_path: Path, damage: Callable[[bytes], bytes], words: str, *, migrate: bool
+) -> None:
+    """Whatever is wrong with the file, its bytes stay, and nothing appears beside it."""
+    path = await make(tmp_path / "x.db")
+    path.write_bytes(damage(path.read_bytes()))
+    before = contents(tmp_path)
+    assert words in await refused(path, migrate=migrate)
+    assert contents(tmp_path) == before
+
+
+async def test_an_empty_file_is_fresh(tmp_path: Path) -> None:
+    """A 0-byte file is what SQLite itself makes of a new database: it is migrated, and there is nothing to back up."""
+    (tmp_path / "x.db").touch()
+    assert await boots(tmp_path / "x.db") == (0, 2)
+    assert contents(tmp_path).keys() == {"x.db"}
+
+
+async def test_verify_only_leaves_an_empty_file_empty(tmp_path: Path) -> None:
+    """A boot that may not migrate writes nothing, also not into a fresh database."""
+    (tmp_path / "x.db").touch()
+    await refused(tmp_path / "x.db", SchemaOutOfDateError, migrate=False)
+    assert contents(tmp_path) == {"x.db": b""}
+
+
+@pytest.mark.parametrize("wal", [True, False])
+@pytest.mark.parametrize("file_mode", [0o444, 0o000])
+async def test_a_file_that_may_not_be_written_is_not_upgraded(open_folder: Path, file_mode: int, *, wal: bool) -> None:
+    """
+    Pending migrations on a read-only or unreadable file are refused; the file stays, and no backup is left behind.
+
+    A reader of a WAL database makes its -wal and -shm, and cannot remove them where it may not write the database.
+    """
+    path = await make(open_folder / "x.db", version=1, wal=wal)
+    before = contents(open_folder)
+    path.chmod(file_mode)
+    with unprivileged():
+        line = await refused(path, MigrationError if file_mode else DatabaseUnavailableError)
+    assert "may not write the file or its folder" in line
+    after = contents(open_folder)
+    if wal and file_mode:
+        after = {name: data for name, data in after.items() if not name.endswith(("-wal", "-shm"))}
+    assert after == before
+
+
+@pytest.mark.parametrize("migrate", [True, False])
+@pytest.mark.parametrize("file_mode", [0o666, 0o444])
+async def test_a_wal_database_in_an_unwritable_folder_is_refused(
+    open_folder: Path, file_mode: int, *, migrate: bool
+) -> None:
+    """WAL needs to create files beside the database even to read it; the error says so."""
+    path = await make(open_folder / "x.db")
+    before = contents(open_folder)
+    close_to_writers(path, open_folder, file_mode)
+    with unprivileged():
+        assert "or its folder (WAL needs both)" in await refused(path, migrate=migrate)
+    assert contents(open_folder) == before
+
+
+async def test_a_read_only_file_without_wal_is_served_to_a_verify_only_boot(open_folder: Path) -> None:
+    """Whoever may not write can still prove that the schema is right."""
+    path = await make(open_folder / "x.db", wal=False)
+    before = contents(open_folder)
+    close_to_writers(path, open_folder, 0o444)
+    with unprivileged():
+        async with SqliteRuntimeRepository(path, migrate=False) as repo:
+            assert repo.boot_report.from_version == 2
+            with pytest.raises(DatabaseUnavailableError, match="may not write"):
+                await repo.attempts.enqueue("run")
+    assert contents(open_folder) == before
+
+
+@pytest.mark.parametrize("folder_mode", [0o555, 0o000])
+async def test_a_file_cannot_be_created_in_a_folder_that_is_closed(open_folder: Path, folder_mode: int) -> None:
+    """Neither in a read-only folder, nor in one that may not even be looked into."""
+    folder = open_folder / "closed"
+    folder.mkdir()
+    folder.chmod(folder_mode)
+    with unprivileged():
+        assert "may not write the file or its folder" in await refused(folder / "x.db")
+    assert contents(folder) == {}
+
+
+async def test_verify_only_cannot_tell_what_a_closed_folder_holds(open_folder: Path) -> None:
+    """A file that may not be looked for is not taken for a fresh database."""
+    folder = open_folder / "closed"
+    folder.mkdir()
+    await make(folder / "x.db")
+    folder.chmod(0o000)
+    with unprivileged():
+        await refused(folder / "x.db", migrate=False)
+
+
+async def test_a_memory_database_is_private_and_has_no_backup() -> None:
+    """``:memory:`` is fresh every time, also for two that are open at once."""
+    async with SqliteRuntimeRepository(":memory:") as one, SqliteRuntimeRepository(":memory:") as other:
+        await one.attempts.enqueue("run", attempt_id="a")
+        assert await other.attempts.find("a") is None
+        assert (one.boot_report.from_version, one.boot_report.to_version, one.boot_report.backup) == (0, 2, None)
+
+
+@pytest.mark.parametrize(
+    "path", ["", "file:x.db", "file::memory:", "file:///x.db?mode=ro", b"x.db", "a\0b", "\ud800.db", None, 3]
+)
+async def test_a_path_that_cannot_be_meant_is_refused_at_construction(
+    tmp_path: Path, path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error shows the path and says what is expected; nothing is opened."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match="expected a file's path or ':memory:'") as caught:
+        SqliteRuntimeRepository(path)  # type: ignore[arg-type]
+    (line,) = str(caught.value).splitlines()
+    assert ascii(path) in line or repr(path) in line
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a?b.db", "x.db?mode=ro&cache=shared", "a#b", "100%", "a%20b", "a b", " ", "ünï\N{SNOWMAN}.db"),
+        *('it\'s "quoted".db', "new\nline.db", "back\\slash", ":memory:", "file:x.db", "\udcff.db"),
+    ],
+)
+async def test_an_odd_name_makes_exactly_that_file(tmp_path: Path, name: str) -> None:
+    """No character of a path is read as SQL or as part of a URI."""
+    assert await boots(tmp_path / name) == (0, 2)
+    assert await boots(str(tmp_path / name)) == (2, 2)
+    assert contents(tmp_path).keys() == {name}
+
+
+async def test_an_odd_name_gets_its_backup_beside_it(tmp_path: Path) -> None:
+    """The backup's name is the file's own and more."""
+    path = await make(tmp_path / "a b?c%20#.db", version=1)
+    async with SqliteRuntimeRepository(path) as repo:
+        backup = repo.boot_report.backup
+    assert backup is not None
+    assert backup.parent == tmp_path
+    assert backup.name.startswith(f"{path.name}.v1-")
+
+
+async def test_a_relative_path_means_the_folder_of_its_construction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changing the working directory before the boot does not change which file is meant."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    repo = SqliteRuntimeRepository("x.db")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    async with repo:
+        pass
+    assert contents(tmp_path).keys() == {"elsewhere", "x.db"}
+
+
+@pytest.mark.parametrize("option", ["lock_timeout", "on_drift"])
+@pytest.mark.parametrize("value", [-1, -0.001, float("nan"), float("inf"), "5", None, "Refuse"])
+async def test_an_option_that_cannot_be_meant_is_refused_at_construction(
+    tmp_path: Path, option: str, value: object
+) -> None:
+    """The error names the option and its value, and no file appears."""
+    with pytest.raises(ConfigurationError) as caught:
+        SqliteRuntimeRepository(tmp_path / "x.db", **{option: value})  # type: ignore[arg-type]
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{option} is {value!r}: expected ")
+    assert contents(tmp_path) == {}
+
+
+async def test_a_closed_repository_stays_closed(tmp_path: Path) -> None:
+    """After ``close()`` nothing opens the file again, not even ``ensure_schema()``."""
+    threads = our_threads()
+    async with SqliteRuntimeRepository(tmp_path / "x.db") as repo:
+        pass
+    for verb in (repo.ensure_schema, repo._ready, lambda: repo.attempts.find("a")):
+        with pytest.raises(RepositoryClosedError):
+            await verb()
+    assert our_threads() <= threads
+
+
+async def test_a_full_disk_rolls_the_migration_back(tmp_path: Path) -> None:
+    """A disk that fills up during an upgrade fails it as a whole; the next boot finds version 1 again."""
+    path = await make(tmp_path / "x.db", version=1)
+    one, two = load_migrations("sqlite")
+    full = Migration(2, two.name, "pragma {schema}.max_page_count = 1;\n" + two.sql, two.catalog)
+    database = SqliteDatabase(path, writes=True, backup=False, lock_timeout=5)
+    with pytest.raises(MigrationError, match="the disk is full: free some space") as caught:
+        await ensure_schema(database, (one, full), Policy())
+    await database.close()
+    assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+    assert await boots(path, backup=False) == (1, 2)

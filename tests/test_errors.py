@@ -1,0 +1,285 @@
+"""The errors: their tree, their numbers, their words, and that nothing else leaves the package."""
+
+import copy
+import inspect
+import pickle
+import re
+import sqlite3
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+import runtime_repo
+from runtime_repo import (
+    ConfigurationError,
+    ConflictError,
+    DatabaseUnavailableError,
+    Difference,
+    ForeignSchemaError,
+    InvalidTransitionError,
+    LeaseLostError,
+    LockHolder,
+    MigrationError,
+    NotFoundError,
+    PayloadMismatchError,
+    PostgresRuntimeRepository,
+    RepositoryClosedError,
+    RuntimeRepoError,
+    RuntimeRepository,
+    SchemaDriftError,
+    SchemaError,
+    SchemaHistoryError,
+    SchemaLockTimeoutError,
+    SchemaOutOfDateError,
+    SchemaTooNewError,
+    SqliteRuntimeRepository,
+    errors,
+)
+
+CLASSES = {name: kind for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)}
+
+HOLDER = LockHolder(42, "worker", "10.0.0.7", 3.25)
+
+# The error, its attributes, and what its message says: what was found, what was expected, what to do next.
+EXAMPLES: list[tuple[RuntimeRepoError, dict[str, Any], list[str]]] = [
+    (RuntimeRepoError("words"), {}, ["words"]),
+    (SchemaError("words"), {}, ["words"]),
+    (SchemaTooNewError(7, 2), {"found": 7, "supported": 2}, ["version 7", "version 2", "deploy a release", "backup"]),
+    (
+        SchemaHistoryError(1, None, "baseline"),
+        {"version": 1, "recorded": None, "shipped": "baseline"},
+        ["no row for version 1", "'baseline'", "nothing was changed", "restore its backup"],
+    ),
+    (
+        SchemaHistoryError(1, "theirs", "baseline"),
+        {"version": 1, "recorded": "theirs", "shipped": "baseline"},
+        ["version 1", "'theirs'", "'baseline'", "right database"],
+    ),
+    (
+        SchemaHistoryError(0, "zero", None),
+        {"version": 0, "recorded": "zero", "shipped": None},
+        ["version 0", "'zero'", "right database"],
+    ),
+    (
+        ForeignSchemaError(["runtime_jobs", "runtime_leases"]),
+        {"tables": ("runtime_jobs", "runtime_leases")},
+        ["runtime_jobs, runtime_leases", "nothing was changed", "move these objects away"],
+    ),
+    (
+        SchemaDriftError(2, [Difference("column t.a", "text", "blob"), Difference("table u", "a table", None)]),
+        {
+            "version": 2,
+            "differences": (Difference("column t.a", "text", "blob"), Difference("table u", "a table", None)),
+        },
+        ["version 2", "column t.a differs: expected text, found blob", "table u is missing", "on_drift='warn'"],
+    ),
+    (
+        SchemaOutOfDateError(1, 2),
+        {"found": 1, "supported": 2},
+        ["version 1", "version 2", "migrate=False", "boot once with migrate=True"],
+    ),
+    (
+        SchemaLockTimeoutError(60.25, HOLDER),
+        {"waited": 60.25, "holder": HOLDER},
+        ["60.2 s", "process 42", "'worker'", "10.0.0.7", "3.2 s", "raise lock_timeout"],
+    ),
+    (SchemaLockTimeoutError(0.5, None), {"waited": 0.5, "holder": None}, ["0.5 s", "unknown process"]),
+    (
+        MigrationError(2, "roles", "no space"),
+        {"version": 2, "name": "roles"},
+        ["migration 2 (roles)", "rolled back", "no space", "boot again"],
+    ),
+    (NotFoundError("attempt", "a-1"), {"what": "attempt", "key": "a-1"}, ["no attempt 'a-1'", "pruned"]),
+    (ConflictError("words"), {}, ["words"]),
+    (
+        LeaseLostError("a-1", token=3, current=5, status="leased", worker_id="w"),
+        {"attempt_id": "a-1", "token": 3, "current": 5, "status": "leased", "worker_id": "w"},
+        ["'a-1'", "token 3", "token is 5", "leased", "held by w", "discard the result"],
+    ),
+    (
+        LeaseLostError("a-1", token=3, current=3, status="queued", worker_id=None),
+        {"attempt_id": "a-1", "token": 3, "current": 3, "status": "queued", "worker_id": None},
+        ["nobody", "queued"],
+    ),
+    (
+        InvalidTransitionError("a-1", status="failed", verb="cancel"),
+        {"attempt_id": "a-1", "status": "failed", "verb": "cancel"},
+        ["cannot cancel", "'a-1'", "failed"],
+    ),
+    (
+        PayloadMismatchError("attempt", "a-1", ["queue", "payload"]),
+        {"what": "attempt", "key": "a-1", "differing": ("queue", "payload")},
+        ["attempt 'a-1'", "queue, payload", "use a new id"],
+    ),
+    (RepositoryClosedError("words"), {}, ["words"]),
+    (ConfigurationError("words"), {}, ["words"]),
+    (DatabaseUnavailableError("words"), {}, ["words"]),
+]
+EACH = pytest.mark.parametrize(
+    ("error", "attributes", "words"), EXAMPLES, ids=[f"{n}-{type(e).__name__}" for n, (e, _, _) in enumerate(EXAMPLES)]
+)
+
+
+def drawn(text: str) -> dict[str, tuple[str, ...]]:
+    """The tree in *text*: each class with its parents."""
+    tree: dict[str, tuple[str, ...]] = {}
+    path: list[str] = []
+    for line in text.splitlines():
+        if match := re.match(
+            r"    (?P<indent>(?:[│ ] {3})*)(?:[├└]── )?(?P<name>\w+Error)(?:\((?P<other>\w+)\))?", line
+        ):
+            depth = line.index(match["name"]) // 4 - 1
+            path[depth:] = [match["name"]]
+            tree[match["name"]] = (path[depth - 1] if depth else "Exception", *filter(None, [match["other"]]))
+    return tree
+
+
+def test_the_tree_is_the_one_that_is_drawn() -> None:
+    """Every class of the drawing exists with exactly these parents, and every class is in the drawing."""
+    assert drawn(errors.__doc__ or "") == {
+        name: tuple(parent.__name__ for parent in kind.__bases__) for name, kind in CLASSES.items()
+    }
+
+
+def test_every_error_is_public() -> None:
+    """Whatever can be raised can be caught by a name of the package."""
+    assert set(CLASSES) <= set(runtime_repo.__all__)
+    assert set(CLASSES) <= set(errors.__all__)
+    assert all(getattr(runtime_repo, name) is kind for name, kind in CLASSES.items())
+
+
+def test_every_error_is_described() -> None:
+    """The examples below leave no class out, and every class says what it means."""
+    assert {type(error) for error, _, _ in EXAMPLES} == set(CLASSES.values())
+    assert all(kind.__doc__ for kind in CLASSES.values())
+
+
+@EACH
+def test_an_error_says_in_one_line_what_its_attributes_hold(
+    error: RuntimeRepoError, attributes: dict[str, Any], words: list[str]
+) -> None:
+    """Numbers and names are attributes; the message has them too, and the remedy."""
+    assert vars(error) == attributes
+    (line,) = str(error).splitlines()
+    assert [word for word in words if word not in line] == []
+
+
+@EACH
+@pytest.mark.parametrize(
+    "again",
+    [copy.copy, copy.deepcopy, *(lambda e, p=p: pickle.loads(pickle.dumps(e, p)) for p in range(6))],  # noqa: S301
+)
+def test_an_error_survives_a_round_trip(
+    error: RuntimeRepoError, attributes: dict[str, Any], words: list[str], again: Callable[[Any], Any]
+) -> None:
+    """A copy, and one that crossed a process, has the same type, words and attributes."""
+    twin = again(error)
+    assert type(twin) is type(error)
+    assert (str(twin), repr(twin), twin.args) == (str(error), repr(error), error.args)
+    assert vars(twin) == attributes
+    assert words
+
+
+Break = Callable[[], Awaitable[object]]
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def broken(
+    request: pytest.FixtureRequest, tmp_path: Path, postgres_url: str, postgres_schema: str
+) -> tuple[RuntimeRepository, Break, type[Exception]]:
+    """A repository, how to take its tables away behind its back, and what its driver raises then."""
+    tables = ["runtime_attempts", "runtime_leases"]
+    if request.param == "sqlite":
+
+        async def break_sqlite() -> None:
+            connection = sqlite3.connect(tmp_path / "x.db")
+            for table in tables:
+                connection.execute(f"drop table {table}")
+            connection.close()
+
+        return SqliteRuntimeRepository(tmp_path / "x.db"), break_sqlite, sqlite3.Error
+
+    async def break_postgres() -> None:
+        connection = await asyncpg.connect(postgres_url)
+        for table in tables:
+            await connection.execute(f"drop table {postgres_schema}.{table}")
+        await connection.close()
+
+    return PostgresRuntimeRepository(postgres_url, schema=postgres_schema), break_postgres, asyncpg.PostgresError
+
+
+async def test_a_drivers_exception_leaves_a_verb_only_as_a_cause(
+    broken: tuple[RuntimeRepository, Break, type[Exception]],
+) -> None:
+    """Whichever verb meets the trouble, it raises our error in one line, with the driver's behind it."""
+    repo, break_it, driver = broken
+    async with repo:
+        await repo.attempts.enqueue("run")
+        (lease,) = await repo.leases.claim("worker")
+        await break_it()
+        for verb in (
+            lambda: repo.attempts.enqueue("run"),
+            lambda: repo.attempts.get("a"),
+            lambda: repo.attempts.find("a"),
+            lambda: repo.attempts.list(run_id="run"),
+            lambda: repo.attempts.complete(lease),
+            lambda: repo.attempts.fail(lease, "boom"),
+            lambda: repo.leases.claim("worker"),
+            lambda: repo.leases.heartbeat(lease),
+            lambda: repo.leases.requeue_expired(),
+        ):
+            with pytest.raises(DatabaseUnavailableError) as caught:
+                await verb()
+            assert isinstance(caught.value.__cause__, driver)
+            assert len(str(caught.value).splitlines()) == 1
+        with pytest.raises(SchemaDriftError):
+            await repo.ensure_schema()
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [
+        (lambda repo, _: repo.attempts.enqueue("\ud800"), "run_id"),
+        (lambda repo, _: repo.attempts.enqueue("run", attempt_id="\ud800"), "attempt_id"),
+        (lambda repo, _: repo.attempts.enqueue("run", queue="\udfff"), "queue"),
+        (lambda repo, _: repo.attempts.find("\ud800"), "attempt_id"),
+        (lambda repo, _: repo.attempts.list(run_id="run", after="\ud800"), "after"),
+        (lambda repo, _: repo.attempts.list(run_id="run", after="a\0"), "after"),
+        (lambda repo, _: repo.leases.claim("\ud800"), "worker_id"),
+        (lambda repo, _: repo.leases.claim("worker", ttl=timedelta.max), "ttl"),
+        (lambda repo, lease: repo.leases.heartbeat(lease, ttl=timedelta.max), "ttl"),
+        (lambda repo, lease: repo.attempts.fail(lease, "boom", retry_in=timedelta.max), "retry_in"),
+    ],
+)
+async def test_what_the_database_cannot_store_is_refused_by_name(
+    broken: tuple[RuntimeRepository, Break, type[Exception]],
+    verb: Callable[[RuntimeRepository, Any], Awaitable[object]],
+    name: str,
+) -> None:
+    """Text that is no UTF-8, and a time beyond every calendar, are our error, and nothing was written."""
+    repo = broken[0]
+    async with repo:
+        await repo.attempts.enqueue("run", attempt_id="a")
+        (lease,) = await repo.leases.claim("worker")
+        await repo.attempts.enqueue("run", attempt_id="b")
+        with pytest.raises(ConfigurationError, match=name):
+            await verb(repo, lease)
+        statuses = {attempt.attempt_id: str(attempt.status) for attempt in await repo.attempts.list(run_id="run")}
+        assert statuses == {"a": "leased", "b": "queued"}
+
+
+@pytest.mark.parametrize("error", ["\ud800", "boom\ud800", "\0"])
+async def test_any_words_of_a_failure_can_be_stored(
+    broken: tuple[RuntimeRepository, Break, type[Exception]], error: str
+) -> None:
+    """A worker that reports a failure is not failed itself by a character in it."""
+    async with broken[0] as repo:
+        await repo.attempts.enqueue("run")
+        (lease,) = await repo.leases.claim("worker")
+        failed = await repo.attempts.fail(lease, error)
+        assert failed.error
+        assert failed.error.startswith(error[:-1])

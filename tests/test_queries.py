@@ -1,0 +1,93 @@
+"""The named statements: each is understood by both engines, and written in the house's hand."""
+
+import re
+import sqlite3
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from runtime_repo import PostgresRuntimeRepository, SqliteRuntimeRepository
+from runtime_repo.queries import load_queries, split_statements
+
+FOLDER = Path(str(files("runtime_repo")))
+CREATING = {"schema.create_namespace", "schema.create_ledger"}
+"""What cannot be prepared where it has been done."""
+
+SQLITE = load_queries("sqlite", schema="main", now_ms="0")
+POSTGRES = load_queries("postgres", schema="{schema}", now_ms="0::bigint")
+HEADERS = [
+    f"{path.stem}.{line.removeprefix('-- name: ')}"
+    for path in sorted((FOLDER / "queries").glob("*.sql"))
+    for line in path.read_text(encoding="utf-8").splitlines()
+    if line.startswith("-- name")
+]
+
+
+@pytest.fixture
+async def sqlite(tmp_path: Path) -> sqlite3.Connection:
+    """A migrated file."""
+    async with SqliteRuntimeRepository(tmp_path / "x.db"):
+        pass
+    return sqlite3.connect(tmp_path / "x.db")
+
+
+async def test_sqlite_understands_every_statement(sqlite: sqlite3.Connection) -> None:
+    """Every statement of every query can be planned against the migrated schema, its parameters bound by name."""
+    parameters = {str(number): None for number in range(1, 20)}
+    try:
+        for name in sorted(SQLITE.keys() - CREATING):
+            statements = list(split_statements(SQLITE[name]))
+            assert statements, name
+            for statement in statements:
+                assert sqlite.execute(f"explain {statement}", parameters).fetchall(), name
+    finally:
+        sqlite.close()
+
+
+async def test_postgres_understands_every_query(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """Every query can be prepared against the migrated schema; what it answers has names, each of them once."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema):
+        pass
+    queries = load_queries("postgres", schema=postgres_schema, now_ms="0::bigint")
+    for name in sorted(queries.keys() - CREATING):
+        statement = await postgres.prepare(queries[name])
+        columns = Counter(attribute.name for attribute in statement.get_attributes())
+        assert "?column?" not in columns, name
+        assert max(columns.values(), default=1) == 1, name
+
+
+@pytest.mark.parametrize("texts", [SQLITE, POSTGRES], ids=["sqlite", "postgres"])
+def test_every_statement_is_lower_case_and_names_its_columns(texts: dict[str, str]) -> None:
+    """No ``select *``, which breaks when a column comes; no capitals outside comments and literals."""
+    for name, text in texts.items():
+        bare = re.sub(r"--[^\n]*|'(?:[^']|'')*'", "", text)
+        assert bare == bare.lower(), name
+        assert not re.search(r"(select|returning)\s+(\w+\.)?\*|,\s*(\w+\.)?\*", bare), name
+
+
+def test_every_name_is_given_once() -> None:
+    """A name stands once, or once for each database: a second one would silently replace the first."""
+    names = Counter(HEADERS)
+    assert [name for name, count in names.items() if count > 1] == []
+    both = {name.split(" @")[0] for name in HEADERS if " @" not in name}
+    assert not both & {name.split(" @")[0] for name in HEADERS if " @" in name}
+
+
+def test_every_header_is_read() -> None:
+    """No statement is lost, or swallowed by the one before it, for a header that is misspelt."""
+    for backend, texts in (("sqlite", SQLITE), ("postgres", POSTGRES)):
+        expected = {name.split(" @")[0] for name in HEADERS if " @" not in name or name.endswith(f" @{backend}")}
+        assert texts.keys() == expected
+
+
+def test_every_query_is_used_and_every_name_in_the_code_exists() -> None:
+    """The code names only queries that exist, and there is none that nobody runs."""
+    code = "".join(path.read_text(encoding="utf-8") for path in FOLDER.glob("*.py"))
+    nouns = "|".join({name.split(".")[0] for name in HEADERS})
+    used = set(re.findall(rf'"((?:{nouns})\.[a-z_]+)"', code))
+    assert used == SQLITE.keys() | POSTGRES.keys()

@@ -1,0 +1,260 @@
+"""
+A password stays where it is: no message, repr, traceback, warning or log line shows it, whatever fails.
+
+Every failure runs with one canary for a password. A traceback is searched as an error reporter would send it: every
+exception behind it, every frame, with the locals. Only the frames of this file are left out, for they hold the canary.
+"""
+
+import gc
+import logging
+import secrets
+import traceback
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+from urllib.parse import quote
+
+import asyncpg
+import pytest
+
+from runtime_repo import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    MigrationError,
+    PostgresRuntimeRepository,
+    RepositoryClosedError,
+    RuntimeRepoError,
+    SchemaDriftError,
+    SchemaLockTimeoutError,
+    repository_from_url,
+)
+from tests.postgres_server import PostgresServer
+
+CANARY = "kanarienvogel" + secrets.token_hex(4)
+ODD = f"{CANARY}@:/?#[ %"
+"""A password that has to be percent-encoded; the canary is in both of its spellings."""
+
+Make = Callable[..., PostgresRuntimeRepository]
+
+
+def in_userinfo(place: str, user: str, **options: Any) -> PostgresRuntimeRepository:
+    return PostgresRuntimeRepository(f"postgresql://{user}:{CANARY}@{place}", **options)
+
+
+def in_query(place: str, user: str, **options: Any) -> PostgresRuntimeRepository:
+    return PostgresRuntimeRepository(f"postgresql://{place}?user={user}&password={CANARY}", **options)
+
+
+def in_option(place: str, user: str, **options: Any) -> PostgresRuntimeRepository:
+    return PostgresRuntimeRepository(f"postgresql://{user}@{place}", password=CANARY, **options)
+
+
+def in_url(place: str, user: str, **options: Any) -> Any:
+    return repository_from_url(f"postgres://{user}:{CANARY}@{place}", **options)
+
+
+def encoded(place: str, user: str, **options: Any) -> PostgresRuntimeRepository:
+    return PostgresRuntimeRepository(f"postgresql://{user}:{quote(ODD, '')}@{place}", **options)
+
+
+FORMS = [in_userinfo, in_query, in_option, in_url, encoded]
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and every other behind it, also those that a traceback would not show."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is not None and found not in seen:
+            seen.append(found)
+            yield found
+            waiting += [found.__cause__, found.__context__, *getattr(found, "exceptions", ())]
+
+
+def reported(error: BaseException) -> str:
+    """All that an error reporter could send: messages, reprs, notes, arguments, and frames with their locals."""
+    lines = ["".join(traceback.format_exception(error))]
+    for found in chain(error):
+        lines += [str(found), repr(found), repr(found.args), repr(vars(found))]
+        shown = traceback.TracebackException.from_exception(found, capture_locals=True)
+        for frame in shown.stack:
+            if frame.filename != __file__:
+                lines.append(f"{frame.filename}:{frame.lineno} {frame.name} {frame.locals}")
+    return "\n".join(lines)
+
+
+@pytest.fixture(autouse=True)
+def silent(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Record every log line and warning of the test, and find no canary in them."""
+    caplog.set_level(logging.DEBUG)
+    for name in ("asyncio", "asyncpg", "aiosqlite", "runtime_repo"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield
+    assert CANARY not in "\n".join([caplog.text, *(f"{warning.message} {warning.source!r}" for warning in told)])
+
+
+async def fails(kind: type[RuntimeRepoError], action: Callable[[], Awaitable[object]]) -> None:
+    """Fail with *kind*, and show the canary nowhere."""
+    with pytest.raises(kind) as caught:
+        await action()
+    shown = reported(caught.value)
+    assert CANARY not in shown, next(line for line in shown.splitlines() if CANARY in line)
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: str(form.__name__))
+def form(request: pytest.FixtureRequest) -> Make:
+    """How the canary is given to the repository."""
+    made: Make = request.param
+    return made
+
+
+@pytest.fixture
+async def admin(postgres_server: PostgresServer) -> AsyncIterator[asyncpg.Connection]:
+    """The private server's superuser."""
+    connection = await asyncpg.connect(postgres_server.url())
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def role(admin: asyncpg.Connection, form: Make) -> AsyncIterator[str]:
+    """A role with the canary for its password, which may create schemas."""
+    name = f"role_{secrets.token_hex(4)}"
+    await admin.execute(f"create role {name} login password '{ODD if form is encoded else CANARY}'")
+    await admin.execute(f"grant create on database postgres to {name}")
+    yield name
+    await admin.execute(f"set client_min_messages = warning; drop owned by {name} cascade; drop role {name}")
+
+
+@pytest.fixture
+def place(postgres_server: PostgresServer) -> str:
+    """The private server's host, port and database."""
+    return f"127.0.0.1:{postgres_server.port}/postgres"
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "kind"),
+    [
+        ("127.0.0.1:1/db", {"startup_timeout": 0.1}, DatabaseUnavailableError),
+        ("no-such-host.invalid/db", {"startup_timeout": 0.1, "timeout": 0.1}, DatabaseUnavailableError),
+        ("127.0.0.1:port/db", {}, ConfigurationError),
+        ("127.0.0.1:99999/db", {}, ConfigurationError),
+        ("[::1/db", {}, ConfigurationError),
+        ("127.0.0.1:1/db", {"bogus": 1}, ConfigurationError),
+        ("127.0.0.1:1/db", {"min_size": -1}, ConfigurationError),
+        ("127.0.0.1:1/db", {"ssl": "bogus"}, ConfigurationError),
+        ("127.0.0.1:1/db", {"command_timeout": "x"}, ConfigurationError),
+        ("127.0.0.1:1/db", {"schema": "pg_x"}, ConfigurationError),
+        ("127.0.0.1:1/db", {"startup_timeout": -1}, ConfigurationError),
+        ("127.0.0.1:1/db", {"on_drift": "x"}, ConfigurationError),
+    ],
+)
+async def test_what_never_connects_shows_no_password(
+    form: Make, place: str, options: dict[str, Any], kind: type[RuntimeRepoError]
+) -> None:
+    """A DSN that cannot be used, an option that cannot be meant, a server that cannot be reached."""
+
+    async def boot() -> object:
+        return await form(place, "me", **options)
+
+    await fails(kind, boot)
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        *("mysql://u:{}@h/db", "u:{}@h/db", "host=h password={}", "postgresql://u:{}@[::1/db", "{}"),
+        *("postgresql://u:{}", "postgresql://u:{}/a@h/db", "postgresql://u:a/{}@h/db", "postgresql://u:1/{}@h/db"),
+        *("postgresql://u:{}?a@h/db", "postgresql://u:1?{}@h/db", "postgresql://u:{}#a@h/db", "postgresql://u:1#{}@h"),
+        *(
+            "postgresql://u:a@{}/a@h/db",
+            "postgresql://u:a:{}@h:port/db",
+            "postgresql:u:{}@h/db",
+            "postgresql:///u:{}@h",
+        ),
+        *("postgresql://u:[{}@h/db", "postgresql://:{}@h:port/db", "postgresql://u:1,{}@h:port/db"),
+    ],
+)
+@pytest.mark.parametrize("make", [PostgresRuntimeRepository, repository_from_url])
+async def test_a_mistyped_dsn_shows_no_password(dsn: str, make: Callable[..., Any]) -> None:
+    """A password with characters that should have been encoded is cut in the wrong place, and yet not shown."""
+
+    async def boot() -> object:
+        # A host that is the password's rest resolves to nothing.
+        options = {"startup_timeout": 0.01} if dsn.startswith("postgresql:") else {}
+        return await make(dsn.format(CANARY), **options)
+
+    await fails(RuntimeRepoError, boot)
+
+
+async def test_what_the_server_refuses_shows_no_password(form: Make, place: str, role: str) -> None:
+    """A wrong password, and a database or a privilege that is missing."""
+    host = place.partition("/")[0]
+    for user, database, options, kind in (
+        ("postgres", "postgres", {}, DatabaseUnavailableError),
+        (role, "nope", {}, DatabaseUnavailableError),
+        (role, "postgres", {"server_settings": {"bogus": "1"}}, DatabaseUnavailableError),
+        (role, "postgres", {"server_settings": {"default_transaction_read_only": "on"}}, MigrationError),
+    ):
+
+        async def boot(user: str = user, database: str = database, options: dict[str, Any] = options) -> object:
+            return await form(f"{host}/{database}", user, **({"schema": role} | options))
+
+        await fails(kind, boot)
+
+
+async def test_a_refused_boot_shows_no_password(form: Make, place: str, role: str, admin: asyncpg.Connection) -> None:
+    """A lock that somebody holds, a structure that has drifted."""
+
+    async def boot() -> object:
+        return await form(place, role, schema=role, lock_timeout=0.1)
+
+    transaction = admin.transaction()
+    await transaction.start()
+    await admin.execute(f"create schema {role}")
+    await fails(SchemaLockTimeoutError, boot)
+    await transaction.rollback()
+
+    async with form(place, role, schema=role):
+        await admin.execute(f"alter table {role}.runtime_jobs drop column status")
+        await fails(SchemaDriftError, boot)
+
+
+async def test_an_open_repository_shows_no_password(
+    form: Make, place: str, role: str, admin: asyncpg.Connection
+) -> None:
+    """Neither its repr, nor what a verb raises: on a missing table, on a lost connection, after the close."""
+
+    async def enqueue() -> object:
+        return await repo.attempts.enqueue("run")
+
+    repo = form(place, role, schema=role, startup_timeout=0.1)
+    assert role in repr(repo)
+    assert CANARY not in f"{repo!r} {repo} {repo._database!r}"
+    async with repo:
+        await repo.attempts.enqueue("run")
+        assert CANARY not in f"{repo!r} {repo.boot_report!r}"
+        await admin.execute(f"alter table {role}.runtime_attempts rename to gone")
+        await fails(DatabaseUnavailableError, enqueue)
+
+        # The next verb has to connect again, with a password that is no longer right.
+        await admin.execute(f"alter role {role} password 'another'")
+        await admin.execute("select pg_terminate_backend(pid, 5000) from pg_stat_activity where usename = $1", role)
+        for _ in range(3):
+            await fails(DatabaseUnavailableError, enqueue)
+    await fails(RepositoryClosedError, enqueue)
+    await fails(RepositoryClosedError, repo.ensure_schema)
+
+
+async def test_a_forgotten_repository_shows_no_password(form: Make, place: str, role: str) -> None:
+    """The warning for one that was never closed names the database and the user only."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        await form(place, role, schema=role)
+        gc.collect()
+    said = [f"{warning.message} {warning.source!r}" for warning in told if warning.category is ResourceWarning]
+    assert any(role in words for words in said)
+    assert CANARY not in "".join(said)
