@@ -345,8 +345,8 @@ def postgres_server() -> Iterator[str]:
         yield given
         return
     with PostgresServer(durable=True) as server:
-        # The socket's connections are the cheapest, which makes the ratio to a bare connection the strictest.
-        yield server.socket_url()
+        # As a service connects: over TCP, with SCRAM.
+        yield server.url()
 
 
 async def measure(url: str, effort: Effort, *, peers: bool) -> list[Line]:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
@@ -36,7 +37,10 @@ def contender(name: str, kind: Kind, place: Place) -> Boot:
 
 
 async def timed(boot: Boot) -> float:
-    """Boot once and return the seconds that it took."""
+    """Boot once and return the seconds that it took, with nothing left on the processor by whoever booted before."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(LIFETIME)
     start = time.perf_counter()
     outcome = boot()
     if outcome is not None:
