@@ -242,35 +242,36 @@ class SqliteDatabase:
 
     def _looking(self, shipped: Sequence[Catalog]) -> Callable[[_Connection], Look]:
         names = {"1": json.dumps([LEDGER, *shipped[-1].tables])}
-        known = {catalog.fingerprint: catalog for catalog in shipped if catalog.fingerprint}
+        known: dict[str | None, Catalog] = {catalog.fingerprint: catalog for catalog in shipped if catalog.fingerprint}
+
+        def glance(connection: _Connection) -> Look:
+            try:
+                rows = connection.execute(self._queries["schema.look"][0], names).fetchall()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+                    raise
+                return Look(None, Catalog())  # a ledger that is missing, or not ours, is not even parsed
+            text = fingerprint(rows)
+            return Look(ledger_from_rows(rows), known.get(text, Catalog(fingerprint=text)))
 
         def work(connection: _Connection) -> Look:
+            look = glance(connection)
+            if look.catalog.tables:
+                return look
+            # The text is unknown. Several statements must see one state, or a migration that commits between them
+            # would look like drift.
             own = not connection.in_transaction
-            while True:
-                try:
-                    rows = connection.execute(self._queries["schema.look"][0], names).fetchall()
-                except sqlite3.OperationalError as error:
-                    if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-                        raise
-                    rows = None  # a ledger that is missing, or not ours, is not even parsed
-                if rows is not None:
-                    ledger, text = ledger_from_rows(rows), fingerprint(rows)
-                    if text in known:
-                        return Look(ledger, known[text])
+            if own:
+                connection.execute("begin")
+            try:
+                look = glance(connection)
+                columns = connection.execute(self._queries["schema.columns"][0], names).fetchall()
+                indexes = connection.execute(self._queries["schema.indexes"][0], names).fetchall()
+            finally:
                 if own:
-                    connection.execute("begin")
-                try:
-                    columns = connection.execute(self._queries["schema.columns"][0], names).fetchall()
-                    indexes = connection.execute(self._queries["schema.indexes"][0], names).fetchall()
-                finally:
-                    if own:
-                        connection.rollback()
-                catalog = catalog_from_rows(columns, indexes, shipped[-1])
-                if rows is not None:
-                    return Look(ledger if catalog.has_ledger else None, replace(catalog, fingerprint=text))
-                if not catalog.has_ledger:
-                    return Look(None, catalog)
-                # Somebody migrated in between: look again.
+                    connection.rollback()
+            catalog = replace(catalog_from_rows(columns, indexes, shipped[-1]), fingerprint=look.catalog.fingerprint)
+            return Look(look.ledger if catalog.has_ledger else None, catalog)
 
         return work
 
