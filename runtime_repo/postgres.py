@@ -299,7 +299,9 @@ class PostgresDatabase:
                 with self.translated():
                     return await self._glance_or_look(connection, shipped)
             except DatabaseUnavailableError as error:
-                if isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                # Somebody is changing our tables: one is locked, or an index went away while it was described ("cache
+                # lookup failed", an internal error).
+                if isinstance(error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.InternalServerError)):
                     raise Busy from error.__cause__
                 raise
 

@@ -264,9 +264,10 @@ class SqliteDatabase:
             if own:
                 connection.execute("begin")
             try:
-                look = glance(connection)
                 columns = connection.execute(self._queries["schema.columns"][0], names).fetchall()
                 indexes = connection.execute(self._queries["schema.indexes"][0], names).fetchall()
+                # Last, for the first statement that succeeds fixes the state, and this one may fail.
+                look = glance(connection)
             finally:
                 if own:
                     connection.rollback()
