@@ -307,12 +307,12 @@ class PostgresDatabase:
 
     async def _glance_or_look(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         with contextlib.suppress(asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-            ledger, text = await self._glance(connection, shipped)
-            for catalog in shipped:
-                if catalog.fingerprint == text:
-                    return Look(ledger, catalog)
-        # The catalog is unknown, or the ledger is missing or not ours, and then not even parsed. Several statements
-        # must see one state, or a migration that commits between them would look like drift.
+            if look := await self.recognize(connection, shipped):
+                return look
+        # The catalog is unknown, or the ledger is missing or not ours, and then not even parsed.
+        if look := await self.find_nothing(connection, shipped):
+            return look
+        # Several statements must see one state, or a migration that commits between them would look like drift.
         try:
             await connection.execute(
                 f"begin isolation level repeatable read read only; set local lock_timeout = '{_LOCK_TIMEOUT}'"
@@ -320,6 +320,17 @@ class PostgresDatabase:
             return await self.look_closely(connection, shipped)
         finally:
             await finish(_rolled_back(connection))
+
+    async def recognize(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look | None:
+        """The look, in one statement, if the catalog's text is that of a version shipped. It names the ledger."""
+        ledger, text = await self._glance(connection, shipped)
+        return next((Look(ledger, catalog) for catalog in shipped if catalog.fingerprint == text), None)
+
+    async def find_nothing(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look | None:
+        """The look, in one cheap statement, if nothing bears one of our names."""
+        names = [LEDGER, *shipped[-1].tables]
+        rows = await connection.fetch(self.queries["schema.taken"], self._schema, names)
+        return None if rows and rows[0]["taken"] else Look(None, Catalog(), namespace=bool(rows))
 
     async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         """
@@ -411,10 +422,13 @@ class _BootTransaction:
     def __init__(self, database: PostgresDatabase, connection: "Connection") -> None:
         self._database = database
         self._connection = connection
+        self._has_recorded = False
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         with self._database.translated():
-            return await self._connection.fetch(self._database.queries[query], *args)
+            rows = await self._connection.fetch(self._database.queries[query], *args)
+        self._has_recorded |= query == "schema.record"
+        return rows
 
     async def script(self, text: str) -> None:
         with self._database.translated():
@@ -422,7 +436,11 @@ class _BootTransaction:
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         with self._database.translated():
-            return await self._database.look_closely(self._connection, shipped)
+            # A ledger that took a row is there, and may be named without risk to the transaction.
+            first = self._database.recognize if self._has_recorded else self._database.find_nothing
+            return await first(self._connection, shipped) or await self._database.look_closely(
+                self._connection, shipped
+            )
 
 
 def _begin(server: int) -> str:

@@ -51,7 +51,7 @@ __all__ = [
 
 _log = logging.getLogger("runtime_repo")
 
-_POLL_FIRST = 0.005
+_POLL_FIRST = 0.01
 _POLL_LAST = 0.25
 
 
@@ -262,7 +262,7 @@ class _Patience:
     async def wait(self) -> None:
         pause = min(self._step * random.uniform(0.5, 1.5), self._timeout - self.waited)  # noqa: S311
         await asyncio.sleep(max(pause, 0))
-        self._step = min(self._step * 1.5, _POLL_LAST)
+        self._step = min(self._step * 2, _POLL_LAST)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,13 @@ select array(select (version, name, applied_at_ms)::text from {schema}.runtime_s
   from (select set_config('lock_timeout', '100ms', true) offset 0) as bounded,
        unnest(array(select to_regclass(x)::oid from unnest($1::text[]) as x)) as o;
 
+-- name: taken @postgres
+-- Whether anything in the schema $1 bears one of our names ($2). No row is no schema.
+select exists (select from pg_catalog.pg_class where relnamespace = n.oid and relname = any ($2::text[]))
+       or exists (select from pg_catalog.pg_type where typnamespace = n.oid and typname = any ($2::text[])) as taken
+  from pg_catalog.pg_namespace as n
+ where n.nspname = $1;
+
 -- name: catalog @postgres
 -- Every relation of the schema $1 that bears one of our names ($2), column by column and index by index, for a catalog
 -- whose text is not known. A table takes a type's name too, so types count. A number that a column's own sequence
