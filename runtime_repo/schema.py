@@ -51,7 +51,7 @@ __all__ = [
 
 _log = logging.getLogger("runtime_repo")
 
-_POLL_FIRST = 0.01
+_POLL_FIRST = 0.05
 _POLL_LAST = 0.25
 
 
