@@ -359,6 +359,10 @@ class PostgresDatabase:
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator["_BootTransaction"]:
         async with self._acquired() as connection:
+            # In a transaction of its own, for most who try at once fail, and need not begin or roll back for that.
+            with self.translated():
+                if not await connection.fetchval(self.queries["schema.try_lock"], _LOCK_CLASS, self._lock_key):
+                    raise Busy
             try:
                 with self.translated():
                     await connection.execute(_begin(connection.get_server_version().major))
