@@ -284,13 +284,26 @@ class SqliteDatabase:
     async def lock(self) -> AsyncIterator["_BootTransaction"]:
         async with self._turn:
             try:
-                await self.hop(_begin)
+                await self._try_to_begin()
                 yield _BootTransaction(self)
                 await self.hop(lambda connection: connection.execute("commit"))
             except BaseException:
                 # Also after a cancelled BEGIN: it may succeed behind the caller's back and keep the lock.
-                await finish(self.hop(lambda connection: connection.rollback()))
+                if self._connection is not None:
+                    await finish(self.hop(lambda connection: connection.rollback()))
                 raise
+
+    async def _try_to_begin(self) -> None:
+        try:
+            await self.hop(_begin)
+        except DatabaseUnavailableError as error:
+            code = getattr(error.__cause__, "sqlite_errorcode", 0)
+            if code & 0xFF != sqlite3.SQLITE_READONLY or self._path is None or not _is_writable(self._path):
+                raise
+            # SQLite (3.40) has been seen to tell one of many processes that turn a new file to WAL at the same moment
+            # that the file is read-only. It is not: connect anew and look again.
+            await self.close()
+            raise Busy from error.__cause__
 
     async def lock_holder(self) -> LockHolder | None:
         return None
@@ -431,6 +444,10 @@ async def _forsaken(connection: aiosqlite.Connection, first: _Hop) -> None:
     await asyncio.to_thread(connection._thread.join)
     if first.connection is not None:
         first.connection.close()
+
+
+def _is_writable(path: Path) -> bool:
+    return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
 def _is_encodable(name: str) -> bool:
