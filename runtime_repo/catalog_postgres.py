@@ -9,7 +9,9 @@ from typing import Any
 from runtime_repo.catalog import LEDGER, Ledger, LedgerRow, Table
 from runtime_repo.database import Row
 
-__all__ = ["fingerprint", "ledger_from_records", "tables_from_rows"]
+__all__ = ["fingerprint", "ledger_from_lines", "tables_from_rows"]
+
+_LEDGER_LINE = re.compile(r"(-?\d+) (-?\d+) (.*)", re.DOTALL)
 
 _KINDS = {
     "r": "table",
@@ -22,27 +24,19 @@ _KINDS = {
 }
 
 
-def ledger_from_records(records: Iterable[str]) -> Ledger | None:
-    """The ledger's rows, each as PostgreSQL writes a record; None when one of them is not a ledger's."""
-    rows = []
-    for record in records:
-        match = re.fullmatch(r'\((-?\d+),("(?:[^"]|"")*"|[^",]*),(-?\d+)\)', record, re.DOTALL)
-        if match is None:
-            return None
-        name = match[2]
-        if name.startswith('"'):
-            name = re.sub(r'""|\\\\', lambda pair: pair[0][0], name[1:-1])
-        rows.append(LedgerRow(int(match[1]), name, int(match[3])))
-    return tuple(sorted(rows, key=lambda row: row.version))
+def ledger_from_lines(lines: Iterable[str]) -> Ledger | None:
+    """The ledger's rows, each as one line; None when one of them is not a ledger's."""
+    matches = [_LEDGER_LINE.fullmatch(line) for line in lines]
+    rows = [LedgerRow(int(match[1]), match[3], int(match[2])) for match in matches if match]
+    return tuple(sorted(rows, key=lambda row: row.version)) if len(rows) == len(matches) else None
 
 
-def fingerprint(rows: Sequence[Row], schema: str) -> str:
-    """Identify the raw text of our relations, in whatever order PostgreSQL keeps it and whatever their schema is."""
-    text = "\n\n".join("\n".join(sorted(row[part])) for row in rows for part in ("columns", "defaults", "indexes"))
-    # An index is named with its schema, unless that is in the search path, and quoted where need be.
-    text = text.replace(f"\n({schema}.", "\n(")
-    if (quoted := '\n("""' + schema.replace('"', '""""') + '"".') in text:
-        text = re.sub(re.escape(quoted) + '([^"]*)"', r"\n(\1", text)
+def fingerprint(row: Row, schema: str) -> str:
+    """Identify the raw text of our relations, in whatever order PostgreSQL keeps it and whatever their *schema* is."""
+    text = "\n\n".join("\n".join(sorted(row[part])) for part in ("columns", "defaults", "indexes"))
+    # An index is named with its schema, quoted where need be, unless that is in the search path.
+    quoted = schema.replace('"', '""')
+    text = text.replace(f"\n{schema}.", "\n").replace(f'\n"{quoted}".', "\n")
     return hashlib.sha256(text.encode()).hexdigest()
 
 

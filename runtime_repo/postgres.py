@@ -11,7 +11,7 @@ import random
 import re
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from runtime_repo.catalog import LEDGER, Catalog, Ledger, Look
-from runtime_repo.catalog_postgres import fingerprint, ledger_from_records, tables_from_rows
+from runtime_repo.catalog_postgres import fingerprint, ledger_from_lines, tables_from_rows
 from runtime_repo.database import Backend, Busy, Row, finish
 from runtime_repo.errors import (
     ConfigurationError,
@@ -328,9 +328,9 @@ class PostgresDatabase:
 
     async def find_nothing(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look | None:
         """The look, in one cheap statement, if nothing bears one of our names."""
-        names = [LEDGER, *shipped[-1].tables]
-        rows = await connection.fetch(self.queries["schema.taken"], self._schema, names)
-        return None if rows and rows[0]["taken"] else Look(None, Catalog(), namespace=bool(rows))
+        names = self._qualified([LEDGER, *shipped[-1].tables])
+        (row,) = await connection.fetch(self.queries["schema.taken"], self.tokens["schema"], names)
+        return None if row["taken"] else Look(None, Catalog(), namespace=row["namespace"])
 
     async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         """
@@ -340,7 +340,7 @@ class PostgresDatabase:
             Busy: An index went away while it was read, for PostgreSQL describes one as it is now, not as the snapshot
                 has it: somebody is migrating.
         """
-        names = " ".join(shipped[-1].tables.keys() | {LEDGER})
+        names = [LEDGER, *shipped[-1].tables]
         rows = await connection.fetch(self.queries["schema.catalog"], self._schema, names)
         tables = tables_from_rows([row for row in rows if row["relname"] is not None])
         if tables is None:
@@ -352,22 +352,21 @@ class PostgresDatabase:
         return Look(ledger, Catalog(tables, text))
 
     async def _glance(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Ledger | None, str]:
-        names = [f"{self.tokens['schema']}.{name}" for name in sorted(shipped[-1].tables)]
-        rows = await connection.fetch(self.queries["schema.look"], names)
-        return ledger_from_records(rows[0]["ledger"]), fingerprint(rows, self._schema)
+        (row,) = await connection.fetch(self.queries["schema.look"], self._qualified(sorted(shipped[-1].tables)))
+        return ledger_from_lines(row["ledger"]), fingerprint(row, self._schema)
+
+    def _qualified(self, names: Iterable[str]) -> list[str]:
+        return [f"{self.tokens['schema']}.{name}" for name in names]
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator["_BootTransaction"]:
         async with self._acquired() as connection:
             # In a transaction of its own, for most who try at once fail, and need not begin or roll back for that.
             with self.translated():
-                if not await connection.fetchval(self.queries["schema.try_lock"], _LOCK_CLASS, self._lock_key):
-                    raise Busy
+                await self._try_lock(connection)
             try:
                 with self.translated():
-                    await connection.execute(_begin(connection.get_server_version().major))
-                    if not await connection.fetchval(self.queries["schema.try_lock"], _LOCK_CLASS, self._lock_key):
-                        raise Busy
+                    await self._try_lock(connection, _begin(connection.get_server_version().major))
                 yield _BootTransaction(self, connection)
                 with self.translated():
                     await connection.execute("commit")
@@ -380,6 +379,12 @@ class PostgresDatabase:
                     raise Busy from error.__cause__
                 raise
 
+    async def _try_lock(self, connection: "Connection", begin: str = "") -> None:
+        """Try once, in one round trip: what is executed without arguments answers with its number of rows."""
+        query = f"select where pg_try_advisory_xact_lock({_LOCK_CLASS}, {self._lock_key})"
+        if await connection.execute(f"{begin} {query}") != "SELECT 1":
+            raise Busy
+
     async def _rest(self, connection: "Connection") -> None:
         """
         Keep the lock for a moment without wanting any table.
@@ -387,10 +392,9 @@ class PostgresDatabase:
         Each try may hold up live traffic, and the next of four hundred booters would begin one at once: so all of
         them rest. Should one of them be quicker than this, it rests after its own try.
         """
-        again = f"select pg_try_advisory_xact_lock({_LOCK_CLASS}, {self._lock_key})"
         try:
-            with self.translated():
-                await connection.execute(f"{_begin(connection.get_server_version().major)} {again}")
+            with self.translated(), contextlib.suppress(Busy):
+                await self._try_lock(connection, _begin(connection.get_server_version().major))
             await asyncio.sleep(_REST)
         finally:
             await finish(_rolled_back(connection))

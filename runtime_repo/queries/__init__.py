@@ -8,13 +8,14 @@ data-modifying common table expressions; they run in one transaction and the las
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.resources import files
 
 from runtime_repo.errors import ConfigurationError
 
 __all__ = ["fill", "load_queries", "split_statements"]
 
+_TOKEN = re.compile(r"\{(\w*)\}|[{}]")
 _HEADER = re.compile(r"^-- name: (?P<name>\w+)(?: @(?P<backend>sqlite|postgres))?$", re.MULTILINE)
 
 
@@ -27,17 +28,34 @@ def fill(text: str, tokens: Mapping[str, str]) -> str:
         except KeyError:
             raise ConfigurationError(f"unexpected {match[0]!r} in SQL; the tokens are {', '.join(tokens)}") from None
 
-    return re.sub(r"\{(\w*)\}|[{}]", value, text)
+    return _TOKEN.sub(value, text)
 
 
 @lru_cache(maxsize=16)
 def load_queries(backend: str, *, schema: str, now_ms: str) -> Mapping[str, str]:
-    """Every query of *backend*, as ``noun.verb``, with its tokens filled in."""
-    return {name: fill(text, {"schema": schema, "now_ms": now_ms}) for name, text in _texts(backend).items()}
+    """Every query of *backend*, as ``noun.verb``; its tokens are filled in when it is first asked for."""
+    return _Filled(_TEXTS[backend], {"schema": schema, "now_ms": now_ms})
 
 
-@cache
-def _texts(backend: str) -> dict[str, str]:
+class _Filled(Mapping[str, str]):
+    def __init__(self, texts: Mapping[str, str], tokens: Mapping[str, str]) -> None:
+        self._texts = texts
+        self._tokens = tokens
+        self._filled: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self._filled:
+            self._filled[name] = fill(self._texts[name], self._tokens)
+        return self._filled[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+
+def _texts(backend: str) -> Mapping[str, str]:
     texts: dict[str, str] = {}
     for file in files(__name__).iterdir():
         if file.name.endswith(".sql"):
@@ -47,6 +65,10 @@ def _texts(backend: str) -> dict[str, str]:
                 if only in (None, backend):
                     texts[f"{noun}.{name}"] = text.strip()
     return texts
+
+
+_TEXTS = {backend: _texts(backend) for backend in ("sqlite", "postgres")}
+"""Read at import: constructing a repository does no I/O."""
 
 
 def split_statements(script: str) -> Iterator[str]:
