@@ -7,13 +7,14 @@ session, so it runs behind a transaction-pooling pgbouncer (with ``statement_cac
 
 import asyncio
 import contextlib
+import inspect
 import random
 import re
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
     Pool = asyncpg.Pool[asyncpg.Record]
-    Connection = PoolConnectionProxy[asyncpg.Record]
+    Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
 
 __all__ = ["PostgresRuntimeRepository"]
 
@@ -53,6 +54,9 @@ _REST = 0.4
 
 _CLOSE_TIMEOUT = 5.0
 """Seconds for saying goodbye to the server, before the connections are dropped."""
+
+_POOL_OPTIONS = set(inspect.signature(asyncpg.create_pool).parameters) - {"connection_class", "record_class"}
+"""What a pool keeps for itself; it passes everything else to its connections."""
 
 _REMEDIES = {
     "28000": "check the user and the server's pg_hba.conf",
@@ -117,12 +121,17 @@ class PostgresRuntimeRepository(RuntimeRepository):
 
 
 class Target:
-    """Where to connect; its repr shows no secret."""
+    """Where to connect, and how; its repr shows no secret."""
 
     def __init__(self, dsn: "str | Pool", options: dict[str, Any]) -> None:
         self.pool = dsn if isinstance(dsn, asyncpg.Pool) else None
         self._dsn = dsn if isinstance(dsn, str) else ""
-        self._options = options
+        self._connect = options.get("connect") or asyncpg.connect
+        self._init = options.get("init")
+        self._setup = options.get("setup")
+        self._is_tuned = bool(options)
+        # What we leave behind is no session state, so a connection needs no round trip to be reset.
+        self._options: dict[str, Any] = {"min_size": 0, "reset": _nothing_to_reset} | options | {"init": None}
         self._shown = "an existing pool"
         if self.pool is None:
             self._shown = _shown(dsn) if isinstance(dsn, str) else ""
@@ -139,10 +148,36 @@ class Target:
     def __repr__(self) -> str:
         return self._shown
 
-    def new_pool(self) -> "Pool":
-        # This package leaves no session state behind, so a connection needs no round trip to be reset.
-        options: dict[str, Any] = {"min_size": 0, "reset": _nothing_to_reset} | self._options
-        return asyncpg.create_pool(self._dsn, **options)
+    @property
+    def is_eager(self) -> bool:
+        """Whether the pool shall have connections before somebody wants one."""
+        return bool(self._options["min_size"] or self._options.get("init_size"))
+
+    def new_pool(self, connect: Callable[..., Awaitable["Connection"]]) -> "Pool":
+        """A pool, not yet open, that connects by *connect*."""
+        return asyncpg.create_pool(self._dsn, **self._options | {"connect": connect})
+
+    async def lend(self) -> "Connection":
+        """A connection as a pool lends it: a plain one, which costs less than to make and close a pool for it."""
+        if self.pool is not None:
+            await self.pool
+            return await self.pool.acquire()
+        if self._is_tuned:
+            asyncpg.create_pool(self._dsn, **self._options)  # not to be used: it refuses sizes that cannot be meant
+        options = {name: value for name, value in self._options.items() if name not in _POOL_OPTIONS}
+        return await self.connect(self._dsn, setup=self._setup, **options)
+
+    async def connect(self, *args: Any, setup: Callable[..., Any] | None = None, **options: Any) -> "Connection":
+        """Connect as asyncpg's pools do, for the pool or instead of it."""
+        connection: Connection = await self._connect(*args, **options)
+        try:
+            for prepare in (self._init, setup):
+                if prepare is not None:
+                    await prepare(connection)
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
 
 
 def _shown(dsn: str) -> str:
@@ -200,65 +235,75 @@ class PostgresDatabase:
         # A hash that is the same in every release, process and machine, as a signed integer.
         self._lock_key = zlib.crc32(schema.encode()) - 2**31
         self._pool: Pool | None = None
+        # Boot's own connection. The first verb makes the pool, which takes it over.
+        self._own: Connection | None = None
+        self._has_booted = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target!r}, schema={self._schema!r})"
 
-    async def _first_connection(self) -> "Connection":
-        """Open the pool by acquiring from it, trying again while the server may come up."""
+    async def _connect(self) -> None:
+        """Connect, trying again while the server may come up."""
         deadline = asyncio.get_running_loop().time() + self._startup_timeout
         pause = 0.05
         failure: RuntimeRepoError | None = None
-        while True:
-            connected = await self._connected(deadline)
-            if not isinstance(connected, RuntimeRepoError):
-                return connected
-            again = connected.__cause__ is not None and _is_transient(connected.__cause__)
+        while error := await self._try_to_connect(deadline):
+            again = error.__cause__ is not None and _is_transient(error.__cause__)
             if not again or asyncio.get_running_loop().time() + pause >= deadline:
                 # A try that the deadline cut short says less than the one before it.
-                raise failure if failure and isinstance(connected.__cause__, TimeoutError) else connected
-            failure = connected
+                raise failure if failure and isinstance(error.__cause__, TimeoutError) else error
+            failure = error
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
             pause = min(pause * 2, 1.0)
 
-    async def _connected(self, deadline: float) -> "Connection | RuntimeRepoError":
+    async def _try_to_connect(self, deadline: float) -> RuntimeRepoError | None:
         """Try once. An error is returned, not raised, so that asyncpg's own frames and words stay behind."""
-        pool: Pool | None = None
         try:
-            pool = self._target.pool or self._target.new_pool()
             async with asyncio.timeout_at(deadline):
-                await pool
-                connection = await pool.acquire()
-        except BaseException as error:
-            if pool is not None and pool is not self._target.pool:
-                pool.terminate()
-            if isinstance(error, (TypeError, ValueError, ArithmeticError, AttributeError)) and not (
-                isinstance(error, OSError)
-            ):
+                self._own = await self._target.lend()
+        except (TypeError, ValueError, ArithmeticError, AttributeError, *_DRIVER_ERRORS) as error:
+            # asyncpg's ClientConfigurationError is a ValueError, too.
+            if not isinstance(error, (asyncpg.PostgresError, OSError)) and type(error) is not asyncpg.InterfaceError:
                 # asyncpg's own words may repeat a part of the DSN.
                 return ConfigurationError(
                     f"asyncpg cannot use the DSN or the pool options for {self._target}: check their spelling "
                     "(its message is not repeated here, since it may hold a password)"
                 )
-            if not isinstance(error, _DRIVER_ERRORS):
-                raise
             failure = self._unavailable(error)
             failure.__cause__ = _bare(error)
             return failure
-        self._pool = pool
-        return connection
+        return None
+
+    async def _take_over(self, *args: Any, **options: Any) -> "Connection":
+        """Connect for the pool: its first connection is boot's, if that still lives."""
+        own, self._own = self._own, None
+        return own if own is not None and not own.is_closed() else await self._target.connect(*args, **options)
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
-        if pool is not None and pool is not self._target.pool:
+        own, self._own = self._own, None
+        self._has_booted = False
+        if own is not None:
+            # The pool, if it is ours, has not been opened.
+            await finish(_closed(own) if self._target.pool is None else _released(self._target.pool, own))
+        elif pool is not None and pool is not self._target.pool:
             await finish(_closed(pool))
 
     def abandon(self) -> None:
         pool, self._pool = self._pool, None
-        if pool is not None and pool is not self._target.pool:
-            # The event loop may be closed by now; its end has closed the sockets then.
-            with contextlib.suppress(Exception):
-                pool.terminate()
+        own, self._own = self._own, None
+        for opened in (own, pool):
+            if opened is not None and opened is not self._target.pool:
+                # The event loop may be closed by now; its end has closed the sockets then.
+                with contextlib.suppress(Exception):
+                    opened.terminate()
+
+    async def _open_pool(self) -> "Pool":
+        if not self._has_booted:
+            raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
+        if self._pool is None:
+            self._pool = self._target.pool or self._target.new_pool(self._take_over)
+        return await self._pool
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
@@ -268,21 +313,15 @@ class PostgresDatabase:
         except _DRIVER_ERRORS as error:
             raise self._unavailable(error) from _bare(error)
 
-    @property
-    def pool(self) -> "Pool":
-        if self._pool is None:
-            raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
-        return self._pool
-
     @contextlib.asynccontextmanager
-    async def _acquired(self, *, connect: bool = False) -> AsyncIterator["Connection"]:
-        if self._pool is None and connect:
-            connection = await self._first_connection()
-            pool = self.pool
-        else:
-            pool = self.pool
-            with self.translated():
-                connection = await pool.acquire()
+    async def _acquired(self) -> AsyncIterator["Connection"]:
+        """A connection: boot's own until it has ended, then one of the pool's."""
+        if self._own is not None and not self._has_booted:
+            yield self._own
+            return
+        with self.translated():
+            pool = await self._open_pool()
+            connection = await pool.acquire()
         try:
             yield connection
         finally:
@@ -294,7 +333,10 @@ class PostgresDatabase:
                 return await connection.fetch(self.queries[query], *args)
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
-        async with self._acquired(connect=True) as connection:
+        if not self._has_booted and (self._own is None or self._own.is_closed()):
+            await self.close()
+            await self._connect()
+        async with self._acquired() as connection:
             try:
                 with self.translated():
                     return await self._glance_or_look(connection, shipped)
@@ -407,7 +449,13 @@ class PostgresDatabase:
         return LockHolder(row["pid"], row["application_name"], row["client_address"], row["transaction_age"])
 
     async def ready(self) -> None:
-        pass
+        self._has_booted = True
+        if self._target.pool is not None and self._own is not None:
+            own, self._own = self._own, None
+            await _released(self._target.pool, own)
+        elif self._target.is_eager:
+            with self.translated():
+                await self._open_pool()
 
     async def take_backup(self, from_version: int) -> Path | None:  # noqa: ARG002
         return None
@@ -463,13 +511,19 @@ def _begin(server: int) -> str:
     return f"begin isolation level read committed; set local lock_timeout = '{_LOCK_TIMEOUT}'; {settings}"
 
 
-async def _closed(pool: "Pool") -> None:
-    """Say goodbye to the server; drop the connections when it does not answer."""
+async def _closed(opened: "Pool | Connection") -> None:
+    """Say goodbye to the server; drop what is open when it does not answer."""
     try:
         async with asyncio.timeout(_CLOSE_TIMEOUT):
-            await pool.close()
+            await opened.close()
     except (TimeoutError, *_DRIVER_ERRORS):
-        pool.terminate()
+        opened.terminate()
+
+
+async def _released(pool: "Pool", connection: "Connection") -> None:
+    # One that cannot be reset is dropped by its pool.
+    with contextlib.suppress(*_DRIVER_ERRORS):
+        await pool.release(cast("PoolConnectionProxy[asyncpg.Record]", connection))
 
 
 async def _rolled_back(connection: "Connection") -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any, cast
 from unittest.mock import Mock
 
 import anyio
@@ -18,12 +19,14 @@ from runtime_repo import (
     ConfigurationError,
     DatabaseUnavailableError,
     ForeignSchemaError,
+    MigrationError,
     PostgresRuntimeRepository,
     RepositoryClosedError,
     RuntimeRepository,
     SchemaReport,
 )
-from tests.faults.conftest import Lab, PostgresLab, SqliteLab, closing, on_postgres, on_sqlite
+from runtime_repo.postgres import PostgresDatabase
+from tests.faults.conftest import Lab, PostgresLab, SqliteLab, closing, eventually, on_postgres, on_sqlite
 
 Use = Callable[[RuntimeRepository], Awaitable[object]]
 
@@ -281,15 +284,85 @@ async def test_an_existing_pool_is_used_and_not_closed(lab: PostgresLab, max_siz
 @on_postgres
 async def test_pool_options_pass_through(lab: PostgresLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """What asyncpg's pool understands can be given."""
-    create = Mock(wraps=asyncpg.create_pool)
+    create, connect = Mock(wraps=asyncpg.create_pool), Mock(wraps=asyncpg.connect)
     monkeypatch.setattr(asyncpg, "create_pool", create)
+    monkeypatch.setattr(asyncpg, "connect", connect)
     settings = {"application_name": f"{lab.place.schema}-pool"}
     options = {"statement_cache_size": 0, "max_size": 2, "server_settings": settings}
     async with lab.nothing_left(), lab.repository(**options) as repository:
         await asyncio.gather(*(repository.attempts.find("a") for _ in range(10)))
         assert len(await lab.connections()) == 2
-    (call,) = create.call_args_list
-    assert options.items() <= call.kwargs.items()
+    assert options.items() <= create.call_args.kwargs.items()
+    del options["max_size"]
+    assert len(connect.call_args_list) == 2
+    assert all(options.items() <= call.kwargs.items() for call in connect.call_args_list)
+
+
+@on_postgres
+async def test_the_pool_takes_over_the_connection_of_the_boot(lab: PostgresLab) -> None:
+    """The first verb pays for no second connection; when the server has ended it meanwhile, it connects anew."""
+    for ended in (False, True):
+        async with lab.nothing_left(), lab.repository() as repository:
+            pid = await _only_pid(lab)
+            if ended:
+                await lab.admin.execute("select pg_terminate_backend($1, 10000)", pid)
+                await eventually(lambda: _is_noticed(repository))
+            await repository.attempts.find("a")
+            assert (await _only_pid(lab) == pid) is not ended
+
+
+async def _only_pid(lab: PostgresLab) -> int:
+    (connection,) = await lab.connections()
+    return int(cast(tuple[int, str, str], connection)[0])
+
+
+async def _is_noticed(repository: RuntimeRepository) -> bool:
+    database = cast(PostgresDatabase, repository._database)
+    return database._own is None or database._own.is_closed()
+
+
+@on_postgres
+async def test_what_prepares_a_pools_connections_prepares_the_boot_too(lab: PostgresLab) -> None:
+    """``init`` runs once for each connection and ``setup`` each time before it is used: a role may be set there."""
+    calls: list[str] = []
+
+    async def init(connection: asyncpg.Connection) -> None:
+        calls.append("init")
+        await connection.execute("set default_transaction_read_only = on")
+
+    async def setup(_connection: object) -> None:
+        calls.append("setup")
+
+    async with lab.nothing_left():
+        with pytest.raises(MigrationError, match="read-only"):
+            await lab.repository(init=init, setup=setup)
+        assert calls == ["init", "setup"]
+        await lab.lay(2)
+        calls.clear()
+        async with lab.repository(init=init, setup=setup) as repository:
+            await repository.attempts.find("a")
+            await repository.attempts.find("a")
+            with pytest.raises(DatabaseUnavailableError, match="read-only"):
+                await repository.attempts.enqueue("run")
+    assert calls == ["init", "setup", *["setup"] * 3]
+
+
+@on_postgres
+async def test_connections_that_are_wanted_from_the_start_are_opened_by_the_boot(lab: PostgresLab) -> None:
+    """``min_size`` means what it means to asyncpg."""
+    async with lab.nothing_left(), lab.repository(min_size=3, max_size=3):
+        assert len(await lab.connections()) == 3
+
+
+@on_postgres
+async def test_pool_sizes_that_cannot_be_meant_are_refused_by_the_boot(lab: PostgresLab) -> None:
+    """Not by the first verb, an hour later."""
+    wrong: list[dict[str, Any]] = [{"max_size": 0}, {"min_size": 3, "max_size": 2}, {"max_queries": 0}, {"bogus": 1}]
+    for options in wrong:
+        async with lab.nothing_left():
+            with pytest.raises(ConfigurationError, match="pool options"):
+                await lab.repository(**options)
+    assert await lab.snapshot() == []
 
 
 @pytest.mark.parametrize("boot", BOOTS.values(), ids=BOOTS)

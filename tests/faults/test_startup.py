@@ -18,10 +18,10 @@ TIMEOUT = 0.3
 
 @pytest.fixture
 def tries(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Counts the tries at connecting: each makes a pool."""
-    create = Mock(wraps=asyncpg.create_pool)
-    monkeypatch.setattr(asyncpg, "create_pool", create)
-    return create
+    """Counts the tries at connecting."""
+    connect = Mock(wraps=asyncpg.connect)
+    monkeypatch.setattr(asyncpg, "connect", connect)
+    return connect
 
 
 async def tried_again(tries: Mock) -> None:
