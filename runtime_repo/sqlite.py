@@ -241,12 +241,13 @@ class SqliteDatabase:
             raise self._unavailable(error) from error
 
     def _looking(self, shipped: Sequence[Catalog]) -> Callable[[_Connection], Look]:
-        names = {"1": json.dumps([LEDGER, *shipped[-1].tables])}
+        ours = [LEDGER, *shipped[-1].tables]
+        span = {"1": min(ours), "2": max(ours)}
         known: dict[str | None, Catalog] = {catalog.fingerprint: catalog for catalog in shipped if catalog.fingerprint}
 
         def glance(connection: _Connection) -> Look:
             try:
-                rows = connection.execute(self._queries["schema.look"][0], names).fetchall()
+                rows = connection.execute(self._queries["schema.look"][0], span).fetchall()
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
                     raise
@@ -260,6 +261,7 @@ class SqliteDatabase:
                 return look
             # The text is unknown. Several statements must see one state, or a migration that commits between them
             # would look like drift.
+            names = {"1": json.dumps(ours)}
             own = not connection.in_transaction
             if own:
                 connection.execute("begin")

@@ -24,12 +24,12 @@ insert into {schema}.runtime_schema_migrations (version, name, applied_at_ms)
 values ($1, $2, {now_ms});
 
 -- name: look @sqlite
--- The ledger and, beside each of its rows, the text that SQLite keeps of all that bears our names ($1): one statement
--- for a warm boot, which recognizes the text.
+-- The ledger and, beside each of its rows, the text that SQLite keeps of all that may be ours (no name of ours is before
+-- $1 or after $2): one statement for a warm boot, which recognizes the text.
 select version, name, applied_at_ms,
        (select group_concat(sql, char(10))
           from {schema}.sqlite_schema
-         where instr($1, '"' || lower(tbl_name) || '"')) as text
+         where tbl_name between $1 and $2) as text
   from {schema}.runtime_schema_migrations;
 
 -- name: columns @sqlite
