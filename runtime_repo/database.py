@@ -41,6 +41,10 @@ class Queries(Protocol):
 class Transaction(Queries, Protocol):
     """Statements that commit together."""
 
+    async def execute(self, query: str) -> None:
+        """Run a named query that takes no arguments and answers nothing."""
+        ...
+
     async def script(self, text: str) -> None:
         """Run the statements of a migration, in order."""
         ...

@@ -223,13 +223,14 @@ class LeaseLostError(ConflictError):
 
 
 class InvalidTransitionError(ConflictError):
-    """The verb does not apply to a row in this status."""
+    """The verb does not apply to a row in this status: read it again and decide anew."""
 
-    def __init__(self, attempt_id: str, *, status: str, verb: str) -> None:
-        self.attempt_id = attempt_id
+    def __init__(self, what: str, key: str, *, status: str, verb: str) -> None:
+        self.what = what
+        self.key = key
         self.status = status
         self.verb = verb
-        super().__init__(f"cannot {verb} attempt {attempt_id!r}: it is {status}")
+        super().__init__(f"cannot {verb} {what} {key!r}: it is {status}; read it again and decide anew")
 
 
 class PayloadMismatchError(ConflictError):

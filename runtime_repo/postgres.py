@@ -486,6 +486,11 @@ class _BootTransaction:
         self._has_recorded |= query == "schema.record"
         return rows
 
+    async def execute(self, query: str) -> None:
+        # Not prepared: one round trip instead of two.
+        with self._database.translated():
+            await self._connection.execute(self._database.queries[query])
+
     async def script(self, text: str) -> None:
         with self._database.translated():
             await self._connection.execute(fill(text, self._database.tokens))

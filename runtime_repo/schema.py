@@ -294,9 +294,9 @@ async def _apply(transaction: Transaction, look: Look, decision: Migrate) -> tup
         try:
             if migration is decision.pending[0]:
                 if not look.namespace:
-                    await transaction.fetch("schema.create_namespace")
+                    await transaction.execute("schema.create_namespace")
                 if look.ledger is None:
-                    await transaction.fetch("schema.create_ledger")
+                    await transaction.execute("schema.create_ledger")
             await transaction.script(migration.sql)
             await transaction.fetch("schema.record", migration.version, migration.name)
         except DatabaseUnavailableError as error:

@@ -398,6 +398,9 @@ class _BootTransaction:
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         return await self._database.run(query, args)
 
+    async def execute(self, query: str) -> None:
+        await self._database.run(query, ())
+
     async def script(self, text: str) -> None:
         statements = tuple(split_statements(fill(text, _TOKENS)))
 

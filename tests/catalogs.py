@@ -25,8 +25,8 @@ async def fresh_catalogs(database: Database) -> dict[str, str]:
         await database.look([Catalog({LEDGER: Table({})})])
         async with database.lock() as transaction:
             if database.backend == "postgres":
-                await transaction.fetch("schema.create_namespace")
-            await transaction.fetch("schema.create_ledger")
+                await transaction.execute("schema.create_namespace")
+            await transaction.execute("schema.create_ledger")
             names = {LEDGER}
             for file in sorted(folder.glob("*.sql")):
                 sql = file.read_text(encoding="utf-8")

@@ -106,8 +106,8 @@ EXAMPLES: list[tuple[RuntimeRepoError, dict[str, Any], list[str]]] = [
         ["nobody", "queued"],
     ),
     (
-        InvalidTransitionError("a-1", status="failed", verb="cancel"),
-        {"attempt_id": "a-1", "status": "failed", "verb": "cancel"},
+        InvalidTransitionError("attempt", "a-1", status="failed", verb="cancel"),
+        {"what": "attempt", "key": "a-1", "status": "failed", "verb": "cancel"},
         ["cannot cancel", "'a-1'", "failed"],
     ),
     (
