@@ -83,7 +83,7 @@ async def boot_and_work(parent: Connection, args: Namespace, queue: str, worker_
     async with repo:
         parent.send(boot_of(repo, started))
         while not parent.poll():
-            leases = await repo.leases.claim(worker_id, queue=queue, limit=BATCH, ttl=TTL)
+            leases = await repo.leases.claim(worker_id, queues=queue, limit=BATCH, ttl=TTL)
             if leases:
                 await compute_all(repo, leases)
             elif not await repo.leases.requeue_expired():

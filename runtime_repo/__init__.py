@@ -22,8 +22,8 @@ from runtime_repo.errors import (
     SchemaTooNewError,
 )
 from runtime_repo.postgres import PostgresRuntimeRepository
-from runtime_repo.records import Attempt, AttemptStatus, Lease
-from runtime_repo.repository import RuntimeRepository
+from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats, RetryPolicy
+from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
 from runtime_repo.schema import AppliedMigration, SchemaReport
 from runtime_repo.sqlite import SqliteRuntimeRepository
 from runtime_repo.url import repository_from_url
@@ -42,12 +42,16 @@ __all__ = [
     "LeaseLostError",
     "LockHolder",
     "MigrationError",
+    "NewAttempt",
     "NotFoundError",
     "PayloadMismatchError",
     "PostgresRuntimeRepository",
+    "QueueStats",
     "RepositoryClosedError",
+    "RetryPolicy",
     "RuntimeRepoError",
     "RuntimeRepository",
+    "RuntimeTransaction",
     "SchemaDriftError",
     "SchemaError",
     "SchemaHistoryError",

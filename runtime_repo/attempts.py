@@ -1,31 +1,45 @@
 """Attempts: units of work that are enqueued, tried under a lease, and finished once."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from runtime_repo.database import Queries
-from runtime_repo.errors import LeaseLostError, NotFoundError, PayloadMismatchError
+from runtime_repo.errors import (
+    ConfigurationError,
+    InvalidTransitionError,
+    LeaseLostError,
+    NotFoundError,
+    PayloadMismatchError,
+)
 from runtime_repo.records import (
+    DEFAULT_MAX_ATTEMPTS,
+    DEFAULT_QUEUE,
     Attempt,
     AttemptStatus,
     Lease,
+    NewAttempt,
+    QueueStats,
+    RetryPolicy,
     attempt_from_row,
     check_count,
     check_id,
     instant_ms,
     new_id,
+    new_ids,
     span_ms,
+    stats_from_row,
     to_json,
 )
 
 __all__ = ["Attempts"]
 
-DEFAULT_QUEUE = "default"
-DEFAULT_MAX_ATTEMPTS = 10
+MAX_BATCH_BYTES = 64 * 1024 * 1024
 
-_INT_RANGE = 2**31
+_IDENTITY = ("run_id", "queue", "payload_json")
+"""What the same id must have in common, to be the same attempt."""
 
 
 class Attempts:
@@ -60,30 +74,48 @@ class Attempts:
         Raises:
             PayloadMismatchError: The id is stored already with another run, queue or payload.
         """
-        given = {
-            "run_id": check_id("run_id", run_id),
-            "queue": check_id("queue", queue),
-            "payload": to_json("payload", payload),
-        }
-        key = new_id() if attempt_id is None else check_id("attempt_id", attempt_id)
-        rows = await self._queries.fetch(
-            "attempts.enqueue",
-            key,
-            run_id,
-            instant_ms("not_before", not_before),
-            queue,
-            check_count("priority", priority, least=-_INT_RANGE),
-            given["payload"],
-            check_count("max_attempts", max_attempts),
-            instant_ms("now", now),
-        )
+        new = NewAttempt(run_id, attempt_id, queue, priority, payload, not_before, max_attempts)
+        given = _columns(new, new_id)
+        rows = await self._queries.fetch("attempts.enqueue", *given.values(), instant_ms("now", now))
         if rows:
             return attempt_from_row(rows[0])
-        stored = await self.get(key)
-        found = {"run_id": stored.run_id, "queue": stored.queue, "payload": to_json("payload", stored.payload)}
-        if differing := [name for name, value in given.items() if found[name] != value]:
-            raise PayloadMismatchError("attempt", key, differing)
+        stored = await self.get(given["attempt_id"])
+        _check_same(stored, given)
         return stored
+
+    async def enqueue_many(self, attempts: Iterable[NewAttempt], *, now: datetime | None = None) -> Sequence[str]:
+        """
+        Store many units of work together, each once, and return their ids in the order given.
+
+        As ``enqueue`` for each, in one transaction: all are stored, or none is. An id that is stored already, or was
+        given before in the same call, is the same attempt. Where ids are made, the order given is the order of age.
+        Ten thousand at once are fine; the payloads of one call may have 64 MiB of JSON together.
+
+        Raises:
+            PayloadMismatchError: An id is stored, or given twice, with another run, queue or payload.
+        """
+        ids = new_ids()
+        given: dict[str, dict[str, Any]] = {}
+        order = []
+        for new in attempts:
+            columns = _columns(new, ids.__next__)
+            order.append(columns["attempt_id"])
+            before = given.setdefault(columns["attempt_id"], columns)
+            if differing := [name for name in _IDENTITY if before[name] != columns[name]]:
+                raise PayloadMismatchError("attempt", columns["attempt_id"], _shown(differing))
+        size = sum(len(columns["payload_json"] or "") for columns in given.values())
+        if size > MAX_BATCH_BYTES:
+            raise ConfigurationError(
+                f"the payloads are {size} bytes of JSON together: expected at most {MAX_BATCH_BYTES}; use more calls"
+            )
+        if not given:
+            return []
+        async with self._queries.atomic() as queries:
+            rows = await queries.fetch("attempts.enqueue_many", _array(given.values()), instant_ms("now", now))
+            known = given.keys() - {row["attempt_id"] for row in rows}
+            for stored in await _find_many(queries, known):
+                _check_same(stored, given[stored.attempt_id])
+        return order
 
     async def get(self, attempt_id: str) -> Attempt:
         """
@@ -102,20 +134,64 @@ class Attempts:
         rows = await self._queries.fetch("attempts.find", check_id("attempt_id", attempt_id))
         return attempt_from_row(rows[0]) if rows else None
 
-    async def list(self, *, run_id: str, after: str = "", limit: int = 100) -> Sequence[Attempt]:
+    async def list(
+        self,
+        *,
+        run_id: str | None = None,
+        status: AttemptStatus | None = None,
+        queue: str | None = None,
+        after: str = "",
+        limit: int = 100,
+    ) -> Sequence[Attempt]:
         """
-        Return one page of a run's attempts, ordered by id.
+        Return one page of the attempts of a run, a status or a queue, or of all, ordered by id.
 
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
-        text may differ between databases.
+        text may differ between databases. A run and a status are looked up; a queue alone reads past what is of others.
+        """
+        page = (after and check_id("after", after), check_count("limit", limit))
+        wanted = None if status is None else AttemptStatus(status)
+        of_queue = None if queue is None else check_id("queue", queue)
+        if run_id is not None:
+            rows = await self._queries.fetch(
+                "attempts.list_by_run", check_id("run_id", run_id), *page, wanted, of_queue
+            )
+        elif wanted is not None:
+            rows = await self._queries.fetch("attempts.list_by_status", wanted, *page, of_queue)
+        else:
+            rows = await self._queries.fetch("attempts.list_all", *page, of_queue)
+        return [attempt_from_row(row) for row in rows]
+
+    async def list_dispatchable(
+        self, *, queue: str = DEFAULT_QUEUE, limit: int = 100, now: datetime | None = None
+    ) -> Sequence[Attempt]:
+        """
+        Return what claims could take from a queue, in their order: the highest priority first, then the oldest.
+
+        Of delayed attempts whose time has come and that no claim has promoted yet, the longest due are among them, at
+        most *limit*. Nothing is locked, so by the time of a claim somebody else may have taken them.
         """
         rows = await self._queries.fetch(
-            "attempts.list_by_run",
-            check_id("run_id", run_id),
-            after and check_id("after", after),
-            check_count("limit", limit),
+            "attempts.list_dispatchable", check_id("queue", queue), check_count("limit", limit), instant_ms("now", now)
         )
         return [attempt_from_row(row) for row in rows]
+
+    async def stats(self, *, now: datetime | None = None) -> Sequence[QueueStats]:
+        """Return how much there is to do in each queue that has anything, by name. It reads all that is not final."""
+        rows = await self._queries.fetch("attempts.stats", instant_ms("now", now))
+        return [stats_from_row(row) for row in rows]
+
+    async def start(self, lease: Lease, *, now: datetime | None = None) -> Attempt:
+        """
+        Say that work has begun: the attempt is ``running``. Repeating the call changes nothing.
+
+        Raises:
+            LeaseLostError: The attempt is no longer this lease's: do not begin.
+        """
+        rows = await self._queries.fetch("attempts.start", lease.attempt_id, lease.version, instant_ms("now", now))
+        if not rows:
+            raise await lost(self._queries, lease)
+        return attempt_from_row(rows[0])
 
     async def complete(self, lease: Lease, result: Any = None, *, now: datetime | None = None) -> Attempt:
         """
@@ -132,30 +208,114 @@ class Attempts:
         )
         return attempt_from_row(rows[0]) if rows else await self._done_before(lease, AttemptStatus.COMPLETED)
 
+    async def complete_many(
+        self, results: Iterable[tuple[Lease, Any]], *, now: datetime | None = None
+    ) -> Sequence[bool]:
+        """
+        Finish many attempts in one statement, and say for each, in the order given, whether its lease held.
+
+        As ``complete`` for each, but a lost lease is an answer, not an error: its result was discarded, and the others
+        are finished all the same. Repeating the call gives the same answers.
+        """
+        pairs = list(results)
+        given = {
+            (lease.attempt_id, lease.version): {
+                "attempt_id": lease.attempt_id,
+                "token": lease.version,
+                "result_json": to_json("result", result),
+            }
+            # Of a lease that is given twice the first result counts, as in two calls.
+            for lease, result in reversed(pairs)
+        }
+        if not given:
+            return []
+        rows = await self._queries.fetch("attempts.complete_many", _array(given.values()), instant_ms("now", now))
+        done = {row["attempt_id"] for row in rows}
+        held = {key for key in given if key[0] in done}
+        rest = {attempt_id for attempt_id, _ in given.keys() - held}
+        before = {
+            (attempt.attempt_id, attempt.lease_version)
+            for attempt in await _find_many(self._queries, rest)
+            if attempt.status is AttemptStatus.COMPLETED
+        }
+        return [(lease.attempt_id, lease.version) in held | before for lease, _ in pairs]
+
     async def fail(
-        self, lease: Lease, error: str, *, retry_in: timedelta | None = None, now: datetime | None = None
+        self,
+        lease: Lease,
+        error: str,
+        *,
+        retry_in: timedelta | RetryPolicy | None = None,
+        now: datetime | None = None,
     ) -> Attempt:
         """
         Record that this try failed, and end the lease.
 
-        With *retry_in* the attempt becomes ready again after that delay, unless this was try number
-        ``max_attempts``; without it the attempt has failed for good. Repeating the call with the same lease returns
-        the attempt, unless its next try has been claimed.
+        With *retry_in*, a delay or a policy that knows one for this try, the attempt becomes ready again after that
+        delay, unless this was try number ``max_attempts``; without it the attempt has failed for good. Repeating the
+        call with the same lease returns the attempt, unless its next try has been claimed.
 
         Raises:
             LeaseLostError: The attempt is no longer this lease's to fail.
         """
+        delay = retry_in.delay(lease.attempt.attempt_no) if isinstance(retry_in, RetryPolicy) else retry_in
         rows = await self._queries.fetch(
             "attempts.fail",
             lease.attempt_id,
             lease.version,
             re.sub("[\0\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", error),
-            None if retry_in is None else span_ms("retry_in", retry_in),
+            None if delay is None else span_ms("retry_in", delay),
             instant_ms("now", now),
         )
         if rows:
             return attempt_from_row(rows[0])
         return await self._done_before(lease, AttemptStatus.FAILED, AttemptStatus.RETRY_BACKOFF)
+
+    async def cancel(self, attempt_id: str, *, now: datetime | None = None) -> Attempt:
+        """
+        End an attempt that is not final, also while somebody works on it. Repeating the call changes nothing.
+
+        Its lease ends at once: the holder's next write raises ``LeaseLostError`` with the status cancelled.
+
+        Raises:
+            NotFoundError: There is none with this id.
+            InvalidTransitionError: It has completed or failed already.
+        """
+        rows = await self._queries.fetch("attempts.cancel", check_id("attempt_id", attempt_id), instant_ms("now", now))
+        attempt = attempt_from_row(rows[0]) if rows else await self.get(attempt_id)
+        if attempt.status is not AttemptStatus.CANCELLED:
+            raise InvalidTransitionError("attempt", attempt_id, status=attempt.status, verb="cancel")
+        return attempt
+
+    async def retry(self, attempt_id: str) -> Attempt:
+        """
+        Give a failed attempt one more try, by hand: it is ready at once, and keeps its number and its last error.
+
+        Repeating the call changes nothing: an attempt that will be tried, or is being tried, is returned as it is.
+
+        Raises:
+            NotFoundError: There is none with this id.
+            InvalidTransitionError: It has completed or was cancelled.
+        """
+        rows = await self._queries.fetch("attempts.retry", check_id("attempt_id", attempt_id))
+        attempt = attempt_from_row(rows[0]) if rows else await self.get(attempt_id)
+        if attempt.status.is_final:
+            raise InvalidTransitionError("attempt", attempt_id, status=attempt.status, verb="retry")
+        return attempt
+
+    async def prune(self, *, older_than: timedelta, limit: int = 1000, now: datetime | None = None) -> int:
+        """
+        Delete final attempts that ended more than *older_than* ago, the oldest first, and return how many.
+
+        At most *limit* in one call, to keep its transaction short: repeat it until it returns fewer.
+        """
+        rows = await self._queries.fetch(
+            "attempts.prune",
+            span_ms("older_than", older_than),
+            check_count("limit", limit),
+            instant_ms("now", now),
+        )
+        return len(rows)
 
     async def _done_before(self, lease: Lease, *outcomes: AttemptStatus) -> Attempt:
         """The attempt, if this lease has already brought it to one of *outcomes*; otherwise the lease is lost."""
@@ -163,6 +323,43 @@ class Attempts:
         if attempt.lease_version == lease.version and attempt.status in outcomes:
             return attempt
         raise await lost(self._queries, lease)
+
+
+def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
+    """What is stored of a new attempt, checked, in the order in which a single one is given to its statement."""
+    return {
+        "attempt_id": make_id() if new.attempt_id is None else check_id("attempt_id", new.attempt_id),
+        "run_id": check_id("run_id", new.run_id),
+        "retry_at_ms": instant_ms("not_before", new.not_before),
+        "queue": check_id("queue", new.queue),
+        "priority": check_count("priority", new.priority, least=-(2**31)),
+        "payload_json": to_json("payload", new.payload),
+        "max_attempts": check_count("max_attempts", new.max_attempts),
+    }
+
+
+def _check_same(stored: Attempt, given: Mapping[str, Any]) -> None:
+    """Refuse an id that is stored with other content."""
+    found = {
+        "run_id": stored.run_id,
+        "queue": stored.queue,
+        "payload_json": to_json("payload", stored.payload),
+    }
+    if differing := [name for name in _IDENTITY if found[name] != given[name]]:
+        raise PayloadMismatchError("attempt", stored.attempt_id, _shown(differing))
+
+
+def _shown(columns: Sequence[str]) -> Sequence[str]:
+    return [column.removesuffix("_json") for column in columns]
+
+
+def _array(records: Iterable[Mapping[str, Any]]) -> str:
+    return json.dumps(list(records))
+
+
+async def _find_many(queries: Queries, ids: Collection[str]) -> Sequence[Attempt]:
+    rows = await queries.fetch("attempts.find_many", json.dumps(sorted(ids))) if ids else ()
+    return [attempt_from_row(row) for row in rows]
 
 
 async def lost(queries: Queries, lease: Lease) -> LeaseLostError | NotFoundError:

@@ -17,7 +17,7 @@ import anyio
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.errors import LockHolder
 
-__all__ = ["Backend", "Busy", "Database", "Queries", "Row", "Transaction", "finish", "settle"]
+__all__ = ["Backend", "Busy", "Database", "Queries", "Row", "Statements", "Transaction", "finish", "settle"]
 
 Backend = Literal["sqlite", "postgres"]
 
@@ -37,9 +37,30 @@ class Queries(Protocol):
         """Run a named query as one atomic step and return its rows."""
         ...
 
+    def atomic(self) -> AbstractAsyncContextManager["Statements"]:
+        """
+        Queries that take effect together, when the block ends, or not at all, when it raises or is cancelled.
 
-class Transaction(Queries, Protocol):
-    """Statements that commit together."""
+        Within another such block this is a part of it, which can fail alone.
+        """
+        ...
+
+
+class Statements(Queries, Protocol):
+    """Queries in one transaction."""
+
+    @property
+    def connection(self) -> Any:
+        """The driver's own connection, for statements of the application's."""
+        ...
+
+
+class Transaction(Protocol):
+    """What boot does under the lock, committed together."""
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        """Run a named query and return its rows."""
+        ...
 
     async def execute(self, query: str) -> None:
         """Run a named query that takes no arguments and answers nothing."""

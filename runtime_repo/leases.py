@@ -4,14 +4,17 @@ import asyncio
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
-from runtime_repo.attempts import DEFAULT_QUEUE, lost
+from runtime_repo.attempts import lost
 from runtime_repo.database import Queries, Row, finish
-from runtime_repo.errors import RuntimeRepoError
+from runtime_repo.errors import ConfigurationError, RuntimeRepoError
 from runtime_repo.records import (
+    DEFAULT_QUEUE,
     Attempt,
+    AttemptStatus,
     Lease,
     attempt_from_row,
     check_count,
@@ -45,39 +48,70 @@ class Leases:
         worker_id: str,
         *,
         limit: int = 1,
-        queue: str = DEFAULT_QUEUE,
+        queues: str | Sequence[str] = DEFAULT_QUEUE,
         ttl: timedelta = DEFAULT_TTL,
         now: datetime | None = None,
     ) -> Sequence[Lease]:
         """
-        Take up to *limit* attempts of a queue that are ready: the highest priority first, then the oldest.
+        Take up to *limit* attempts of one or several queues that are ready: the highest priority first, then the
+        oldest, across the queues named.
 
         Eligible is an attempt that is queued, and one whose ``retry_at`` has come. Rows that a rival is claiming at
-        this instant are skipped, so an empty answer does not prove that the queue is empty: look again.
+        this instant are skipped, so an empty answer does not prove that the queues are empty: look again.
 
         A caller that is cancelled owns nothing: what was claimed is given back before the cancellation goes on.
         """
         check_id("worker_id", worker_id)
-        check_id("queue", queue)
+        names = _queue_names(queues)
+        query, wanted = "leases.claim", names[0]
+        if len(names) > 1:
+            query, wanted = "leases.claim_from_several", json.dumps(names)
         length = span_ms("ttl", ttl, positive=True)
         at = instant_ms("now", now)
         leases: list[Lease] = []
         promoted = 1
         while promoted and len(leases) < check_count("limit", limit):
             ids = json.dumps([new_id() for _ in range(limit - len(leases))])
-            claim = asyncio.ensure_future(self._claim(queue, worker_id, length, ids, at))
-            try:
-                await asyncio.wait([claim])
-            except asyncio.CancelledError:
-                await finish(self._undo(claim, ids, leases))
-                raise
-            rows = claim.result()
-            promoted = rows[0]["promoted"] if rows else 0
-            leases += [lease_from_row(row) for row in rows if row["lease_id"] is not None]
+            more, promoted = await self._claim(query, (wanted, worker_id, length, ids, at), ids, leases)
+            leases += more
         return leases
 
-    async def _claim(self, *args: object) -> Sequence[Row]:
-        return await self._queries.fetch("leases.claim", *args)
+    async def claim_attempt(
+        self, attempt_id: str, worker_id: str, *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None
+    ) -> Lease | None:
+        """
+        Take this very attempt, or nothing: None when it is held, final, not due yet, or missing.
+
+        A caller that is cancelled owns nothing, as with ``claim``.
+        """
+        lease_id = new_id()
+        given = (
+            check_id("attempt_id", attempt_id),
+            check_id("worker_id", worker_id),
+            span_ms("ttl", ttl, positive=True),
+            lease_id,
+            instant_ms("now", now),
+        )
+        leases, _ = await self._claim("leases.claim_attempt", given, json.dumps([lease_id]), ())
+        return leases[0] if leases else None
+
+    async def _claim(
+        self, query: str, given: Sequence[object], ids: str, before: Sequence[Lease]
+    ) -> tuple[list[Lease], int]:
+        """What was claimed under the lease *ids*, and how many were promoted for the next try."""
+        asked_at = time.monotonic()
+        claim = asyncio.ensure_future(self._fetch(query, given))
+        try:
+            await asyncio.wait([claim])
+        except asyncio.CancelledError:
+            await finish(self._undo(claim, ids, before))
+            raise
+        rows = claim.result()
+        leases = [lease_from_row(row, asked_at=asked_at) for row in rows if row["lease_id"] is not None]
+        return leases, rows[0]["promoted"] if rows else 0
+
+    async def _fetch(self, query: str, given: Sequence[object]) -> Sequence[Row]:
+        return await self._queries.fetch(query, *given)
 
     async def _undo(self, claim: "asyncio.Task[Sequence[Row]]", ids: str, before: Sequence[Lease]) -> None:
         """Give back what a cancelled caller claimed. The claim is over first, so that nothing commits behind this."""
@@ -93,7 +127,7 @@ class Leases:
 
     async def heartbeat(self, lease: Lease, *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None) -> Lease:
         """
-        Prove that the worker is alive and keep its lease for another *ttl*.
+        Prove that the worker is alive and keep its lease for another *ttl*. May be repeated.
 
         The lease is renewed only while it is still this worker's and has not expired. Otherwise someone else may
         already be running the attempt: stop working and discard what you have. The token does not change.
@@ -101,6 +135,7 @@ class Leases:
         Raises:
             LeaseLostError: The lease expired, or the attempt was finished, requeued or claimed by another worker.
         """
+        asked_at = time.monotonic()
         rows = await self._queries.fetch(
             "leases.heartbeat",
             lease.lease_id,
@@ -110,18 +145,93 @@ class Leases:
         )
         if not rows:
             raise await lost(self._queries, lease)
-        return dataclasses.replace(
-            lease,
-            heartbeat_at=from_ms(rows[0]["heartbeat_at_ms"]),
-            expires_at=from_ms(rows[0]["lease_expires_at_ms"]),
-        )
+        return _renewed(lease, rows[0], asked_at)
 
-    async def requeue_expired(self, *, limit: int = 100, now: datetime | None = None) -> Sequence[Attempt]:
+    async def heartbeat_many(
+        self, leases: Iterable[Lease], *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None
+    ) -> Sequence[Lease | None]:
+        """
+        Keep many leases in one statement; the answers are in the order given, None for one that is lost.
+
+        As ``heartbeat`` for each, but a lost lease is an answer, not an error.
+        """
+        kept = list(leases)
+        given = [{"lease_id": lease.lease_id, "attempt_id": lease.attempt_id, "token": lease.version} for lease in kept]
+        length = span_ms("ttl", ttl, positive=True)
+        asked_at = time.monotonic()
+        at = instant_ms("now", now)
+        rows = await self._queries.fetch("leases.heartbeat_many", json.dumps(given), length, at) if given else ()
+        renewed = {row["lease_id"]: row for row in rows}
+        return [
+            _renewed(lease, renewed[lease.lease_id], asked_at) if lease.lease_id in renewed else None for lease in kept
+        ]
+
+    async def release(self, lease: Lease, *, delay: timedelta | None = None, now: datetime | None = None) -> Attempt:
+        """
+        Give the attempt back unfinished, ready at once or after *delay*: the try does not count.
+
+        Repeating the call with the same lease returns the attempt, unless it has been claimed again.
+
+        Raises:
+            LeaseLostError: The attempt is no longer this lease's to give back.
+        """
+        rows = await self._queries.fetch(
+            "leases.release",
+            lease.attempt_id,
+            lease.version,
+            None if delay is None else span_ms("delay", delay),
+            instant_ms("now", now),
+        )
+        if not rows:
+            rows = await self._queries.fetch("attempts.find", lease.attempt_id)
+            if not rows or (rows[0]["lease_version"], rows[0]["status"]) != (lease.version, AttemptStatus.QUEUED):
+                raise await lost(self._queries, lease)
+        return attempt_from_row(rows[0])
+
+    async def list(self, *, worker_id: str | None = None, after: str = "", limit: int = 100) -> Sequence[Lease]:
+        """
+        Return one page of the leases, of one worker or of all, ordered by id; expired ones are among them.
+
+        Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last.
+        """
+        page = (after and check_id("after", after), check_count("limit", limit))
+        if worker_id is None:
+            rows = await self._queries.fetch("leases.list", *page)
+        else:
+            rows = await self._queries.fetch("leases.list_by_worker", check_id("worker_id", worker_id), *page)
+        return [lease_from_row(row) for row in rows]
+
+    async def requeue_expired(
+        self, *, limit: int = 100, grace: timedelta = timedelta(0), now: datetime | None = None
+    ) -> Sequence[Attempt]:
         """
         Take attempts from workers that fell silent, and make them ready for others.
 
-        Returns the attempts whose lease had expired, at most *limit*: each is ``queued`` with the lost try counted or,
-        after try number ``max_attempts``, ``failed``. Repeat it until it returns fewer than *limit*.
+        Returns the attempts whose lease had expired more than *grace* ago, at most *limit*: each is ``queued`` with
+        the lost try counted or, after try number ``max_attempts``, ``failed``. Repeat it until it returns fewer than
+        *limit*.
         """
-        rows = await self._queries.fetch("leases.requeue_expired", check_count("limit", limit), instant_ms("now", now))
+        rows = await self._queries.fetch(
+            "leases.requeue_expired",
+            check_count("limit", limit),
+            instant_ms("now", now),
+            span_ms("grace", grace),
+        )
         return [attempt_from_row(row) for row in rows]
+
+
+def _queue_names(queues: str | Sequence[str]) -> Sequence[str]:
+    """The queues that are named, each once."""
+    names = list(dict.fromkeys([queues] if isinstance(queues, str) else queues))
+    if not names:
+        raise ConfigurationError("queues is empty: expected the name of a queue, or several")
+    return [check_id("queues", name) for name in names]
+
+
+def _renewed(lease: Lease, row: Row, asked_at: float) -> Lease:
+    return dataclasses.replace(
+        lease,
+        heartbeat_at=from_ms(row["heartbeat_at_ms"]),
+        expires_at=from_ms(row["lease_expires_at_ms"]),
+        asked_at=asked_at,
+    )

@@ -31,7 +31,7 @@ from runtime_repo.errors import (
     RuntimeRepoError,
 )
 from runtime_repo.queries import fill, load_queries
-from runtime_repo.repository import RuntimeRepository, check_seconds
+from runtime_repo.repository import RuntimeRepository, RuntimeTransaction, check_seconds
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -111,13 +111,37 @@ class PostgresRuntimeRepository(RuntimeRepository):
         finally:
             # From here on no frame of ours holds a password that a traceback with locals could show.
             dsn, pool_options = "", {}
+        self._postgres = PostgresDatabase(target, schema=schema, startup_timeout=startup_timeout)
         super().__init__(
-            PostgresDatabase(target, schema=schema, startup_timeout=startup_timeout),
+            self._postgres,
             migrate=migrate,
             on_drift=on_drift,
             before_migrate=before_migrate,
             lock_timeout=lock_timeout,
         )
+
+    @contextlib.asynccontextmanager
+    async def transaction(self, connection: "Connection | None" = None) -> AsyncIterator[RuntimeTransaction]:
+        """
+        Let several verbs, and the application's own statements, take effect together.
+
+        With a *connection* of the application's own to the same database, on which a transaction is open, they are a
+        part of that transaction: they are committed or rolled back with it, and when the block raises they alone are
+        undone (a savepoint). Otherwise as in ``RuntimeRepository.transaction``.
+
+        Raises:
+            ConfigurationError: No transaction is open on *connection*.
+            RepositoryClosedError: The repository is not open.
+            DatabaseUnavailableError: The database cannot be reached, or does not commit.
+        """
+        if connection is not None and not connection.is_in_transaction():
+            raise ConfigurationError(
+                "no transaction is open on the connection: begin one first (async with connection.transaction()), "
+                "or leave the connection out"
+            )
+        part = None if connection is None else self._postgres.part(connection)
+        async with self._transaction(part) as transaction:
+            yield transaction
 
 
 class Target:
@@ -332,6 +356,35 @@ class PostgresDatabase:
             with self.translated():
                 return await connection.fetch(self.queries[query], *args)
 
+    @contextlib.asynccontextmanager
+    async def atomic(self) -> AsyncIterator["_Statements"]:
+        async with (
+            self._acquired() as connection,
+            self._together(connection, "begin isolation level read committed", "commit", "rollback"),
+        ):
+            yield _Statements(self, connection)
+
+    @contextlib.asynccontextmanager
+    async def part(self, connection: "Connection") -> AsyncIterator["_Statements"]:
+        """Statements that take effect with a transaction that is open already, or fail alone."""
+        begin, commit = "savepoint runtime_repo", "release savepoint runtime_repo"
+        async with self._together(connection, begin, commit, f"rollback to savepoint runtime_repo; {commit}"):
+            yield _Statements(self, connection)
+
+    @contextlib.asynccontextmanager
+    async def _together(self, connection: "Connection", begin: str, commit: str, rollback: str) -> AsyncIterator[None]:
+        # asyncpg's own transaction() is left corrupt by a BEGIN that is cancelled, and can't send its ROLLBACK in a
+        # scope of anyio's that was cancelled.
+        try:
+            with self.translated():
+                await connection.execute(begin)
+            yield
+            with self.translated():
+                await connection.execute(commit)
+        except BaseException:
+            await finish(_rolled_back(connection, rollback))
+            raise
+
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         if not self._has_booted and (self._own is None or self._own.is_closed()):
             await self.close()
@@ -472,6 +525,21 @@ class PostgresDatabase:
         return DatabaseUnavailableError(f"PostgreSQL {self._target}: {words or type(error).__name__}: {remedy}")
 
 
+class _Statements:
+    """Queries on one connection, in a transaction whose end is another's business."""
+
+    def __init__(self, database: PostgresDatabase, connection: "Connection") -> None:
+        self._database = database
+        self.connection = connection
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        with self._database.translated():
+            return await self.connection.fetch(self._database.queries[query], *args)
+
+    def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
+        return self._database.part(self.connection)
+
+
 class _BootTransaction:
     """What boot does under the advisory lock, which ends with this transaction."""
 
@@ -531,10 +599,10 @@ async def _released(pool: "Pool", connection: "Connection") -> None:
         await pool.release(cast("PoolConnectionProxy[asyncpg.Record]", connection))
 
 
-async def _rolled_back(connection: "Connection") -> None:
+async def _rolled_back(connection: "Connection", rollback: str = "rollback") -> None:
     # A connection that is gone has rolled back already.
     with contextlib.suppress(*_DRIVER_ERRORS):
-        await connection.execute("rollback")
+        await connection.execute(rollback)
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -5,10 +5,13 @@ Instants are aware ``datetime`` in UTC, durations ``timedelta``; in the database
 """
 
 import json
+import math
+import random
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -20,6 +23,9 @@ __all__ = [
     "Attempt",
     "AttemptStatus",
     "Lease",
+    "NewAttempt",
+    "QueueStats",
+    "RetryPolicy",
     "attempt_from_row",
     "check_count",
     "check_id",
@@ -28,13 +34,18 @@ __all__ = [
     "instant_ms",
     "lease_from_row",
     "new_id",
+    "new_ids",
     "span_ms",
+    "stats_from_row",
     "to_json",
 ]
 
 MAX_ID_LENGTH = 512
 MAX_SPAN_MS = 1000 * 366 * 86_400_000
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
+
+DEFAULT_QUEUE = "default"
+DEFAULT_MAX_ATTEMPTS = 10
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -84,6 +95,73 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class NewAttempt:
+    """An attempt to be enqueued; what is left out is as in ``attempts.enqueue``."""
+
+    run_id: str
+    attempt_id: str | None = None
+    queue: str = DEFAULT_QUEUE
+    priority: int = 0
+    payload: Any = None
+    not_before: datetime | None = None
+    max_attempts: int = DEFAULT_MAX_ATTEMPTS
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """How much there is to do in one queue."""
+
+    queue: str
+    ready: int
+    """What a claim could take now; delayed ones whose time has come are among them."""
+    delayed: int
+    leased: int
+    """What is leased or running."""
+    oldest_age: timedelta | None
+    """How long ago the oldest ready one was enqueued; None where none is ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """
+    When to try a failed attempt again: exponential backoff with a cap and jitter.
+
+    The first retry comes after *base*, each later one after *factor* times as long, never after more than *cap*. Of
+    each delay a random part, at most the fraction *jitter*, is left out, so that what failed together does not come
+    back together. After try number *max_attempts* there is no other; the attempt's own limit holds as well.
+
+    Raises:
+        ConfigurationError: A span is negative, *factor* is below 1, *jitter* is not between 0 and 1.
+    """
+
+    base: timedelta = timedelta(seconds=1)
+    factor: float = 2.0
+    cap: timedelta = timedelta(minutes=5)
+    jitter: float = 0.5
+    max_attempts: int | None = None
+
+    def __post_init__(self) -> None:
+        span_ms("base", self.base)
+        span_ms("cap", self.cap)
+        if not 1 <= self.factor < math.inf:
+            raise ConfigurationError(f"factor is {self.factor!r}: expected a number from 1 on")
+        if not 0 <= self.jitter <= 1:
+            raise ConfigurationError(f"jitter is {self.jitter!r}: expected a fraction from 0 to 1")
+        if self.max_attempts is not None:
+            check_count("max_attempts", self.max_attempts)
+
+    def delay(self, attempt_no: int) -> timedelta | None:
+        """How long to wait after try number *attempt_no* has failed; None is not to try again."""
+        if self.max_attempts is not None and attempt_no >= self.max_attempts:
+            return None
+        try:
+            longest = min(self.base * self.factor ** (attempt_no - 1), self.cap)
+        except OverflowError:
+            longest = self.cap if self.base else self.base
+        return longest * (1 - self.jitter * random.random())  # noqa: S311
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """A worker's time-limited ownership of an attempt; it holds while the database's clock is before ``expires_at``."""
 
@@ -97,6 +175,8 @@ class Lease:
     expires_at: datetime
     attempt: Attempt
     """The attempt as it was when it was claimed."""
+    asked_at: float | None = field(default=None, compare=False, repr=False)
+    """When this process asked for it or last renewed it, by its monotonic clock; ``leases.hold`` counts from there."""
 
 
 def attempt_from_row(row: Row) -> Attempt:
@@ -128,7 +208,7 @@ def attempt_from_row(row: Row) -> Attempt:
     )
 
 
-def lease_from_row(row: Row) -> Lease:
+def lease_from_row(row: Row, *, asked_at: float | None = None) -> Lease:
     """A lease, with its attempt, from one joined row."""
     return Lease(
         lease_id=row["lease_id"],
@@ -139,6 +219,19 @@ def lease_from_row(row: Row) -> Lease:
         heartbeat_at=from_ms(row["heartbeat_at_ms"]),
         expires_at=from_ms(row["lease_expires_at_ms"]),
         attempt=attempt_from_row(row),
+        asked_at=asked_at,
+    )
+
+
+def stats_from_row(row: Row) -> QueueStats:
+    """One queue's numbers."""
+    age = row["oldest_age_ms"]
+    return QueueStats(
+        row["queue"],
+        row["ready"],
+        row["delayed"],
+        row["leased"],
+        None if age is None else timedelta(milliseconds=max(age, 0)),
     )
 
 
@@ -213,8 +306,16 @@ def from_json(text: str | None) -> Any:
 
 def new_id() -> str:
     """A unique id whose text order is the order of creation, to the millisecond (the layout of UUID version 7)."""
+    return next(new_ids())
+
+
+def new_ids() -> Iterator[str]:
+    """Unique ids, each of which comes after the one before it in the order of text."""
     head = time.time_ns() // 1_000_000
-    tail = secrets.randbits(74)
-    value = (head << 80) | (0x7 << 76) | ((tail >> 62) << 64) | (0b10 << 62) | (tail & (2**62 - 1))
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    # The uppermost random bit is left clear, so that counting on does not overflow.
+    tail = secrets.randbits(73)
+    while True:
+        value = (head << 80) | (0x7 << 76) | ((tail >> 62) << 64) | (0b10 << 62) | (tail & (2**62 - 1))
+        text = f"{value:032x}"
+        yield f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        tail += 1 + secrets.randbits(16)

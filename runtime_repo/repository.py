@@ -6,30 +6,56 @@ only waits for that. So a cancelled awaiter does not spoil the others, and the l
 """
 
 import asyncio
+import contextlib
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from runtime_repo.attempts import Attempts
-from runtime_repo.database import Backend, Database, Row, finish
+from runtime_repo.database import Backend, Database, Queries, Row, Statements, finish
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.leases import Leases
 from runtime_repo.schema import Policy, SchemaReport, ensure_schema, load_migrations
 
-__all__ = ["RuntimeRepository"]
+__all__ = ["RuntimeRepository", "RuntimeTransaction"]
 
 
-class RuntimeRepository:
+class Stores:
+    """
+    The nouns, each with its verbs.
+
+    Attributes:
+        attempts: Units of work: enqueue, complete, fail.
+        leases: Ownership of attempts: claim, heartbeat, requeue_expired.
+    """
+
+    def __init__(self, queries: Queries) -> None:
+        self.attempts = Attempts(queries)
+        self.leases = Leases(queries)
+
+
+class RuntimeTransaction(Stores):
+    """
+    The nouns in one transaction, which ends with its block.
+
+    Attributes:
+        connection: The driver's own connection, for the application's statements: on PostgreSQL asyncpg's, on SQLite
+            aiosqlite's. Leave COMMIT and ROLLBACK to the block. Its errors are the driver's.
+    """
+
+    def __init__(self, gate: "_Gate", connection: Any) -> None:
+        super().__init__(gate)
+        self.connection = connection
+
+
+class RuntimeRepository(Stores):
     """
     A durable store whose schema is exactly the one this release knows, once it has been awaited.
 
     ``await repo`` and ``async with repo`` both boot it and may be repeated and mixed; many tasks may await it together
     and one boot happens. After a failure it may be awaited again; after ``close()`` it is closed for good.
-
-    Attributes:
-        attempts: Units of work: enqueue, complete, fail.
-        leases: Ownership of attempts: claim, heartbeat, requeue_expired.
     """
 
     def __init__(
@@ -49,9 +75,8 @@ class RuntimeRepository:
         self._boot: _Boot | None = None
         self._report: SchemaReport | None = None
         self._closed = False
-        self._gate = _Gate(database)
-        self.attempts = Attempts(self._gate)
-        self.leases = Leases(self._gate)
+        self._gate = _Gate(database, "the repository is not open: await it first, and do not use it after close()")
+        super().__init__(self._gate)
 
     def __repr__(self) -> str:
         if not hasattr(self, "_closed"):
@@ -110,6 +135,36 @@ class RuntimeRepository:
         if self._report is None or self._closed:
             return (await self).boot_report
         return await self._ensure()
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[RuntimeTransaction]:
+        """
+        Let several verbs, and the application's own statements, take effect together.
+
+        They are committed when the block ends and rolled back when it raises or is cancelled; a cancelled block may
+        still have been committed if it had come to its end. Use the nouns of what it yields: those of the repository
+        are not part of it. On SQLite, which has one writer, the verbs of every other task wait for the block, and a
+        verb of the repository within it is refused; keep it short.
+
+        Raises:
+            RepositoryClosedError: The repository is not open.
+            DatabaseUnavailableError: The database cannot be reached, or does not commit.
+        """
+        async with self._transaction() as transaction:
+            yield transaction
+
+    @contextlib.asynccontextmanager
+    async def _transaction(
+        self, statements: AbstractAsyncContextManager[Statements] | None = None
+    ) -> AsyncIterator[RuntimeTransaction]:
+        own = self._gate.atomic()
+        async with statements or own as opened:
+            gate = _Gate(opened, "the transaction has ended: use what it yields within its block only")
+            gate.is_open = True
+            try:
+                yield RuntimeTransaction(gate, opened.connection)
+            finally:
+                gate.is_open = False
 
     async def close(self) -> None:
         """Close it for good and leave no connection, thread or task. May be repeated; a boot under way is given up."""
@@ -175,16 +230,23 @@ class RuntimeRepository:
 
 
 class _Gate:
-    """What the nouns query: the database, from the end of boot until the repository is closed."""
+    """What the nouns query, while that is open."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, queries: Queries, closed: str) -> None:
+        self._queries = queries
+        self._closed = closed
         self.is_open = False
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        return await self._opened().fetch(query, *args)
+
+    def atomic(self) -> AbstractAsyncContextManager[Statements]:
+        return self._opened().atomic()
+
+    def _opened(self) -> Queries:
         if not self.is_open:
-            raise RepositoryClosedError("the repository is not open: await it first, and do not use it after close()")
-        return await self._database.fetch(query, *args)
+            raise RepositoryClosedError(self._closed)
+        return self._queries
 
 
 class _Boot:

@@ -129,6 +129,7 @@ class SqliteDatabase:
         self._queries = _queries()
         self._connection: aiosqlite.Connection | None = None
         self._turn = asyncio.Lock()
+        self._holder: asyncio.Task[Any] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._path or ':memory:')!r})"
@@ -144,18 +145,68 @@ class SqliteDatabase:
             connection.stop()
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        deadline = time.monotonic() + self._lock_timeout
-        while True:
+        async with self._in_turn(lambda: self.run(query, args)) as rows:
+            return rows
+
+    @contextlib.asynccontextmanager
+    async def atomic(self) -> AsyncIterator["_Statements"]:
+        async with self._in_turn(self._begin):
             try:
-                async with self._turn:
-                    return await self.run(query, args)
-            except Busy as busy:
-                if time.monotonic() >= deadline:
-                    raise DatabaseUnavailableError(
-                        f"{self._path} is locked by another process for more than {self._lock_timeout} s: "
-                        "end that process's transaction, or raise lock_timeout"
-                    ) from busy.__cause__
-                await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
+                yield _Statements(self)
+                await self.hop(lambda connection: connection.execute("commit"))
+            except BaseException as error:
+                await finish(self._roll_back())
+                if isinstance(error, Busy):
+                    raise self._locked() from error.__cause__
+                raise
+
+    async def _begin(self) -> None:
+        try:
+            await self.hop(lambda connection: connection.execute("begin immediate"))
+        except asyncio.CancelledError:
+            # It may succeed behind the caller's back.
+            await finish(self._roll_back())
+            raise
+
+    async def _roll_back(self) -> None:
+        if self._connection is not None:
+            await self.hop(lambda connection: connection.rollback())
+
+    @contextlib.asynccontextmanager
+    async def part(self) -> AsyncIterator["_Statements"]:
+        """Statements that take effect with the transaction that is open, or fail alone."""
+        await self.hop(lambda connection: connection.execute("savepoint runtime_repo"))
+        try:
+            yield _Statements(self)
+        except BaseException:
+            await finish(self.hop(_roll_back_part))
+            raise
+        await self.hop(lambda connection: connection.execute("release savepoint runtime_repo"))
+
+    @contextlib.asynccontextmanager
+    async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> AsyncIterator[T]:
+        """Have the connection to oneself, from the moment at which *work* is not told that the file is locked."""
+        deadline = time.monotonic() + self._lock_timeout
+        if self._turn.locked() and self._holder is asyncio.current_task():
+            raise ConfigurationError(
+                "this task has a transaction open on this repository, and on SQLite everybody else waits for it: "
+                "use the nouns of the transaction"
+            )
+        while True:
+            async with self._turn:
+                try:
+                    result = await work()
+                except Busy as busy:
+                    if time.monotonic() >= deadline:
+                        raise self._locked() from busy.__cause__
+                else:
+                    self._holder = asyncio.current_task()
+                    try:
+                        yield result
+                    finally:
+                        self._holder = None
+                    return
+            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
     async def run(self, query: str, args: Sequence[object]) -> Sequence[Row]:
         statements = self._queries[query]
@@ -182,12 +233,15 @@ class SqliteDatabase:
 
         return await self.hop(work)
 
-    async def hop(self, work: Callable[[_Connection], T], connection: aiosqlite.Connection | None = None) -> T:
-        connection = connection or self._connection
-        if connection is None:
+    @property
+    def connection(self) -> aiosqlite.Connection:
+        if self._connection is None:
             raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
+        return self._connection
+
+    async def hop(self, work: Callable[[_Connection], T], connection: aiosqlite.Connection | None = None) -> T:
         with self._translated():
-            result = await connection.execute_fetchall("a hop", cast(Iterable[Any], _Hop(work)))
+            result = await (connection or self.connection).execute_fetchall("a hop", cast(Iterable[Any], _Hop(work)))
         return cast(T, result)
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
@@ -291,8 +345,7 @@ class SqliteDatabase:
                 await self.hop(lambda connection: connection.execute("commit"))
             except BaseException:
                 # Also after a cancelled BEGIN: it may succeed behind the caller's back and keep the lock.
-                if self._connection is not None:
-                    await finish(self.hop(lambda connection: connection.rollback()))
+                await finish(self._roll_back())
                 raise
 
     async def _try_to_begin(self) -> None:
@@ -365,6 +418,12 @@ class SqliteDatabase:
         finally:
             await _closed(reader)
 
+    def _locked(self) -> DatabaseUnavailableError:
+        return DatabaseUnavailableError(
+            f"{self._path} is locked by another process for more than {self._lock_timeout} s: "
+            "end that process's transaction, or raise lock_timeout"
+        )
+
     def _unavailable(self, error: sqlite3.Error) -> DatabaseUnavailableError:
         path = self._path
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -387,6 +446,23 @@ class SqliteDatabase:
         else:
             reason = "check the file, its disk and its permissions"
         return DatabaseUnavailableError(f"SQLite database {str(path or ':memory:')!r}: {error}: {reason}")
+
+
+class _Statements:
+    """Queries in the transaction that is open."""
+
+    def __init__(self, database: SqliteDatabase) -> None:
+        self._database = database
+
+    @property
+    def connection(self) -> aiosqlite.Connection:
+        return self._database.connection
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        return await self._database.run(query, args)
+
+    def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
+        return self._database.part()
 
 
 class _BootTransaction:
@@ -426,6 +502,11 @@ def _begin(connection: _Connection) -> None:
     if connection.execute("pragma main.page_count").fetchone()[0] == 0:
         _switch_to_wal(connection)
     connection.execute("begin immediate")
+
+
+def _roll_back_part(connection: _Connection) -> None:
+    connection.execute("rollback to savepoint runtime_repo")
+    connection.execute("release savepoint runtime_repo")
 
 
 def _switch_to_wal(connection: _Connection) -> None:

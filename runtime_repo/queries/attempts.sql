@@ -16,15 +16,116 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
   from {schema}.runtime_attempts
  where attempt_id = $1;
 
+-- name: enqueue_many @postgres
+-- Store the attempts of a JSON array ($1), each once, and return the ids of those that were not there. In the order of
+-- ids, or two such calls could wait for each other.
+insert into {schema}.runtime_attempts
+       (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
+select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
+       coalesce($2, {now_ms})
+  from json_to_recordset($1::text::json) as given (attempt_id text, run_id text, retry_at_ms bigint, queue text,
+                                                   priority int, payload_json text, max_attempts int)
+ order by attempt_id
+    on conflict (attempt_id) do nothing
+returning attempt_id;
+
+-- name: enqueue_many @sqlite
+-- As above: SQLite takes JSON apart by paths.
+insert into {schema}.runtime_attempts
+       (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
+select json_extract(value, '$.attempt_id'), json_extract(value, '$.run_id'), 1, 'queued',
+       json_extract(value, '$.retry_at_ms'), json_extract(value, '$.queue'), json_extract(value, '$.priority'),
+       json_extract(value, '$.payload_json'), json_extract(value, '$.max_attempts'), coalesce($2, {now_ms})
+  from json_each($1)
+ where true
+    on conflict (attempt_id) do nothing
+returning attempt_id;
+
+-- name: find_many @postgres
+-- The attempts whose ids are in a JSON array. An array is looked up in the index; IN (SELECT) can become a scan.
+select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+  from {schema}.runtime_attempts
+ where attempt_id = any (array(select value from json_array_elements_text($1::text::json)));
+
+-- name: find_many @sqlite
+select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+  from {schema}.runtime_attempts
+ where attempt_id in (select value from json_each($1));
+
 -- name: list_by_run
--- One page of a run, in the order of ids, after the last id of the page before.
+-- One page of a run, in the order of ids, after the last id of the page before; of one status ($4) and one queue ($5)
+-- if they are given.
 select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
        enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
   from {schema}.runtime_attempts
  where run_id = $1
    and attempt_id > $2
+   and (cast($4 as text) is null or status = $4)
+   and (cast($5 as text) is null or queue = $5)
  order by attempt_id
  limit $3;
+
+-- name: list_by_status
+-- One page of a status, as above; of one queue ($4) if it is given.
+select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+  from {schema}.runtime_attempts
+ where status = $1
+   and attempt_id > $2
+   and (cast($4 as text) is null or queue = $4)
+ order by attempt_id
+ limit $3;
+
+-- name: list_all
+-- One page of all, as above; of one queue ($3) if it is given.
+select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+  from {schema}.runtime_attempts
+ where attempt_id > $1
+   and (cast($3 as text) is null or queue = $3)
+ order by attempt_id
+ limit $2;
+
+-- name: list_dispatchable
+-- What a claim could take, in its order: what is ready, and what is due and not yet promoted, the longest due first.
+select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+  from (select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+               enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+          from {schema}.runtime_attempts
+         where queue = $1
+           and status = 'queued'
+           and retry_at_ms is null
+         order by priority desc, enqueued_at_ms, attempt_id
+         limit $2) as ready
+ union all
+select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+  from (select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+               enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+          from {schema}.runtime_attempts
+         where queue = $1
+           and status in ('queued', 'retry_backoff')
+           and retry_at_ms is not null
+           and retry_at_ms <= coalesce($3, {now_ms})
+         order by retry_at_ms, attempt_id
+         limit $2) as due
+ order by priority desc, enqueued_at_ms, attempt_id
+ limit $2;
+
+-- name: start
+-- The holder has begun: remembered once for each try.
+update {schema}.runtime_attempts
+   set started_at_ms = case when status = 'running' and started_at_ms is not null then started_at_ms
+                            else coalesce($3, {now_ms}) end,
+       status        = 'running'
+ where attempt_id    = $1
+   and lease_version = $2
+   and status in ('leased', 'running')
+returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
 
 -- name: complete @postgres
 -- Finish the attempt, while it is still this token's to finish, and end its lease.
@@ -62,6 +163,54 @@ update {schema}.runtime_attempts
    and status in ('leased', 'running')
 returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
           enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+
+-- name: complete_many @postgres
+-- As complete, for each lease of a JSON array; returns the ids of those that were still their token's to finish. Locked
+-- in the order of ids, or two such calls could wait for each other.
+with given as (
+    select attempt_id, token, result_json
+      from json_to_recordset($1::text::json) as x (attempt_id text, token bigint, result_json text)
+), locked as (
+    select a.attempt_id, given.token, given.result_json
+      from {schema}.runtime_attempts as a
+      join given on given.attempt_id = a.attempt_id and given.token = a.lease_version
+     where a.status in ('leased', 'running')
+     order by a.attempt_id
+       for update of a
+), done as (
+    update {schema}.runtime_attempts as a
+       set status         = 'completed',
+           result_json    = locked.result_json,
+           error          = null,
+           finished_at_ms = coalesce($2, {now_ms})
+      from locked
+     where a.attempt_id    = locked.attempt_id
+       and a.lease_version = locked.token
+       and a.status in ('leased', 'running')
+    returning a.attempt_id
+), ended as (
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from done))
+)
+select attempt_id from done;
+
+-- name: complete_many @sqlite
+-- As above, in two statements of one transaction.
+delete from {schema}.runtime_leases
+ where (attempt_id, version) in (
+           select json_extract(value, '$.attempt_id'), json_extract(value, '$.token') from json_each($1));
+update {schema}.runtime_attempts as a
+   set status         = 'completed',
+       result_json    = given.result_json,
+       error          = null,
+       finished_at_ms = coalesce($2, {now_ms})
+  from (select json_extract(value, '$.attempt_id') as attempt_id, json_extract(value, '$.token') as token,
+               json_extract(value, '$.result_json') as result_json
+          from json_each($1)) as given
+ where a.attempt_id    = given.attempt_id
+   and a.lease_version = given.token
+   and a.status in ('leased', 'running')
+returning attempt_id;
 
 -- name: fail @postgres
 -- Record a failed try: try again after a delay ($4, NULL is never), unless this was the last one.
@@ -101,3 +250,81 @@ update {schema}.runtime_attempts
    and status in ('leased', 'running')
 returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
           enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+
+-- name: cancel @postgres
+-- End an attempt that is not final, and its lease: the holder learns it at its next write.
+with cancelled as (
+    update {schema}.runtime_attempts
+       set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($2, {now_ms})
+     where attempt_id = $1
+       and status in ('queued', 'leased', 'running', 'retry_backoff')
+    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+), ended as (
+    delete from {schema}.runtime_leases
+     where attempt_id in (select attempt_id from cancelled)
+)
+select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+  from cancelled;
+
+-- name: cancel @sqlite
+-- As above, in two statements of one transaction: only what is not final can have a lease.
+delete from {schema}.runtime_leases
+ where attempt_id = $1;
+update {schema}.runtime_attempts
+   set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($2, {now_ms})
+ where attempt_id = $1
+   and status in ('queued', 'leased', 'running', 'retry_backoff')
+returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+
+-- name: retry
+-- Give a failed attempt one more try.
+update {schema}.runtime_attempts
+   set status = 'queued', retry_at_ms = null, finished_at_ms = null
+ where attempt_id = $1
+   and status = 'failed'
+returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+
+-- name: prune @postgres
+-- Delete final attempts that are older than a span ($1), the oldest first, skipping what somebody is writing.
+delete from {schema}.runtime_attempts
+ where attempt_id = any (array(
+           select attempt_id
+             from {schema}.runtime_attempts
+            where finished_at_ms is not null
+              and finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint
+            order by finished_at_ms, attempt_id
+            limit $2
+              for update skip locked))
+returning attempt_id;
+
+-- name: prune @sqlite
+-- As above: here nobody else is writing.
+delete from {schema}.runtime_attempts
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where finished_at_ms is not null
+              and finished_at_ms <= coalesce($3, {now_ms}) - $1
+            order by finished_at_ms, attempt_id
+            limit $2)
+returning attempt_id;
+
+-- name: stats
+-- How much there is to do, queue by queue; what is due counts as ready.
+select queue,
+       count(case when status in ('queued', 'retry_backoff') and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
+                  then 1 end) as ready,
+       count(case when status in ('queued', 'retry_backoff') and retry_at_ms > coalesce($1, {now_ms}) then 1 end)
+           as delayed,
+       count(case when status in ('leased', 'running') then 1 end) as leased,
+       coalesce($1, {now_ms})
+           - min(case when status in ('queued', 'retry_backoff') and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
+                      then enqueued_at_ms end) as oldest_age_ms
+  from {schema}.runtime_attempts
+ where status in ('queued', 'leased', 'running', 'retry_backoff')
+ group by queue
+ order by queue;

@@ -99,6 +99,171 @@ select 0 as promoted,
  where l.lease_id in (select value from json_each($4))
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
+-- name: claim_from_several @postgres
+-- As above, from several queues ($1, a JSON array): so many of each in its index's order, then the first of those. An
+-- array compared with the queue would sort all that is ready.
+with due as (
+    select attempt_id
+      from {schema}.runtime_attempts
+     where status in ('queued', 'retry_backoff')
+       and retry_at_ms is not null
+       and retry_at_ms <= coalesce($5, {now_ms})
+     order by retry_at_ms, attempt_id
+     limit 2 * json_array_length($4::text::json)
+       for update skip locked
+), promoted as (
+    update {schema}.runtime_attempts
+       set status = 'queued', retry_at_ms = null
+     where attempt_id = any (array(select attempt_id from due))
+    returning attempt_id
+), claimed as (
+    update {schema}.runtime_attempts
+       set status = 'leased', lease_version = lease_version + 1, worker_id = $2
+     where attempt_id = any (array(
+               select ready.attempt_id
+                 from json_array_elements_text($1::text::json) as named (queue)
+                cross join lateral (
+                          select attempt_id, priority, enqueued_at_ms
+                            from {schema}.runtime_attempts
+                           where queue = named.queue
+                             and status = 'queued'
+                             and retry_at_ms is null
+                           order by priority desc, enqueued_at_ms, attempt_id
+                           limit json_array_length($4::text::json)
+                             for update skip locked) as ready
+                order by ready.priority desc, ready.enqueued_at_ms, ready.attempt_id
+                limit json_array_length($4::text::json)))
+    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
+              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+), leased as (
+    insert into {schema}.runtime_leases as l
+           (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
+    select chosen.lease_id, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}),
+           ready.lease_version, coalesce($5, {now_ms})
+      from (select attempt_id, lease_version, row_number() over () as n from claimed) as ready
+      join json_array_elements_text($4::text::json) with ordinality as chosen (lease_id, n) on chosen.n = ready.n
+        on conflict (attempt_id) do update
+       set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
+           lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
+           claimed_at_ms = excluded.claimed_at_ms
+    returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
+)
+select (select count(*) from promoted) as promoted,
+       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
+       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
+       a.error
+  from (select 1) as always
+  left join (leased as l join claimed as a on a.attempt_id = l.attempt_id) on true
+ order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
+
+-- name: claim_from_several @sqlite
+-- As above. SQLite has no lateral join; a correlated IN does the same.
+update {schema}.runtime_attempts
+   set status = 'queued', retry_at_ms = null
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where status in ('queued', 'retry_backoff')
+              and retry_at_ms is not null
+              and retry_at_ms <= coalesce($5, {now_ms})
+            order by retry_at_ms, attempt_id
+            limit 2 * json_array_length($4));
+insert into {schema}.runtime_leases
+       (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
+select chosen.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
+       ready.lease_version + 1, coalesce($5, {now_ms})
+  from (select attempt_id, lease_version, row_number() over () - 1 as n
+          from (select attempt_id, lease_version
+                  from (select a.attempt_id, a.lease_version, a.priority, a.enqueued_at_ms
+                          from json_each($1) as named
+                          join {schema}.runtime_attempts as a
+                            on a.attempt_id in (
+                                   select attempt_id
+                                     from {schema}.runtime_attempts
+                                    where queue = named.value
+                                      and status = 'queued'
+                                      and retry_at_ms is null
+                                    order by priority desc, enqueued_at_ms, attempt_id
+                                    limit json_array_length($4))) as candidates
+                 order by priority desc, enqueued_at_ms, attempt_id
+                 limit json_array_length($4))) as ready
+  join json_each($4) as chosen on chosen.key = ready.n
+ where true
+    on conflict (attempt_id) do update
+   set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
+       lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
+       claimed_at_ms = excluded.claimed_at_ms;
+update {schema}.runtime_attempts
+   set status = 'leased', lease_version = lease_version + 1, worker_id = $2
+ where attempt_id in (
+           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
+select 0 as promoted,
+       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
+       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
+       a.error
+  from {schema}.runtime_leases as l
+  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
+ where l.lease_id in (select value from json_each($4))
+ order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
+
+-- name: claim_attempt @postgres
+-- Take this attempt ($1), if it is ready or due, under the lease id $4.
+with claimed as (
+    update {schema}.runtime_attempts
+       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2
+     where attempt_id = $1
+       and status in ('queued', 'retry_backoff')
+       and (retry_at_ms is null or retry_at_ms <= coalesce($5, {now_ms}))
+    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+), leased as (
+    insert into {schema}.runtime_leases as l
+           (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
+    select $4, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
+           coalesce($5, {now_ms})
+      from claimed
+        on conflict (attempt_id) do update
+       set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
+           lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
+           claimed_at_ms = excluded.claimed_at_ms
+    returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
+)
+select 0 as promoted,
+       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
+       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
+       a.error
+  from leased as l
+  join claimed as a on a.attempt_id = l.attempt_id;
+
+-- name: claim_attempt @sqlite
+-- As above, in statements of one transaction.
+insert into {schema}.runtime_leases
+       (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
+select $4, attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}), lease_version + 1,
+       coalesce($5, {now_ms})
+  from {schema}.runtime_attempts
+ where attempt_id = $1
+   and status in ('queued', 'retry_backoff')
+   and (retry_at_ms is null or retry_at_ms <= coalesce($5, {now_ms}))
+    on conflict (attempt_id) do update
+   set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
+       lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
+       claimed_at_ms = excluded.claimed_at_ms;
+update {schema}.runtime_attempts
+   set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2
+ where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $4);
+select 0 as promoted,
+       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
+       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
+       a.error
+  from {schema}.runtime_leases as l
+  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
+ where l.lease_id = $4;
+
 -- name: give_back @postgres
 -- Undo a claim whose caller was cancelled: the attempts are ready again and the try does not count.
 with mine as (
@@ -143,6 +308,95 @@ update {schema}.runtime_leases
    and lease_expires_at_ms > coalesce($4, {now_ms})
 returning heartbeat_at_ms, lease_expires_at_ms;
 
+-- name: heartbeat_many @postgres
+-- As heartbeat, for each lease of a JSON array. The attempts are locked first, in the order of ids, as by everybody who
+-- writes several leases.
+with given as (
+    select lease_id, attempt_id, token
+      from json_to_recordset($1::text::json) as x (lease_id text, attempt_id text, token bigint)
+), locked as (
+    select a.attempt_id
+      from {schema}.runtime_attempts as a
+     where a.attempt_id = any (array(select attempt_id from given))
+     order by a.attempt_id
+       for update
+)
+update {schema}.runtime_leases as l
+   set heartbeat_at_ms     = coalesce($3, {now_ms}),
+       lease_expires_at_ms = coalesce($3, {now_ms}) + $2::bigint
+  from given
+  join locked on locked.attempt_id = given.attempt_id
+ where l.lease_id = given.lease_id
+   and l.version  = given.token
+   and l.lease_expires_at_ms > coalesce($3, {now_ms})
+returning l.lease_id, l.heartbeat_at_ms, l.lease_expires_at_ms;
+
+-- name: heartbeat_many @sqlite
+-- As above: here nobody else is writing.
+update {schema}.runtime_leases
+   set heartbeat_at_ms     = coalesce($3, {now_ms}),
+       lease_expires_at_ms = coalesce($3, {now_ms}) + $2
+ where (lease_id, version) in (
+           select json_extract(value, '$.lease_id'), json_extract(value, '$.token') from json_each($1))
+   and lease_expires_at_ms > coalesce($3, {now_ms})
+returning lease_id, heartbeat_at_ms, lease_expires_at_ms;
+
+-- name: release @postgres
+-- Give the attempt back, at once or after a delay ($3): the try does not count.
+with released as (
+    update {schema}.runtime_attempts
+       set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3::bigint
+     where attempt_id    = $1
+       and lease_version = $2
+       and status in ('leased', 'running')
+    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+), ended as (
+    delete from {schema}.runtime_leases
+     where attempt_id in (select attempt_id from released)
+)
+select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+  from released;
+
+-- name: release @sqlite
+-- As above, in two statements of one transaction.
+delete from {schema}.runtime_leases
+ where attempt_id = $1
+   and version    = $2;
+update {schema}.runtime_attempts
+   set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3
+ where attempt_id    = $1
+   and lease_version = $2
+   and status in ('leased', 'running')
+returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
+          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+
+-- name: list
+-- One page of all leases, in the order of their ids, after the last id of the page before.
+select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
+       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
+       a.error
+  from {schema}.runtime_leases as l
+  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
+ where l.lease_id > $1
+ order by l.lease_id
+ limit $2;
+
+-- name: list_by_worker
+-- As above, of one worker.
+select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
+       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
+       a.error
+  from {schema}.runtime_leases as l
+  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
+ where l.worker_id = $1
+   and l.lease_id > $2
+ order by l.lease_id
+ limit $3;
+
 -- name: holder
 -- Who holds an attempt now, and under which token.
 select a.status, a.lease_version, l.worker_id
@@ -160,7 +414,7 @@ with expired as (
      where attempt_id = any (array(
                select attempt_id
                  from {schema}.runtime_leases
-                where lease_expires_at_ms <= coalesce($2, {now_ms})
+                where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
                 order by lease_expires_at_ms
                 limit $1))
      order by attempt_id
@@ -169,7 +423,7 @@ with expired as (
     delete from {schema}.runtime_leases as l
      using expired
      where l.attempt_id = expired.attempt_id
-       and l.lease_expires_at_ms <= coalesce($2, {now_ms})
+       and l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
     returning l.attempt_id, l.worker_id
 )
 update {schema}.runtime_attempts as a
@@ -198,7 +452,7 @@ update {schema}.runtime_attempts
    and attempt_id in (
            select attempt_id
              from {schema}.runtime_leases
-            where lease_expires_at_ms <= coalesce($2, {now_ms})
+            where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
             order by lease_expires_at_ms
             limit $1)
 returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
@@ -207,7 +461,7 @@ delete from {schema}.runtime_leases
  where lease_id in (
            select lease_id
              from {schema}.runtime_leases
-            where lease_expires_at_ms <= coalesce($2, {now_ms})
+            where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
             order by lease_expires_at_ms
             limit $1)
    and attempt_id not in (

@@ -1,7 +1,8 @@
 """Attempts: enqueued once, finished once."""
 
 import asyncio
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,12 +10,17 @@ import pytest
 from runtime_repo import (
     AttemptStatus,
     ConfigurationError,
+    InvalidTransitionError,
+    Lease,
     LeaseLostError,
+    NewAttempt,
     NotFoundError,
     PayloadMismatchError,
+    QueueStats,
+    RetryPolicy,
     RuntimeRepository,
 )
-from tests.contract.conftest import Clock
+from tests.contract.conftest import Clock, Factory
 
 MINUTE = timedelta(minutes=1)
 
@@ -207,3 +213,243 @@ async def test_a_naive_datetime_is_refused(repo: RuntimeRepository, clock: Clock
     """A time without a zone means something else on every machine."""
     with pytest.raises(ConfigurationError, match="time zone"):
         await repo.attempts.enqueue("run", not_before=clock.now.replace(tzinfo=None))
+
+
+async def test_many_are_enqueued_together_in_the_order_of_age(repo: RuntimeRepository, clock: Clock) -> None:
+    """Ten thousand in one call; claims take them in the order given, and each is stored as given."""
+    ids = await repo.attempts.enqueue_many(
+        (NewAttempt("run", payload={"n": number}, priority=number // 5000) for number in range(10_000)), now=clock.now
+    )
+    assert len(set(ids)) == 10_000
+    leases = await repo.leases.claim("worker", limit=3, now=clock.now)
+    assert [lease.attempt_id for lease in leases] == ids[5000:5003]
+    assert [lease.attempt.payload for lease in leases] == [{"n": number} for number in range(5000, 5003)]
+    later = NewAttempt("run", "a", "mail", -1, "ü\0", clock.now + MINUTE, 3)
+    assert await repo.attempts.enqueue_many([later], now=clock.now) == ["a"]
+    stored = await repo.attempts.get("a")
+    assert (stored.queue, stored.priority, stored.payload, stored.max_attempts) == ("mail", -1, "ü\0", 3)
+    assert (stored.enqueued_at, stored.retry_at) == (clock.now, clock.now + MINUTE)
+
+
+async def test_enqueue_many_can_be_repeated(repo: RuntimeRepository) -> None:
+    """What is stored already stays as it is by now, and the rest is added; a repeated id is one attempt."""
+    first = [NewAttempt("run", "a", payload=1), NewAttempt("run", "b")]
+    await repo.attempts.enqueue_many(first)
+    (lease,) = await repo.leases.claim("worker")
+    done = await repo.attempts.complete(lease, "done")
+    assert await repo.attempts.enqueue_many([*first, NewAttempt("run", "c"), first[0]]) == ["a", "b", "c", "a"]
+    assert await repo.attempts.get("a") == done
+    assert [attempt.attempt_id for attempt in await repo.attempts.list(run_id="run")] == ["a", "b", "c"]
+    assert await repo.attempts.enqueue_many([]) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "differing"),
+    [
+        (NewAttempt("other", "a", payload=1), "run_id"),
+        (NewAttempt("run", "a", "mail", payload=1), "queue"),
+        (NewAttempt("run", "a", payload=2), "payload"),
+    ],
+)
+async def test_all_are_enqueued_or_none(repo: RuntimeRepository, other: NewAttempt, differing: str) -> None:
+    """An id that is stored, or given before in the call, with other content leaves the database as it was."""
+    same = NewAttempt("run", "a", payload=1)
+    with pytest.raises(PayloadMismatchError) as refused:
+        await repo.attempts.enqueue_many([NewAttempt("run", "x"), same, other])
+    assert refused.value.differing == (differing,)
+    assert await repo.attempts.list() == []
+    stored = await repo.attempts.enqueue("run", attempt_id="a", payload=1)
+    with pytest.raises(PayloadMismatchError) as refused:
+        await repo.attempts.enqueue_many([NewAttempt("run", "x"), other, NewAttempt("run", "y")])
+    assert refused.value.differing == (differing,)
+    assert await repo.attempts.list() == [stored]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        NewAttempt(""),
+        NewAttempt("run", "x" * 513),
+        NewAttempt("run", queue="a\0b"),
+        NewAttempt("run", payload=object()),
+        NewAttempt("run", priority=2**31),
+        NewAttempt("run", max_attempts=0),
+        NewAttempt("run", not_before=datetime(2030, 1, 1)),  # noqa: DTZ001 - what is refused
+    ],
+    ids=["run", "id", "queue", "payload", "priority", "max_attempts", "not_before"],
+)
+async def test_one_that_is_wrong_keeps_all_out(repo: RuntimeRepository, wrong: NewAttempt) -> None:
+    """Everything is checked before anything is written."""
+    with pytest.raises(ConfigurationError):
+        await repo.attempts.enqueue_many([NewAttempt("run"), wrong])
+    assert await repo.attempts.list() == []
+
+
+async def test_rivals_that_enqueue_the_same_in_opposite_order_both_succeed(factory: Factory) -> None:
+    """Locks are taken in one order: nobody is a deadlock's victim, and each id is stored once."""
+    new = [NewAttempt("run", f"a{number:03}") for number in range(200)]
+    async with factory() as one, factory() as two:
+        for _ in range(5):
+            await asyncio.gather(one.attempts.enqueue_many(new), two.attempts.enqueue_many(new[::-1]))
+        assert len(await one.attempts.list(limit=1000)) == 200
+
+
+async def test_attempts_are_listed_by_run_status_and_queue(repo: RuntimeRepository) -> None:
+    """Each filter, and any of them together; pages follow each other by the last id."""
+    for number in range(6):
+        await repo.attempts.enqueue(f"run{number % 2}", attempt_id=f"a{number}", queue=f"q{number % 3}")
+    leases = await repo.leases.claim("worker", queues=["q0", "q1"], limit=2)
+    await repo.attempts.complete_many([(lease, None) for lease in leases])
+
+    async def ids(**filters: Any) -> list[str]:
+        return [attempt.attempt_id for attempt in await repo.attempts.list(**filters)]
+
+    assert await ids() == ["a0", "a1", "a2", "a3", "a4", "a5"]
+    assert await ids(after="a1", limit=3) == ["a2", "a3", "a4"]
+    assert await ids(run_id="run0") == ["a0", "a2", "a4"]
+    assert await ids(queue="q1") == ["a1", "a4"]
+    assert await ids(status=AttemptStatus.COMPLETED) == ["a0", "a1"]
+    assert await ids(status=AttemptStatus.QUEUED, after="a2", limit=2) == ["a3", "a4"]
+    assert await ids(status=AttemptStatus.QUEUED, queue="q0") == ["a3"]
+    assert await ids(run_id="run1", status=AttemptStatus.QUEUED) == ["a3", "a5"]
+    assert await ids(run_id="run1", status=AttemptStatus.QUEUED, queue="q2") == ["a5"]
+
+
+async def test_what_can_be_dispatched_is_listed_in_the_order_of_claims(repo: RuntimeRepository, clock: Clock) -> None:
+    """Priority, then age; what is due is among it, what is not due, held or elsewhere is not."""
+    start = clock.now
+    for name, priority, delay in (("old", 0, None), ("urgent", 9, None), ("due", 5, 1), ("later", 9, 5)):
+        not_before = None if delay is None else start + delay * MINUTE
+        await repo.attempts.enqueue(
+            "run", attempt_id=name, priority=priority, not_before=not_before, now=clock.advance(timedelta(seconds=1))
+        )
+    await repo.attempts.enqueue("run", attempt_id="elsewhere", queue="mail", now=start)
+    await repo.attempts.enqueue("run", attempt_id="held", now=start)
+    assert await repo.leases.claim_attempt("held", "worker", now=start)
+    listed = [a.attempt_id for a in await repo.attempts.list_dispatchable(now=start + 2 * MINUTE)]
+    assert listed == ["urgent", "due", "old"]
+    assert [a.attempt_id for a in await repo.attempts.list_dispatchable(limit=1, now=start)] == ["urgent"]
+    claimed = await repo.leases.claim("worker", limit=9, now=start + 2 * MINUTE)
+    assert {lease.attempt_id for lease in claimed} == set(listed)
+
+
+async def test_stats_count_each_queue(repo: RuntimeRepository, clock: Clock) -> None:
+    """Ready, delayed and leased; what is due counts as ready, what is final not at all."""
+    start = clock.now
+    await repo.attempts.enqueue_many([NewAttempt("run", f"a{number}") for number in range(4)], now=start)
+    await repo.attempts.enqueue("run", attempt_id="z", queue="mail", not_before=start + MINUTE, now=start)
+    one, _ = await repo.leases.claim("worker", limit=2, now=start)
+    await repo.attempts.complete(one, now=start)
+    assert await repo.attempts.stats(now=start + timedelta(seconds=30)) == [
+        QueueStats("default", ready=2, delayed=0, leased=1, oldest_age=timedelta(seconds=30)),
+        QueueStats("mail", ready=0, delayed=1, leased=0, oldest_age=None),
+    ]
+    assert (await repo.attempts.stats(now=start + MINUTE))[1] == QueueStats("mail", 1, 0, 0, MINUTE)
+
+
+async def test_work_begins_once(repo: RuntimeRepository, clock: Clock) -> None:
+    """The first start of a try is remembered; the next try has its own, and a lost lease none."""
+    await repo.attempts.enqueue("run", attempt_id="a", now=clock.now)
+    (lease,) = await repo.leases.claim("worker", now=clock.now)
+    started = await repo.attempts.start(lease, now=clock.now)
+    assert (started.status, started.started_at) == (AttemptStatus.RUNNING, clock.now)
+    assert await repo.attempts.start(lease, now=clock.now + MINUTE) == started
+    await repo.attempts.fail(lease, "no", retry_in=timedelta(0), now=clock.now)
+    with pytest.raises(LeaseLostError):
+        await repo.attempts.start(lease)
+    (again,) = await repo.leases.claim("worker", now=clock.advance(MINUTE))
+    assert (await repo.attempts.start(again, now=clock.now)).started_at == clock.now
+
+
+async def test_many_are_completed_and_each_lease_is_answered(repo: RuntimeRepository, clock: Clock) -> None:
+    """The held ones are finished with their results; a lost one is an answer, and changes nothing."""
+    await repo.attempts.enqueue_many([NewAttempt("run", f"a{number}") for number in range(4)], now=clock.now)
+    a0, a1, a2, a3 = await repo.leases.claim("worker", limit=4, ttl=MINUTE, now=clock.now)
+    await repo.leases.release(a1)
+    (second,) = await repo.leases.claim("rival", now=clock.now)
+    await repo.attempts.cancel("a2")
+    results: list[tuple[Lease, Any]] = [(a3, {"n": 3}), (a1, "stale"), (a2, "late"), (a0, None), (a3, "twice")]
+    for _ in range(2):
+        assert await repo.attempts.complete_many(results, now=clock.now) == [True, False, False, True, True]
+        assert await repo.leases.list() == [second]
+    assert (await repo.attempts.get("a3")).result == {"n": 3}
+    assert (await repo.attempts.get("a0")).status is AttemptStatus.COMPLETED
+    assert (await repo.attempts.get("a1")).status is AttemptStatus.LEASED
+    assert (await repo.attempts.get("a2")).result is None
+    assert await repo.attempts.complete_many([]) == []
+
+
+async def test_a_policy_says_when_to_try_again(repo: RuntimeRepository, clock: Clock) -> None:
+    """Each failure waits longer, until the policy gives up before the attempt's own limit."""
+    policy = RetryPolicy(base=MINUTE, factor=3, jitter=0, max_attempts=3)
+    await repo.attempts.enqueue("run", attempt_id="a", now=clock.now)
+    for delay in (MINUTE, 3 * MINUTE):
+        (lease,) = await repo.leases.claim("worker", now=clock.now)
+        failed = await repo.attempts.fail(lease, "no", retry_in=policy, now=clock.now)
+        assert (failed.status, failed.retry_at) == (AttemptStatus.RETRY_BACKOFF, clock.now + delay)
+        clock.advance(delay)
+    (lease,) = await repo.leases.claim("worker", now=clock.now)
+    failed = await repo.attempts.fail(lease, "no", retry_in=policy, now=clock.now)
+    assert (failed.status, failed.attempt_no) == (AttemptStatus.FAILED, 3)
+
+
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_cancelled_attempt_is_over(repo: RuntimeRepository, clock: Clock, held: bool) -> None:  # noqa: FBT001
+    """Nobody can claim it; who holds it learns at its next write that it was cancelled."""
+    await repo.attempts.enqueue("run", attempt_id="a", now=clock.now)
+    lease = await repo.leases.claim_attempt("a", "worker") if held else None
+    cancelled = await repo.attempts.cancel("a", now=clock.now)
+    assert (cancelled.status, cancelled.finished_at) == (AttemptStatus.CANCELLED, clock.now)
+    assert await repo.attempts.cancel("a", now=clock.advance(MINUTE)) == cancelled
+    assert (await repo.leases.list(), await repo.leases.claim("worker")) == ([], [])
+    for write in (repo.leases.heartbeat, repo.attempts.start, repo.attempts.complete, repo.leases.release):
+        if lease is not None:
+            with pytest.raises(LeaseLostError) as lost:
+                await write(lease)
+            assert (lost.value.status, lost.value.worker_id) == ("cancelled", None)
+    assert await repo.attempts.get("a") == cancelled
+
+
+async def test_what_is_final_is_neither_cancelled_nor_tried_again(repo: RuntimeRepository) -> None:
+    """Only a failed one can be tried again; each refusal names the status."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    (lease,) = await repo.leases.claim("worker")
+    done = await repo.attempts.complete(lease)
+    for verb in (repo.attempts.cancel, repo.attempts.retry):
+        with pytest.raises(InvalidTransitionError, match="completed"):
+            await verb("a")
+        with pytest.raises(NotFoundError):
+            await verb("nobody")
+    assert await repo.attempts.get("a") == done
+    await repo.attempts.enqueue("run", attempt_id="b")
+    await repo.attempts.cancel("b")
+    with pytest.raises(InvalidTransitionError, match="cancelled"):
+        await repo.attempts.retry("b")
+
+
+async def test_a_failed_attempt_gets_one_more_try_by_hand(repo: RuntimeRepository) -> None:
+    """Also when its tries were used up; to ask twice is to ask once, and the same token can't finish the new try."""
+    await repo.attempts.enqueue("run", attempt_id="a", max_attempts=1)
+    (lease,) = await repo.leases.claim("worker")
+    await repo.attempts.fail(lease, "no", retry_in=MINUTE)
+    with pytest.raises(InvalidTransitionError, match="failed"):
+        await repo.attempts.cancel("a")
+    again = await repo.attempts.retry("a")
+    assert (again.status, again.attempt_no, again.error, again.finished_at) == (AttemptStatus.QUEUED, 1, "no", None)
+    assert await repo.attempts.retry("a") == again
+    with pytest.raises(LeaseLostError):
+        await repo.attempts.complete(lease)
+    (lease,) = await repo.leases.claim("worker")
+    assert (await repo.attempts.retry("a")).status is AttemptStatus.LEASED
+    assert (await repo.attempts.fail(lease, "no", retry_in=MINUTE)).status is AttemptStatus.FAILED
+
+
+async def test_what_ended_long_ago_is_pruned_in_batches(repo: RuntimeRepository, clock: Clock) -> None:
+    """The oldest first, at most so many; what is newer or not final stays."""
+    for number in range(5):
+        await repo.attempts.enqueue("run", attempt_id=f"a{number}", now=clock.now)
+        await repo.attempts.cancel(f"a{number}", now=clock.advance(MINUTE))
+    await repo.attempts.enqueue("run", attempt_id="live", now=clock.now)
+    prune = partial(repo.attempts.prune, older_than=2 * MINUTE, now=clock.now)
+    assert [await prune(limit=2), await prune(limit=2), await prune(limit=2)] == [2, 1, 0]
+    assert [a.attempt_id for a in await repo.attempts.list()] == ["a3", "a4", "live"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime_repo import AttemptStatus, ConfigurationError, LeaseLostError, RuntimeRepository
+from runtime_repo import AttemptStatus, ConfigurationError, LeaseLostError, NewAttempt, RuntimeRepository
 from tests.contract.conftest import Clock, Factory
 
 MINUTE = timedelta(minutes=1)
@@ -38,7 +38,7 @@ async def test_a_claim_takes_from_its_queue_only(repo: RuntimeRepository) -> Non
     """Queues are apart."""
     await repo.attempts.enqueue("run", attempt_id="m", queue="mail")
     assert await repo.leases.claim("worker") == []
-    (lease,) = await repo.leases.claim("worker", queue="mail")
+    (lease,) = await repo.leases.claim("worker", queues="mail")
     assert lease.attempt_id == "m"
 
 
@@ -202,7 +202,9 @@ async def test_a_claim_that_had_happened_when_it_was_cancelled_is_given_back(
         ({"ttl": timedelta(0)}, "ttl"),
         ({"ttl": -MINUTE}, "ttl"),
         ({"worker_id": ""}, "worker_id"),
-        ({"queue": "a\0"}, "queue"),
+        ({"queues": "a\0"}, "queues"),
+        ({"queues": []}, "queues"),
+        ({"queues": ["a", ""]}, "queues"),
     ],
 )
 async def test_bad_input_is_refused(repo: RuntimeRepository, arguments: dict[str, Any], word: str) -> None:
@@ -211,3 +213,143 @@ async def test_bad_input_is_refused(repo: RuntimeRepository, arguments: dict[str
     with pytest.raises(ConfigurationError, match=word):
         await repo.leases.claim(**({"worker_id": "worker"} | arguments))
     assert (await repo.attempts.get("a")).lease_version == 0
+
+
+async def test_a_claim_goes_across_the_queues_named(repo: RuntimeRepository, clock: Clock) -> None:
+    """Priority, then age, whichever queue it is; a queue that is not named stays alone, and a repeated name is one."""
+    for name, queue, priority in (("a", "x", 0), ("b", "y", 5), ("c", "x", 5), ("d", "y", 0), ("e", "z", 9)):
+        await repo.attempts.enqueue("run", attempt_id=name, queue=queue, priority=priority, now=clock.advance(MINUTE))
+    await repo.attempts.enqueue("run", attempt_id="due", queue="y", priority=7, not_before=clock.now, now=clock.now)
+    claimed: list[str] = []
+    for limit in (1, 2, 9):
+        leases = await repo.leases.claim("worker", queues=["x", "y", "x"], limit=limit, now=clock.now)
+        claimed += [lease.attempt_id for lease in leases]
+        assert len(leases) <= limit
+    assert sorted(claimed) == ["a", "b", "c", "d", "due"]
+    assert [name for name in claimed if name != "due"] == ["b", "c", "a", "d"]
+
+
+async def test_rivals_for_several_queues_share_what_is_there(factory: Factory) -> None:
+    """Nobody gets what another got, and together they get all."""
+    async with factory() as one, factory() as two:
+        await one.attempts.enqueue_many([NewAttempt("run", queue=f"q{number % 4}") for number in range(200)])
+        queues = [f"q{number}" for number in range(4)]
+        taken: list[str] = []
+        while len(taken) < 200:
+            found = await asyncio.gather(
+                *(repo.leases.claim("worker", queues=queues, limit=7) for repo in (one, two, one, two))
+            )
+            assert any(found)
+            taken += [lease.attempt_id for leases in found for lease in leases]
+        assert len(set(taken)) == 200
+
+
+async def test_one_attempt_can_be_claimed_by_name(repo: RuntimeRepository, clock: Clock) -> None:
+    """If it is ready or due, whatever its queue; otherwise the answer is None and nothing changes."""
+    await repo.attempts.enqueue("run", attempt_id="a", queue="mail", not_before=clock.now + MINUTE, now=clock.now)
+    assert await repo.leases.claim_attempt("a", "worker", now=clock.now) is None
+    lease = await repo.leases.claim_attempt("a", "worker", ttl=MINUTE, now=clock.advance(MINUTE))
+    assert lease is not None
+    assert (lease.worker_id, lease.version, lease.expires_at) == ("worker", 1, clock.now + MINUTE)
+    assert lease.attempt == await repo.attempts.get("a")
+    assert lease.attempt.retry_at is None
+    for name in ("a", "nobody"):
+        assert await repo.leases.claim_attempt(name, "rival", now=clock.now) is None
+    assert await repo.leases.list() == [lease]
+    await repo.attempts.complete(lease)
+    assert await repo.leases.claim_attempt("a", "rival", now=clock.now) is None
+
+
+async def test_of_rivals_for_one_attempt_one_wins(factory: Factory) -> None:
+    """By name or by queue: exactly one lease, round after round."""
+    async with factory() as one, factory() as two:
+        for number in range(20):
+            await one.attempts.enqueue("run", attempt_id=f"a{number}")
+            by_name = (repo.leases.claim_attempt(f"a{number}", "worker") for repo in (one, two, one, two))
+            by_queue = (repo.leases.claim("worker") for repo in (one, two))
+            named, queued = await asyncio.gather(asyncio.gather(*by_name), asyncio.gather(*by_queue))
+            assert len([lease for lease in named if lease] + [lease for leases in queued for lease in leases]) == 1
+
+
+async def test_many_leases_are_kept_at_once(repo: RuntimeRepository, clock: Clock) -> None:
+    """Each in its place: renewed, or None where it has expired or is another's by now."""
+    await repo.attempts.enqueue_many([NewAttempt("run", f"a{number}") for number in range(3)], now=clock.now)
+    short, lost, kept = [
+        (await repo.leases.claim("worker", ttl=ttl, now=clock.now))[0] for ttl in (MINUTE, 9 * MINUTE, 9 * MINUTE)
+    ]
+    await repo.leases.release(lost)
+    rival = await repo.leases.claim_attempt(lost.attempt_id, "rival", ttl=9 * MINUTE, now=clock.now)
+    later = clock.advance(MINUTE)
+    renewed = await repo.leases.heartbeat_many([kept, short, lost, kept], ttl=20 * MINUTE, now=later)
+    assert renewed[0] is not None
+    assert renewed == [renewed[0], None, None, renewed[0]]
+    assert (renewed[0].heartbeat_at, renewed[0].expires_at) == (later, later + 20 * MINUTE)
+    stored = {lease.lease_id: lease.expires_at for lease in await repo.leases.list()}
+    assert rival is not None
+    assert stored == {
+        kept.lease_id: later + 20 * MINUTE,
+        short.lease_id: short.expires_at,
+        rival.lease_id: rival.expires_at,
+    }
+    assert await repo.leases.heartbeat_many([]) == []
+
+
+async def test_heartbeats_of_many_and_requeues_do_not_wait_for_each_other_in_a_circle(factory: Factory) -> None:
+    """Opposite orders and expired leases at the same moment: nobody is a deadlock's victim."""
+    async with factory() as one, factory() as two:
+        await one.attempts.enqueue_many([NewAttempt("run") for _ in range(100)])
+        leases = await one.leases.claim("worker", limit=100, ttl=10 * MINUTE)
+        for _ in range(5):
+            await asyncio.gather(
+                one.leases.heartbeat_many(leases),
+                two.leases.heartbeat_many(leases[::-1]),
+                one.leases.requeue_expired(now=leases[0].expires_at + MINUTE, limit=5),
+                two.attempts.complete_many([(lease, None) for lease in leases[-5:]]),
+            )
+
+
+@pytest.mark.parametrize("delay", [None, MINUTE])
+async def test_what_is_released_was_not_tried(repo: RuntimeRepository, clock: Clock, delay: timedelta | None) -> None:
+    """Ready at once or after the delay, the try not counted; to repeat it changes nothing, and the token is spent."""
+    await repo.attempts.enqueue("run", attempt_id="a", max_attempts=1, now=clock.now)
+    (lease,) = await repo.leases.claim("worker", now=clock.now)
+    released = await repo.leases.release(lease, delay=delay, now=clock.now)
+    assert (released.status, released.attempt_no) == (AttemptStatus.QUEUED, 1)
+    assert released.retry_at == (None if delay is None else clock.now + delay)
+    assert await repo.leases.release(lease, delay=delay, now=clock.now) == released
+    assert await repo.leases.list() == []
+    with pytest.raises(LeaseLostError):
+        await repo.attempts.complete(lease)
+    if delay is not None:
+        assert await repo.leases.claim("worker", now=clock.now) == []
+    (again,) = await repo.leases.claim("worker", now=clock.now + (delay or timedelta(0)))
+    assert (again.version, again.attempt.attempt_no) == (2, 1)
+    with pytest.raises(LeaseLostError):
+        await repo.leases.release(lease)
+    assert await repo.leases.list() == [again]
+
+
+async def test_leases_are_listed_by_worker(repo: RuntimeRepository) -> None:
+    """All of them, or one worker's, in pages; each with its attempt."""
+    await repo.attempts.enqueue_many([NewAttempt("run") for _ in range(5)])
+    mine = await repo.leases.claim("me", limit=3)
+    others = await repo.leases.claim("other", limit=2)
+    everything = await repo.leases.list()
+    assert sorted(everything, key=lambda lease: lease.lease_id) == sorted(
+        [*mine, *others], key=lambda lease: lease.lease_id
+    )
+    first = await repo.leases.list(worker_id="me", limit=2)
+    rest = await repo.leases.list(worker_id="me", limit=2, after=first[-1].lease_id)
+    assert {lease.lease_id for lease in [*first, *rest]} == {lease.lease_id for lease in mine}
+    assert len(rest) == 1
+
+
+async def test_a_grace_spares_leases_that_have_just_expired(repo: RuntimeRepository, clock: Clock) -> None:
+    """Only what expired longer ago than that is taken from its worker."""
+    await repo.attempts.enqueue("run", attempt_id="a", now=clock.now)
+    (lease,) = await repo.leases.claim("worker", ttl=MINUTE, now=clock.now)
+    moment = lease.expires_at + MINUTE
+    early = moment - timedelta(milliseconds=1)
+    assert await repo.leases.requeue_expired(grace=MINUTE, now=early) == []
+    (attempt,) = await repo.leases.requeue_expired(grace=MINUTE, now=moment)
+    assert (attempt.attempt_id, attempt.status, attempt.attempt_no) == ("a", AttemptStatus.QUEUED, 2)

@@ -20,10 +20,14 @@ from runtime_repo import (
     LeaseLostError,
     LockHolder,
     MigrationError,
+    NewAttempt,
     NotFoundError,
     PayloadMismatchError,
     PostgresRuntimeRepository,
+    QueueStats,
+    RetryPolicy,
     RuntimeRepository,
+    RuntimeTransaction,
     SchemaDriftError,
     SchemaHistoryError,
     SchemaLockTimeoutError,
@@ -80,7 +84,7 @@ async def a_worker_claims_and_finishes(repo: RuntimeRepository) -> None:
     assert_type(await repo.attempts.get("a"), Attempt)
     assert_type(await repo.attempts.find("a"), Attempt | None)
     assert_type(await repo.attempts.list(run_id="run", after="a", limit=10), Sequence[Attempt])
-    leases = await repo.leases.claim("worker", limit=10, queue="mail", ttl=timedelta(minutes=1))
+    leases = await repo.leases.claim("worker", limit=10, queues="mail", ttl=timedelta(minutes=1))
     assert_type(leases, Sequence[Lease])
     for lease in leases:
         assert_type(lease.version, int)
@@ -89,12 +93,38 @@ async def a_worker_claims_and_finishes(repo: RuntimeRepository) -> None:
         assert_type(await repo.leases.heartbeat(lease), Lease)
         assert_type(await repo.attempts.complete(lease, {"sum": 3}), Attempt)
         assert_type(await repo.attempts.fail(lease, "boom", retry_in=timedelta(seconds=5)), Attempt)
-    assert_type(await repo.leases.requeue_expired(limit=10), Sequence[Attempt])
+        assert_type(await repo.attempts.start(lease), Attempt)
+        assert_type(await repo.attempts.fail(lease, "boom", retry_in=RetryPolicy(max_attempts=3)), Attempt)
+        assert_type(await repo.leases.release(lease, delay=timedelta(seconds=5)), Attempt)
+    assert_type(await repo.attempts.complete_many((lease, None) for lease in leases), Sequence[bool])
+    assert_type(await repo.leases.heartbeat_many(leases), Sequence[Lease | None])
+    assert_type(await repo.leases.claim("worker", queues=["mail", "default"]), Sequence[Lease])
+    assert_type(await repo.leases.claim_attempt("a", "worker"), Lease | None)
+    assert_type(await repo.leases.list(worker_id="worker"), Sequence[Lease])
+    assert_type(await repo.leases.requeue_expired(limit=10, grace=timedelta(seconds=5)), Sequence[Attempt])
+    assert_type(await repo.attempts.enqueue_many([NewAttempt("run", priority=1)]), Sequence[str])
+    assert_type(await repo.attempts.list(status=AttemptStatus.FAILED, queue="mail"), Sequence[Attempt])
+    assert_type(await repo.attempts.list_dispatchable(queue="mail"), Sequence[Attempt])
+    assert_type(await repo.attempts.stats(), Sequence[QueueStats])
+    assert_type(await repo.attempts.cancel("a"), Attempt)
+    assert_type(await repo.attempts.retry("a"), Attempt)
+    assert_type(await repo.attempts.prune(older_than=timedelta(days=7)), int)
     assert_type(attempt.status, AttemptStatus)
     assert_type(attempt.status.is_final, bool)
     assert_type(attempt.payload, Any)
     assert_type(attempt.retry_at, datetime | None)
     assert_type(attempt.worker_id, str | None)
+
+
+async def verbs_commit_together(embedded: SqliteRuntimeRepository, shared: PostgresRuntimeRepository) -> None:
+    """In a transaction of their own, or in one that is open."""
+    async with embedded.transaction() as transaction:
+        assert_type(transaction, RuntimeTransaction)
+        assert_type(await transaction.attempts.enqueue("run"), Attempt)
+        await transaction.connection.execute("insert into orders (id) values (7)")
+    connection = await asyncpg.connect()
+    async with shared.transaction(connection) as part, shared.transaction() as own:
+        assert_type((part, own), tuple[RuntimeTransaction, RuntimeTransaction])
 
 
 async def errors_carry_their_numbers(repo: RuntimeRepository) -> Mapping[str, object]:

@@ -1,0 +1,182 @@
+"""Transactions: several verbs, and the application's own statements, take effect together or not at all."""
+
+import asyncio
+import sqlite3
+
+import anyio
+import asyncpg
+import pytest
+
+from runtime_repo import (
+    LeaseLostError,
+    NewAttempt,
+    PayloadMismatchError,
+    RepositoryClosedError,
+    RuntimeRepository,
+    RuntimeTransaction,
+)
+from tests.contract.conftest import Factory
+
+
+async def ids(repo: RuntimeRepository | RuntimeTransaction) -> list[str]:
+    """What is stored."""
+    return [attempt.attempt_id for attempt in await repo.attempts.list()]
+
+
+async def test_verbs_commit_together(factory: Factory) -> None:
+    """They see each other's writes at once; everybody else sees them when the block has ended."""
+    async with factory() as repo, factory() as other:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run", attempt_id="a")
+            (lease,) = await transaction.leases.claim("worker")
+            await transaction.attempts.complete(lease, "done")
+            await transaction.attempts.enqueue("run", attempt_id="b")
+            assert await ids(transaction) == ["a", "b"]
+            assert await ids(other) == []
+        assert await ids(other) == ["a", "b"]
+        assert (await other.attempts.get("a")).result == "done"
+
+
+async def test_verbs_fail_together(repo: RuntimeRepository) -> None:
+    """An error of whoever's undoes all, and comes out as it is."""
+    await repo.attempts.enqueue("run", attempt_id="kept")
+    (lease,) = await repo.leases.claim("worker")
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the whole block fails
+        async with repo.transaction() as transaction:
+            await transaction.attempts.complete(lease)
+            await transaction.attempts.enqueue("run", attempt_id="a")
+            raise ZeroDivisionError
+    assert await ids(repo) == ["kept"]
+    assert await repo.leases.list() == [lease]
+    await repo.leases.release(lease)
+    with pytest.raises(LeaseLostError):  # noqa: PT012
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run", attempt_id="a")
+            await transaction.attempts.complete(lease)
+    assert await ids(repo) == ["kept"]
+
+
+async def test_the_applications_own_statements_are_part_of_it(repo: RuntimeRepository) -> None:
+    """An order and its attempt are stored both, or neither; an error of the application's SQL is the driver's."""
+    orders = getattr(repo._database, "tokens", {"schema": "main"})["schema"] + ".orders"
+    async with repo.transaction() as transaction:
+        await transaction.connection.execute(f"create table {orders} (name text primary key)")
+
+    async def order(name: str) -> None:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run", queue="orders")
+            await transaction.connection.execute(f"insert into {orders} (name) values ('{name}')")
+
+    await order("first")
+    with pytest.raises((sqlite3.IntegrityError, asyncpg.UniqueViolationError)):
+        await order("first")
+    assert len(await repo.attempts.list(queue="orders")) == 1
+
+
+async def test_a_part_that_fails_alone_can_be_caught(repo: RuntimeRepository) -> None:
+    """Many that were refused leave nothing behind, and what was done before and after them stays."""
+    async with repo.transaction() as transaction:
+        await transaction.attempts.enqueue("run", attempt_id="a", payload=1)
+        with pytest.raises(PayloadMismatchError):
+            await transaction.attempts.enqueue_many([NewAttempt("run", "x"), NewAttempt("run", "a", payload=2)])
+        await transaction.attempts.enqueue_many([NewAttempt("run", "b"), NewAttempt("run", "c")])
+    assert await ids(repo) == ["a", "b", "c"]
+
+
+async def test_its_nouns_end_with_it(repo: RuntimeRepository) -> None:
+    """What the block yielded can't write outside of any transaction."""
+    async with repo.transaction() as transaction:
+        pass
+    with pytest.raises(RepositoryClosedError, match="transaction has ended"):
+        await transaction.attempts.enqueue("run")
+    with pytest.raises(RepositoryClosedError, match="transaction has ended"):
+        await transaction.attempts.enqueue_many([NewAttempt("run")])
+
+
+async def test_only_an_open_repository_begins_one(factory: Factory) -> None:
+    """Neither before it was awaited nor after it was closed."""
+    repo = factory()
+    for _ in range(2):
+        with pytest.raises(RepositoryClosedError):
+            async with repo.transaction():
+                pytest.fail("it began")
+        async with factory() as other:
+            await other.attempts.list()
+        await repo.close()
+
+
+@pytest.mark.parametrize("by", ["task", "scope"])
+async def test_a_cancelled_block_leaves_nothing(repo: RuntimeRepository, by: str) -> None:
+    """No write, no lock, no open transaction: the next one begins at once. asyncio's way, and anyio's."""
+    reached = asyncio.Event()
+
+    async def block() -> None:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run", attempt_id="a")
+            reached.set()
+            await asyncio.Event().wait()
+
+    if by == "task":
+        task = asyncio.ensure_future(block())
+        await reached.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+    else:
+        async with anyio.create_task_group() as group:
+            group.start_soon(block)
+            await reached.wait()
+            group.cancel_scope.cancel()
+    async with asyncio.timeout(5), repo.transaction() as transaction:
+        assert await ids(transaction) == []
+        await transaction.attempts.enqueue("run", attempt_id="b")
+    assert await ids(repo) == ["b"]
+
+
+async def test_cancelled_at_every_await_it_is_done_or_not(factory: Factory) -> None:
+    """Wherever the cancellation strikes, both writes are there or none, and the repository goes on."""
+
+    async def block(repo: RuntimeRepository, name: str) -> None:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run", attempt_id=f"{name}-1")
+            await transaction.attempts.enqueue_many([NewAttempt("run", f"{name}-2")])
+
+    async with factory() as repo:
+        turns = 0
+        finished = False
+        while not finished:
+            task = asyncio.ensure_future(block(repo, f"{turns:03}"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            finished = task.done()
+            task.cancel()
+            await asyncio.wait([task])
+            turns += 1
+            assert turns < 2000
+        stored = [attempt.attempt_id for attempt in await repo.attempts.list(limit=10_000)]
+    names = [name.split("-")[0] for name in stored]
+    assert all(names.count(name) == 2 for name in names)
+    assert f"{turns - 1:03}" in names
+
+
+async def test_other_tasks_verbs_are_not_part_of_it(repo: RuntimeRepository) -> None:
+    """What another task writes meanwhile stays when the block fails."""
+    began, over = asyncio.Event(), asyncio.Event()
+
+    async def rival() -> None:
+        await began.wait()
+        await repo.attempts.enqueue("run", attempt_id="rival")
+        over.set()
+
+    async def block() -> None:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run", attempt_id="a")
+            began.set()
+            for _ in range(20):
+                await transaction.attempts.list()
+            raise ZeroDivisionError
+
+    failed, _ = await asyncio.gather(block(), rival(), return_exceptions=True)
+    assert isinstance(failed, ZeroDivisionError)
+    assert over.is_set()
+    assert await ids(repo) == ["rival"]

@@ -1,0 +1,79 @@
+"""What transactions can do on one of the databases only."""
+
+import asyncio
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from runtime_repo import (
+    ConfigurationError,
+    NewAttempt,
+    PayloadMismatchError,
+    PostgresRuntimeRepository,
+    SqliteRuntimeRepository,
+)
+
+
+async def test_sqlite_refuses_a_task_that_would_wait_for_itself(tmp_path: Path) -> None:
+    """The one writer is the transaction's; a verb of the repository in the same task would wait for ever."""
+    async with SqliteRuntimeRepository(tmp_path / "runtime.db") as repo:
+        async with repo.transaction() as transaction:
+            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
+                await repo.attempts.list()
+            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
+                async with repo.transaction():
+                    pytest.fail("it began")
+            await transaction.attempts.enqueue("run", attempt_id="a")
+        assert len(await repo.attempts.list()) == 1
+
+
+async def test_sqlite_lets_the_other_tasks_wait(tmp_path: Path) -> None:
+    """In turn, each after the other, however many begin at once; also in two repositories on one file."""
+    async with SqliteRuntimeRepository(tmp_path / "x.db") as one, SqliteRuntimeRepository(tmp_path / "x.db") as two:
+
+        async def add(repo: SqliteRuntimeRepository, number: int) -> None:
+            async with repo.transaction() as transaction:
+                before = len(await transaction.attempts.list())
+                await asyncio.sleep(0)
+                await transaction.attempts.enqueue("run", attempt_id=f"{number:02}")
+                assert len(await transaction.attempts.list()) == before + 1
+
+        await asyncio.gather(
+            *(add(repo, 2 * number + half) for number in range(8) for half, repo in ((0, one), (1, two)))
+        )
+        assert len(await one.attempts.list()) == 16
+
+
+async def test_postgres_takes_part_in_a_transaction_of_the_application(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """Committed and rolled back with it, on the application's own connection; a part that fails is undone alone."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repo:
+        for commits in (False, True):
+            outer = postgres.transaction()
+            await outer.start()
+            await postgres.execute(f'create table "{postgres_schema}".orders (name text)')
+            async with repo.transaction(postgres) as transaction:
+                assert transaction.connection is postgres
+                await transaction.attempts.enqueue("run", attempt_id="a", payload=1)
+            with pytest.raises(PayloadMismatchError):  # noqa: PT012 - the whole block fails
+                async with repo.transaction(postgres) as transaction:
+                    await transaction.attempts.enqueue("run", attempt_id="b")
+                    await transaction.attempts.enqueue_many([NewAttempt("run", "a", payload=2)])
+            assert await repo.attempts.find("a") is None
+            await (outer.commit() if commits else outer.rollback())
+            stored = [attempt.attempt_id for attempt in await repo.attempts.list()]
+            assert stored == (["a"] if commits else [])
+            there = await postgres.fetchval("select to_regclass($1) is not null", f'"{postgres_schema}".orders')
+            assert there is commits
+
+
+async def test_postgres_refuses_a_connection_without_a_transaction(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """Each verb would commit on its own, which nobody who names a connection wants."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repo:
+        with pytest.raises(ConfigurationError, match="no transaction is open"):
+            async with repo.transaction(postgres):
+                pytest.fail("it began")
