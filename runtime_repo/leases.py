@@ -1,16 +1,20 @@
 """Leases: a worker's time-limited ownership of an attempt, judged by the database's clock."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime, timedelta
+from typing import cast
+
+import anyio
 
 from runtime_repo.attempts import lost
 from runtime_repo.database import Queries, Row, finish
-from runtime_repo.errors import ConfigurationError, RuntimeRepoError
+from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LeaseLostError, RuntimeRepoError
 from runtime_repo.records import (
     DEFAULT_QUEUE,
     Attempt,
@@ -166,6 +170,92 @@ class Leases:
             _renewed(lease, renewed[lease.lease_id], asked_at) if lease.lease_id in renewed else None for lease in kept
         ]
 
+    @contextlib.asynccontextmanager
+    async def hold(
+        self, lease: Lease, *, ttl: timedelta = DEFAULT_TTL, every: timedelta | None = None
+    ) -> AsyncIterator[None]:
+        """
+        Keep the lease while the block runs, by a heartbeat in the background *every* so often (a third of *ttl*).
+
+        The block is cancelled as soon as the lease is lost, and also when it can no longer be proved: when *ttl* has
+        passed since the last heartbeat that succeeded was **sent**, by this process's clock, because the database did
+        not answer. So nobody else's try begins while the block still runs, provided that it yields to the event loop.
+        A block that ends the lease itself, by complete, fail or release, goes on undisturbed. When the block has ended
+        no heartbeat is under way any more.
+
+        Raises:
+            LeaseLostError: The lease was lost; the block was cancelled.
+        """
+        length = span_ms("ttl", ttl, positive=True) / 1000
+        pause = length / 3 if every is None else span_ms("every", every, positive=True) / 1000
+        if pause >= length:
+            raise ConfigurationError(f"every is {every!r}: expected less than the ttl, {ttl!r}")
+        proved_until = _proved_until(lease)
+        if proved_until is None or proved_until <= time.monotonic():
+            # It was read, or comes from another process, or was claimed long ago.
+            lease = await self.heartbeat(lease, ttl=ttl)
+        ended: RuntimeRepoError | None = None
+        failure: Exception | None = None
+
+        async def keep(block: anyio.CancelScope) -> None:
+            nonlocal ended
+            try:
+                await self._keep(lease, ttl, pause)
+            except RuntimeRepoError as error:
+                ended = error
+                block.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(keep, group.cancel_scope)
+            try:
+                yield
+            except Exception as error:  # noqa: BLE001 - raised below, outside of any exception group
+                failure = error
+            finally:
+                group.cancel_scope.cancel()
+        if ended is not None:
+            raise ended from failure
+        if failure is not None:
+            raise failure
+
+    async def _keep(self, lease: Lease, ttl: timedelta, pause: float) -> None:
+        """Renew the lease again and again, until its own holder has ended it."""
+        until = cast(float, _proved_until(lease))
+        wake_at = cast(float, lease.asked_at) + pause
+        while True:
+            await anyio.sleep(max(min(wake_at, until) - time.monotonic(), 0))
+            try:
+                with anyio.fail_after(max(until - time.monotonic(), 0)):
+                    lease = await self.heartbeat(lease, ttl=ttl)
+            except TimeoutError:
+                raise LeaseLostError(
+                    lease.attempt_id, token=lease.version, current=lease.version, status="out of reach", worker_id=None
+                ) from None
+            except LeaseLostError:
+                if await self._ended_by_its_holder(lease):
+                    return
+                raise
+            except DatabaseUnavailableError as error:
+                _log.warning("a heartbeat failed and is tried again: %s", error)
+                wake_at = time.monotonic() + pause / 10
+            else:
+                until = cast(float, _proved_until(lease))
+                wake_at = cast(float, lease.asked_at) + pause
+
+    async def _ended_by_its_holder(self, lease: Lease) -> bool:
+        """Whether what ended the lease was complete, fail or release under this very token."""
+        rows = await self._queries.fetch("attempts.find", lease.attempt_id)
+        if not rows or rows[0]["lease_version"] != lease.version:
+            return False
+        match rows[0]["status"]:
+            case AttemptStatus.COMPLETED | AttemptStatus.RETRY_BACKOFF:
+                return True
+            case AttemptStatus.QUEUED:
+                return bool(rows[0]["attempt_no"] == lease.attempt.attempt_no)
+            case AttemptStatus.FAILED:
+                return bool(rows[0]["error"] != f"the lease of worker {lease.worker_id} expired")
+        return False
+
     async def release(self, lease: Lease, *, delay: timedelta | None = None, now: datetime | None = None) -> Attempt:
         """
         Give the attempt back unfinished, ready at once or after *delay*: the try does not count.
@@ -218,6 +308,11 @@ class Leases:
             span_ms("grace", grace),
         )
         return [attempt_from_row(row) for row in rows]
+
+
+def _proved_until(lease: Lease) -> float | None:
+    """Until when, by this process's monotonic clock, the lease is certainly nobody else's."""
+    return None if lease.asked_at is None else lease.asked_at + (lease.expires_at - lease.heartbeat_at).total_seconds()
 
 
 def _queue_names(queues: str | Sequence[str]) -> Sequence[str]:
