@@ -56,7 +56,7 @@ select (select count(*) from promoted) as promoted,
 
 -- name: claim @sqlite
 -- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
--- what was promoted is claimed at once.
+-- what was promoted is claimed at once. Unless told that few are due, SQLite looks at all that is queued for them.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
  where attempt_id in (
@@ -64,7 +64,7 @@ update {schema}.runtime_attempts
              from {schema}.runtime_attempts
             where status in ('queued', 'retry_backoff')
               and retry_at_ms is not null
-              and retry_at_ms <= coalesce($5, {now_ms})
+              and likelihood(retry_at_ms <= coalesce($5, {now_ms}), 0.0001)
             order by retry_at_ms, attempt_id
             limit 2 * json_array_length($4));
 insert into {schema}.runtime_leases
@@ -166,7 +166,7 @@ update {schema}.runtime_attempts
              from {schema}.runtime_attempts
             where status in ('queued', 'retry_backoff')
               and retry_at_ms is not null
-              and retry_at_ms <= coalesce($5, {now_ms})
+              and likelihood(retry_at_ms <= coalesce($5, {now_ms}), 0.0001)
             order by retry_at_ms, attempt_id
             limit 2 * json_array_length($4));
 insert into {schema}.runtime_leases
