@@ -60,8 +60,9 @@ class Leases:
         Take up to *limit* attempts of one or several queues that are ready: the highest priority first, then the
         oldest, across the queues named.
 
-        Eligible is an attempt that is queued, and one whose ``retry_at`` has come. Rows that a rival is claiming at
-        this instant are skipped, so an empty answer does not prove that the queues are empty: look again.
+        Eligible is an attempt that is queued, and one whose ``retry_at`` has come; of the latter the longest due, in
+        each queue at most twice *limit*, so that a backlog of them does not make a claim slow. Rows that a rival is
+        claiming at this instant are skipped, so an empty answer does not prove that the queues are empty: look again.
 
         A caller that is cancelled owns nothing: what was claimed is given back before the cancellation goes on.
         """
@@ -71,14 +72,8 @@ class Leases:
         if len(names) > 1:
             query, wanted = "leases.claim_from_several", json.dumps(names)
         length = span_ms("ttl", ttl, positive=True)
-        at = instant_ms("now", now)
-        leases: list[Lease] = []
-        promoted = 1
-        while promoted and len(leases) < check_count("limit", limit):
-            ids = json.dumps([new_id() for _ in range(limit - len(leases))])
-            more, promoted = await self._claim(query, (wanted, worker_id, length, ids, at), ids, leases)
-            leases += more
-        return leases
+        ids = json.dumps([new_id() for _ in range(check_count("limit", limit))])
+        return await self._claim(query, (wanted, worker_id, length, ids, instant_ms("now", now)), ids)
 
     async def claim_attempt(
         self, attempt_id: str, worker_id: str, *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None
@@ -96,34 +91,29 @@ class Leases:
             lease_id,
             instant_ms("now", now),
         )
-        leases, _ = await self._claim("leases.claim_attempt", given, json.dumps([lease_id]), ())
+        leases = await self._claim("leases.claim_attempt", given, json.dumps([lease_id]))
         return leases[0] if leases else None
 
-    async def _claim(
-        self, query: str, given: Sequence[object], ids: str, before: Sequence[Lease]
-    ) -> tuple[list[Lease], int]:
-        """What was claimed under the lease *ids*, and how many were promoted for the next try."""
+    async def _claim(self, query: str, given: Sequence[object], ids: str) -> Sequence[Lease]:
+        """What was claimed under the lease *ids*."""
         asked_at = time.monotonic()
         claim = asyncio.ensure_future(self._fetch(query, given))
         try:
             await asyncio.wait([claim])
         except asyncio.CancelledError:
-            await finish(self._undo(claim, ids, before))
+            await finish(self._undo(claim, ids))
             raise
-        rows = claim.result()
-        leases = [lease_from_row(row, asked_at=asked_at) for row in rows if row["lease_id"] is not None]
-        return leases, rows[0]["promoted"] if rows else 0
+        return [lease_from_row(row, asked_at=asked_at) for row in claim.result()]
 
     async def _fetch(self, query: str, given: Sequence[object]) -> Sequence[Row]:
         return await self._queries.fetch(query, *given)
 
-    async def _undo(self, claim: "asyncio.Task[Sequence[Row]]", ids: str, before: Sequence[Lease]) -> None:
+    async def _undo(self, claim: "asyncio.Task[Sequence[Row]]", ids: str) -> None:
         """Give back what a cancelled caller claimed. The claim is over first, so that nothing commits behind this."""
         claim.cancel()
         await asyncio.wait([claim])
         if not claim.cancelled():
             claim.exception()
-        ids = json.dumps([*json.loads(ids), *(lease.lease_id for lease in before)])
         try:
             await self._queries.fetch("leases.give_back", ids)
         except RuntimeRepoError as error:

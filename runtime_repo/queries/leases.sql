@@ -1,75 +1,84 @@
 -- Leases: who owns which attempt, and until when. Every statement locks attempts first, then leases.
 
 -- name: claim @postgres
--- Take up to as many ready attempts of one queue ($1) as there are lease ids ($4, a JSON array), skipping those that
--- a rival is claiming at this instant, and promote delayed ones that are due: their rows can't be seen by the
--- statement that promotes them, so it says how many there were and the caller claims once more.
-with due as (
-    select attempt_id
+-- Take up to as many attempts of one queue ($1) as there are lease ids ($4, a JSON array): the first among those that
+-- are ready and those that are due, skipping what a rival is claiming at this instant. What is due and not taken is
+-- promoted to ready. Of what is due the longest due are looked at, twice as many as are wanted: a backlog costs no claim
+-- more than that, and shrinks with each.
+with ready as (
+    select attempt_id, priority, enqueued_at_ms
       from {schema}.runtime_attempts
-     where status in ('queued', 'retry_backoff')
+     where queue = $1
+       and status = 'queued'
+       and retry_at_ms is null
+     order by priority desc, enqueued_at_ms, attempt_id
+     limit json_array_length($4::text::json)
+       for update skip locked
+), due as (
+    select attempt_id, priority, enqueued_at_ms
+      from {schema}.runtime_attempts
+     where queue = $1
+       and status in ('queued', 'retry_backoff')
        and retry_at_ms is not null
        and retry_at_ms <= coalesce($5, {now_ms})
      order by retry_at_ms, attempt_id
      limit 2 * json_array_length($4::text::json)
        for update skip locked
+), chosen as (
+    select attempt_id
+      from (select attempt_id, priority, enqueued_at_ms from ready
+             union all
+            select attempt_id, priority, enqueued_at_ms from due) as candidates
+     order by priority desc, enqueued_at_ms, attempt_id
+     limit json_array_length($4::text::json)
+), claimed as (
+    update {schema}.runtime_attempts
+       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2
+     where attempt_id = any (array(select attempt_id from chosen))
+    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
+              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
 ), promoted as (
     update {schema}.runtime_attempts
        set status = 'queued', retry_at_ms = null
-     where attempt_id = any (array(select attempt_id from due))
-    returning attempt_id
-), claimed as (
-    update {schema}.runtime_attempts
-       set status = 'leased', lease_version = lease_version + 1, worker_id = $2
-     where attempt_id = any (array(
-               select attempt_id
-                 from {schema}.runtime_attempts
-                where queue = $1
-                  and status = 'queued'
-                  and retry_at_ms is null
-                order by priority desc, enqueued_at_ms, attempt_id
-                limit json_array_length($4::text::json)
-                  for update skip locked))
-    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
-              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+     where attempt_id = any (array(select attempt_id from due except select attempt_id from chosen))
 ), leased as (
     insert into {schema}.runtime_leases as l
            (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select chosen.lease_id, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}),
-           ready.lease_version, coalesce($5, {now_ms})
-      from (select attempt_id, lease_version, row_number() over () as n from claimed) as ready
-      join json_array_elements_text($4::text::json) with ordinality as chosen (lease_id, n) on chosen.n = ready.n
+    select given.lease_id, mine.attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}),
+           mine.lease_version, coalesce($5, {now_ms})
+      from (select attempt_id, lease_version, row_number() over () as n from claimed) as mine
+      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = mine.n
         on conflict (attempt_id) do update
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
     returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select (select count(*) from promoted) as promoted,
-       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
        a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
        a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
        a.error
-  from (select 1) as always
-  left join (leased as l join claimed as a on a.attempt_id = l.attempt_id) on true
+  from leased as l
+  join claimed as a on a.attempt_id = l.attempt_id
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim @sqlite
 -- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
--- what was promoted is claimed at once. Unless told that few are due, SQLite looks at all that is queued for them.
+-- what is due is promoted first.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
  where attempt_id in (
            select attempt_id
              from {schema}.runtime_attempts
-            where status in ('queued', 'retry_backoff')
+            where queue = $1
+              and status in ('queued', 'retry_backoff')
               and retry_at_ms is not null
-              and likelihood(retry_at_ms <= coalesce($5, {now_ms}), 0.0001)
+              and retry_at_ms <= coalesce($5, {now_ms})
             order by retry_at_ms, attempt_id
             limit 2 * json_array_length($4));
 insert into {schema}.runtime_leases
        (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-select chosen.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
+select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
        ready.lease_version + 1, coalesce($5, {now_ms})
   from (select attempt_id, lease_version, row_number() over () - 1 as n
           from (select attempt_id, lease_version
@@ -79,7 +88,7 @@ select chosen.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce
                    and retry_at_ms is null
                  order by priority desc, enqueued_at_ms, attempt_id
                  limit json_array_length($4))) as ready
-  join json_each($4) as chosen on chosen.key = ready.n
+  join json_each($4) as given on given.key = ready.n
  where true
     on conflict (attempt_id) do update
    set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
@@ -89,8 +98,7 @@ update {schema}.runtime_attempts
    set status = 'leased', lease_version = lease_version + 1, worker_id = $2
  where attempt_id in (
            select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
-select 0 as promoted,
-       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
        a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
        a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
        a.error
@@ -102,59 +110,67 @@ select 0 as promoted,
 -- name: claim_from_several @postgres
 -- As above, from several queues ($1, a JSON array): so many of each in its index's order, then the first of those. An
 -- array compared with the queue would sort all that is ready.
-with due as (
+with ready as (
+    select found.attempt_id, found.priority, found.enqueued_at_ms
+      from json_array_elements_text($1::text::json) as named (queue)
+     cross join lateral (
+               select attempt_id, priority, enqueued_at_ms
+                 from {schema}.runtime_attempts
+                where queue = named.queue
+                  and status = 'queued'
+                  and retry_at_ms is null
+                order by priority desc, enqueued_at_ms, attempt_id
+                limit json_array_length($4::text::json)
+                  for update skip locked) as found
+), due as (
+    select found.attempt_id, found.priority, found.enqueued_at_ms
+      from json_array_elements_text($1::text::json) as named (queue)
+     cross join lateral (
+               select attempt_id, priority, enqueued_at_ms
+                 from {schema}.runtime_attempts
+                where queue = named.queue
+                  and status in ('queued', 'retry_backoff')
+                  and retry_at_ms is not null
+                  and retry_at_ms <= coalesce($5, {now_ms})
+                order by retry_at_ms, attempt_id
+                limit 2 * json_array_length($4::text::json)
+                  for update skip locked) as found
+), chosen as (
     select attempt_id
-      from {schema}.runtime_attempts
-     where status in ('queued', 'retry_backoff')
-       and retry_at_ms is not null
-       and retry_at_ms <= coalesce($5, {now_ms})
-     order by retry_at_ms, attempt_id
-     limit 2 * json_array_length($4::text::json)
-       for update skip locked
+      from (select attempt_id, priority, enqueued_at_ms from ready
+             union all
+            select attempt_id, priority, enqueued_at_ms from due) as candidates
+     order by priority desc, enqueued_at_ms, attempt_id
+     limit json_array_length($4::text::json)
+), claimed as (
+    update {schema}.runtime_attempts
+       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2
+     where attempt_id = any (array(select attempt_id from chosen))
+    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
+              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
 ), promoted as (
     update {schema}.runtime_attempts
        set status = 'queued', retry_at_ms = null
-     where attempt_id = any (array(select attempt_id from due))
-    returning attempt_id
-), claimed as (
-    update {schema}.runtime_attempts
-       set status = 'leased', lease_version = lease_version + 1, worker_id = $2
-     where attempt_id = any (array(
-               select ready.attempt_id
-                 from json_array_elements_text($1::text::json) as named (queue)
-                cross join lateral (
-                          select attempt_id, priority, enqueued_at_ms
-                            from {schema}.runtime_attempts
-                           where queue = named.queue
-                             and status = 'queued'
-                             and retry_at_ms is null
-                           order by priority desc, enqueued_at_ms, attempt_id
-                           limit json_array_length($4::text::json)
-                             for update skip locked) as ready
-                order by ready.priority desc, ready.enqueued_at_ms, ready.attempt_id
-                limit json_array_length($4::text::json)))
-    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
-              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+     where attempt_id = any (array(select attempt_id from due except select attempt_id from chosen))
 ), leased as (
     insert into {schema}.runtime_leases as l
            (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select chosen.lease_id, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}),
-           ready.lease_version, coalesce($5, {now_ms})
-      from (select attempt_id, lease_version, row_number() over () as n from claimed) as ready
-      join json_array_elements_text($4::text::json) with ordinality as chosen (lease_id, n) on chosen.n = ready.n
+    select given.lease_id, mine.attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}),
+           mine.lease_version, coalesce($5, {now_ms})
+      from (select attempt_id, lease_version, row_number() over () as n from claimed) as mine
+      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = mine.n
         on conflict (attempt_id) do update
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
     returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select (select count(*) from promoted) as promoted,
-       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
        a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
        a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
        a.error
-  from (select 1) as always
-  left join (leased as l join claimed as a on a.attempt_id = l.attempt_id) on true
+  from leased as l
+  join claimed as a on a.attempt_id = l.attempt_id
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim_from_several @sqlite
@@ -162,16 +178,21 @@ select (select count(*) from promoted) as promoted,
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
  where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where status in ('queued', 'retry_backoff')
-              and retry_at_ms is not null
-              and likelihood(retry_at_ms <= coalesce($5, {now_ms}), 0.0001)
-            order by retry_at_ms, attempt_id
-            limit 2 * json_array_length($4));
+           select a.attempt_id
+             from json_each($1) as named
+             join {schema}.runtime_attempts as a
+               on a.attempt_id in (
+                      select attempt_id
+                        from {schema}.runtime_attempts
+                       where queue = named.value
+                         and status in ('queued', 'retry_backoff')
+                         and retry_at_ms is not null
+                         and retry_at_ms <= coalesce($5, {now_ms})
+                       order by retry_at_ms, attempt_id
+                       limit 2 * json_array_length($4)));
 insert into {schema}.runtime_leases
        (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-select chosen.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
+select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
        ready.lease_version + 1, coalesce($5, {now_ms})
   from (select attempt_id, lease_version, row_number() over () - 1 as n
           from (select attempt_id, lease_version
@@ -188,7 +209,7 @@ select chosen.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce
                                     limit json_array_length($4))) as candidates
                  order by priority desc, enqueued_at_ms, attempt_id
                  limit json_array_length($4))) as ready
-  join json_each($4) as chosen on chosen.key = ready.n
+  join json_each($4) as given on given.key = ready.n
  where true
     on conflict (attempt_id) do update
    set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
@@ -198,8 +219,7 @@ update {schema}.runtime_attempts
    set status = 'leased', lease_version = lease_version + 1, worker_id = $2
  where attempt_id in (
            select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
-select 0 as promoted,
-       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
        a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
        a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
        a.error
@@ -230,8 +250,7 @@ with claimed as (
            claimed_at_ms = excluded.claimed_at_ms
     returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select 0 as promoted,
-       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
        a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
        a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
        a.error
@@ -255,8 +274,7 @@ select $4, attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}), 
 update {schema}.runtime_attempts
    set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2
  where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $4);
-select 0 as promoted,
-       l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
+select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
        a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
        a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
        a.error

@@ -50,13 +50,28 @@ async def test_a_delayed_attempt_is_claimed_when_its_time_has_come(repo: Runtime
     assert (lease.attempt_id, lease.attempt.retry_at) == ("a", None)
 
 
-async def test_a_claim_fills_up_with_promoted_attempts(repo: RuntimeRepository, clock: Clock) -> None:
-    """One call returns what was ready and what became due, up to its limit."""
-    for number in range(3):
-        await repo.attempts.enqueue("run", attempt_id=f"ready{number}", now=clock.now)
-        await repo.attempts.enqueue("run", attempt_id=f"due{number}", not_before=clock.now, now=clock.now)
-    leases = await repo.leases.claim("worker", limit=5, now=clock.now)
-    assert len({lease.attempt_id for lease in leases}) == 5
+async def test_what_is_due_competes_with_what_is_ready(repo: RuntimeRepository, clock: Clock) -> None:
+    """One claim orders both by priority and age, and what it does not take of either can be taken by the next."""
+    for name, priority, delayed in (("a", 1, False), ("b", 2, True), ("c", 0, False), ("d", 1, True), ("e", 3, False)):
+        await repo.attempts.enqueue(
+            "run", attempt_id=name, priority=priority, not_before=clock.now if delayed else None, now=clock.now
+        )
+    leases = await repo.leases.claim("worker", limit=3, now=clock.now)
+    assert [lease.attempt_id for lease in leases] == ["e", "b", "a"]
+    leases = await repo.leases.claim("worker", limit=3, now=clock.now)
+    assert [lease.attempt_id for lease in leases] == ["d", "c"]
+
+
+@pytest.mark.parametrize("queues", ["fast", ["fast", "empty"]], ids=["one", "several"])
+async def test_a_backlog_of_another_queue_delays_nobody(
+    repo: RuntimeRepository, clock: Clock, queues: str | list[str]
+) -> None:
+    """However much is due where no worker claims, what is due in a queue is claimed at its time."""
+    slow = [NewAttempt("run", queue="slow", not_before=clock.now - MINUTE) for _ in range(50)]
+    await repo.attempts.enqueue_many(slow, now=clock.now)
+    await repo.attempts.enqueue("run", attempt_id="a", queue="fast", not_before=clock.now, now=clock.now)
+    (lease,) = await repo.leases.claim("worker", queues=queues, now=clock.now)
+    assert lease.attempt_id == "a"
 
 
 async def test_rivals_never_own_the_same_attempt(repo: RuntimeRepository) -> None:

@@ -18,7 +18,7 @@ VERSION_2 = {
         "worker_id enqueued_at_ms started_at_ms finished_at_ms result_json error",
         {
             "idx_runtime_attempts_ready": "(queue, priority desc, enqueued_at_ms, attempt_id)",
-            "idx_runtime_attempts_due": "(retry_at_ms, attempt_id)",
+            "idx_runtime_attempts_due": "(queue, retry_at_ms, attempt_id)",
             "idx_runtime_attempts_final": "(finished_at_ms, attempt_id)",
             "idx_runtime_attempts_run": "(run_id, attempt_id)",
             "idx_runtime_attempts_status": "(status, attempt_id)",

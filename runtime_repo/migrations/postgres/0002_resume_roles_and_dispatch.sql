@@ -73,7 +73,7 @@ update {schema}.runtime_attempts
 
 create index idx_runtime_attempts_ready on {schema}.runtime_attempts (queue, priority desc, enqueued_at_ms, attempt_id)
  where status = 'queued' and retry_at_ms is null;
-create index idx_runtime_attempts_due on {schema}.runtime_attempts (retry_at_ms, attempt_id)
+create index idx_runtime_attempts_due on {schema}.runtime_attempts (queue, retry_at_ms, attempt_id)
  where status in ('queued', 'retry_backoff') and retry_at_ms is not null;
 create index idx_runtime_attempts_final on {schema}.runtime_attempts (finished_at_ms, attempt_id)
  where finished_at_ms is not null;

@@ -68,7 +68,7 @@ update {schema}.runtime_attempts
 
 create index {schema}.idx_runtime_attempts_ready on runtime_attempts (queue, priority desc, enqueued_at_ms, attempt_id)
  where status = 'queued' and retry_at_ms is null;
-create index {schema}.idx_runtime_attempts_due on runtime_attempts (retry_at_ms, attempt_id)
+create index {schema}.idx_runtime_attempts_due on runtime_attempts (queue, retry_at_ms, attempt_id)
  where status in ('queued', 'retry_backoff') and retry_at_ms is not null;
 create index {schema}.idx_runtime_attempts_final on runtime_attempts (finished_at_ms, attempt_id)
  where finished_at_ms is not null;
