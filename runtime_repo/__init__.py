@@ -27,6 +27,7 @@ from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
 from runtime_repo.schema import AppliedMigration, SchemaReport
 from runtime_repo.sqlite import SqliteRuntimeRepository
 from runtime_repo.url import repository_from_url
+from runtime_repo.worker import Handler, Worker
 
 __all__ = [
     "AppliedMigration",
@@ -37,6 +38,7 @@ __all__ = [
     "DatabaseUnavailableError",
     "Difference",
     "ForeignSchemaError",
+    "Handler",
     "InvalidTransitionError",
     "Lease",
     "LeaseLostError",
@@ -60,5 +62,6 @@ __all__ = [
     "SchemaReport",
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
+    "Worker",
     "repository_from_url",
 ]

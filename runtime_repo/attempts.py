@@ -1,12 +1,14 @@
 """Attempts: units of work that are enqueued, tried under a lease, and finished once."""
 
 import json
+import math
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from runtime_repo.database import Queries
+from runtime_repo.database import Queries, Source
 from runtime_repo.errors import (
     ConfigurationError,
     InvalidTransitionError,
@@ -29,6 +31,7 @@ from runtime_repo.records import (
     instant_ms,
     new_id,
     new_ids,
+    queue_names,
     span_ms,
     stats_from_row,
     to_json,
@@ -49,7 +52,7 @@ class Attempts:
     *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
     """
 
-    def __init__(self, queries: Queries) -> None:
+    def __init__(self, queries: Source) -> None:
         self._queries = queries
 
     async def enqueue(
@@ -175,6 +178,40 @@ class Attempts:
             "attempts.list_dispatchable", check_id("queue", queue), check_count("limit", limit), instant_ms("now", now)
         )
         return [attempt_from_row(row) for row in rows]
+
+    async def wait(
+        self,
+        queues: str | Sequence[str] = DEFAULT_QUEUE,
+        timeout: timedelta | None = None,  # noqa: ASYNC109 - a duration like all others, and None is for ever
+        *,
+        now: datetime | None = None,
+    ) -> bool:
+        """
+        Wait until something in one or several queues can be claimed: True at that, False after *timeout*.
+
+        Nothing is reserved, so a rival may be faster. On PostgreSQL the server tells what comes (LISTEN), and every few
+        seconds, or every second where nobody can listen, the queues are looked at all the same; on SQLite the file is
+        looked at 30 times a second. Delayed attempts are known beforehand. A waiting caller holds no lock and no
+        connection of the pool. *now* is the instant at which the wait begins.
+
+        Raises:
+            ConfigurationError: A queue's name or the time-out cannot be meant, or it is called within a transaction.
+        """
+        names = queue_names(queues)
+        begun = time.monotonic()
+        deadline = begun + (math.inf if timeout is None else span_ms("timeout", timeout) / 1000)
+        begun_ms = instant_ms("now", now)
+        async with self._queries.watch(names) as watch:
+            while True:
+                (row,) = await self._queries.fetch("attempts.next", json.dumps(names))
+                now_ms = row["now_ms"] if begun_ms is None else begun_ms + (time.monotonic() - begun) * 1000
+                due = math.inf if row["next_ms"] is None else (row["next_ms"] - now_ms) / 1000
+                if due <= 0:
+                    return True
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                await watch.change(min(left, due))
 
     async def stats(self, *, now: datetime | None = None) -> Sequence[QueueStats]:
         """Return how much there is to do in each queue that has anything, by name. It reads all that is not final."""

@@ -7,7 +7,7 @@ Nothing here knows a driver. Nothing above here knows a dialect.
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -17,7 +17,19 @@ import anyio
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.errors import LockHolder
 
-__all__ = ["Backend", "Busy", "Database", "Queries", "Row", "Statements", "Transaction", "finish", "settle"]
+__all__ = [
+    "Backend",
+    "Busy",
+    "Database",
+    "Queries",
+    "Row",
+    "Source",
+    "Statements",
+    "Transaction",
+    "Watch",
+    "finish",
+    "settle",
+]
 
 Backend = Literal["sqlite", "postgres"]
 
@@ -43,6 +55,22 @@ class Queries(Protocol):
 
         Within another such block this is a part of it, which can fail alone.
         """
+        ...
+
+
+class Source(Queries, Protocol):
+    """What a noun queries that also waits."""
+
+    def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager["Watch"]:
+        """Notice from now on when something of *queues* may have become claimable, whoever brought it."""
+        ...
+
+
+class Watch(Protocol):
+    """What notices changes: sometimes in vain, and within a few seconds even where it was told of none."""
+
+    async def change(self, within: float) -> None:
+        """Return when something may have changed since the last look, after *within* seconds at the latest."""
         ...
 
 
@@ -75,7 +103,7 @@ class Transaction(Protocol):
         ...
 
 
-class Database(Queries, Protocol):
+class Database(Source, Protocol):
     """One database, which connects at its first look and then serves many tasks."""
 
     @property

@@ -27,6 +27,7 @@ from runtime_repo.records import (
     instant_ms,
     lease_from_row,
     new_id,
+    queue_names,
     span_ms,
 )
 
@@ -67,7 +68,7 @@ class Leases:
         A caller that is cancelled owns nothing: what was claimed is given back before the cancellation goes on.
         """
         check_id("worker_id", worker_id)
-        names = _queue_names(queues)
+        names = queue_names(queues)
         query, wanted = "leases.claim", names[0]
         if len(names) > 1:
             query, wanted = "leases.claim_from_several", json.dumps(names)
@@ -303,14 +304,6 @@ class Leases:
 def _proved_until(lease: Lease) -> float | None:
     """Until when, by this process's monotonic clock, the lease is certainly nobody else's."""
     return None if lease.asked_at is None else lease.asked_at + (lease.expires_at - lease.heartbeat_at).total_seconds()
-
-
-def _queue_names(queues: str | Sequence[str]) -> Sequence[str]:
-    """The queues that are named, each once."""
-    names = list(dict.fromkeys([queues] if isinstance(queues, str) else queues))
-    if not names:
-        raise ConfigurationError("queues is empty: expected the name of a queue, or several")
-    return [check_id("queues", name) for name in names]
 
 
 def _renewed(lease: Lease, row: Row, asked_at: float) -> Lease:

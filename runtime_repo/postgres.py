@@ -12,7 +12,7 @@ import random
 import re
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ import asyncpg
 
 from runtime_repo.catalog import LEDGER, Catalog, Ledger, Look
 from runtime_repo.catalog_postgres import fingerprint, ledger_from_lines, tables_from_rows
-from runtime_repo.database import Backend, Busy, Row, finish
+from runtime_repo.database import Backend, Busy, Row, Watch, finish
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -30,6 +30,7 @@ from runtime_repo.errors import (
     RepositoryClosedError,
     RuntimeRepoError,
 )
+from runtime_repo.listener import Hear, Listener
 from runtime_repo.queries import fill, load_queries
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction, check_seconds
 
@@ -51,6 +52,9 @@ _DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.Interna
 
 _REST = 0.4
 """Seconds between two such tries, whoever makes them."""
+
+_LISTEN_CHECK = 30.0
+"""Seconds after which a connection that listens is asked whether it still does."""
 
 _CLOSE_TIMEOUT = 5.0
 """Seconds for saying goodbye to the server, before the connections are dropped."""
@@ -88,6 +92,9 @@ class PostgresRuntimeRepository(RuntimeRepository):
         lock_timeout: Seconds to wait for another process's migration, or for the locks of live traffic.
         startup_timeout: Seconds for connecting. A server that refuses connections, is starting or is full, and a name
             that does not resolve yet, are tried again until then; a wrong password or a missing database fail at once.
+        listen: Whether ``attempts.wait`` and ``Worker`` are told of new work by the server, on one connection of their
+            own from the first wait on (of a pool that is given, one of its connections, if it may have more than one).
+            False looks once a second instead: behind a transaction-pooling pgbouncer nobody can listen.
         pool_options: Passed to ``asyncpg.create_pool``. ``min_size`` is 0 unless given.
 
     Raises:
@@ -104,6 +111,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
         before_migrate: Callable[[], Awaitable[object]] | None = None,
         lock_timeout: float = 60.0,
         startup_timeout: float = 30.0,
+        listen: bool = True,
         **pool_options: Any,
     ) -> None:
         try:
@@ -111,7 +119,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
         finally:
             # From here on no frame of ours holds a password that a traceback with locals could show.
             dsn, pool_options = "", {}
-        self._postgres = PostgresDatabase(target, schema=schema, startup_timeout=startup_timeout)
+        self._postgres = PostgresDatabase(target, schema=schema, startup_timeout=startup_timeout, listen=listen)
         super().__init__(
             self._postgres,
             migrate=migrate,
@@ -245,7 +253,7 @@ class PostgresDatabase:
 
     backend: Backend = "postgres"
 
-    def __init__(self, target: Target, *, schema: str, startup_timeout: float) -> None:
+    def __init__(self, target: Target, *, schema: str, startup_timeout: float, listen: bool = True) -> None:
         self._target = target
         self._schema = schema
         _check_schema(schema)
@@ -262,6 +270,8 @@ class PostgresDatabase:
         # Boot's own connection. The first verb makes the pool, which takes it over.
         self._own: Connection | None = None
         self._has_booted = False
+        has_room = target.pool is None or target.pool.get_max_size() > 1
+        self._listener = Listener(self._listening if listen and has_room else None)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target!r}, schema={self._schema!r})"
@@ -304,6 +314,7 @@ class PostgresDatabase:
         return own if own is not None and not own.is_closed() else await self._target.connect(*args, **options)
 
     async def close(self) -> None:
+        await finish(self._listener.close())
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
         self._has_booted = False
@@ -314,6 +325,8 @@ class PostgresDatabase:
             await finish(_closed(pool))
 
     def abandon(self) -> None:
+        with contextlib.suppress(Exception):
+            self._listener.abandon()
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
         for opened in (own, pool):
@@ -363,6 +376,44 @@ class PostgresDatabase:
             self._together(connection, "begin isolation level read committed", "commit", "rollback"),
         ):
             yield _Statements(self, connection)
+
+    def watch(self, queues: Collection[str]) -> contextlib.AbstractAsyncContextManager[Watch]:
+        return self._listener.watch(queues)
+
+    @contextlib.asynccontextmanager
+    async def _listening(self, hear: Hear) -> AsyncIterator[Callable[[], Coroutine[Any, Any, None]]]:
+        """A connection of its own that listens, and what returns when it is lost."""
+        over = asyncio.Event()
+        with self.translated():
+            async with asyncio.timeout(self._startup_timeout):
+                connection = await self._target.lend()
+        try:
+            with self.translated():
+                (row,) = await connection.fetch(
+                    self.queries["schema.channel"], self._qualified(["runtime_attempts"])[0]
+                )
+                connection.add_termination_listener(lambda *_: over.set())
+                await connection.add_listener(row["channel"], lambda *words: hear(words[3]))
+
+            async def lost() -> None:
+                with self.translated():
+                    while not over.is_set():
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(_LISTEN_CHECK):
+                                await over.wait()
+                                return
+                        # A network that is cut says nothing.
+                        async with asyncio.timeout(_LISTEN_CHECK):
+                            await connection.execute(f"listen {row['channel']}")
+
+            yield lost
+        finally:
+            await finish(self._hung_up(connection))
+
+    async def _hung_up(self, connection: "Connection") -> None:
+        await _closed(connection)
+        if self._target.pool is not None:
+            await _released(self._target.pool, connection)
 
     @contextlib.asynccontextmanager
     async def part(self, connection: "Connection") -> AsyncIterator["_Statements"]:

@@ -10,7 +10,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -35,6 +35,7 @@ __all__ = [
     "lease_from_row",
     "new_id",
     "new_ids",
+    "queue_names",
     "span_ms",
     "stats_from_row",
     "to_json",
@@ -269,6 +270,14 @@ def check_id(name: str, value: str) -> str:
         shown = repr(value) if not isinstance(value, str) or len(value) <= 80 else f"{len(value)} characters long"
         raise ConfigurationError(f"{name} is {shown}: expected 1 to {MAX_ID_LENGTH} characters without NUL")
     return value
+
+
+def queue_names(queues: str | Sequence[str]) -> Sequence[str]:
+    """The queues that are named, each once."""
+    names = list(dict.fromkeys([queues] if isinstance(queues, str) else queues))
+    if not names:
+        raise ConfigurationError("queues is empty: expected the name of a queue, or several")
+    return [check_id("queues", name) for name in names]
 
 
 def is_text(value: str) -> bool:

@@ -8,13 +8,13 @@ only waits for that. So a cancelled awaiter does not spoil the others, and the l
 import asyncio
 import contextlib
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from runtime_repo.attempts import Attempts
-from runtime_repo.database import Backend, Database, Queries, Row, Statements, finish
+from runtime_repo.database import Backend, Database, Queries, Row, Source, Statements, Watch, finish
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.leases import Leases
 from runtime_repo.schema import Policy, SchemaReport, ensure_schema, load_migrations
@@ -31,7 +31,7 @@ class Stores:
         leases: Ownership of attempts: claim, heartbeat, requeue_expired.
     """
 
-    def __init__(self, queries: Queries) -> None:
+    def __init__(self, queries: Source) -> None:
         self.attempts = Attempts(queries)
         self.leases = Leases(queries)
 
@@ -75,7 +75,8 @@ class RuntimeRepository(Stores):
         self._boot: _Boot | None = None
         self._report: SchemaReport | None = None
         self._closed = False
-        self._gate = _Gate(database, "the repository is not open: await it first, and do not use it after close()")
+        closed = "the repository is not open: await it first, and do not use it after close()"
+        self._gate = _Gate(database, closed, database)
         super().__init__(self._gate)
 
     def __repr__(self) -> str:
@@ -232,8 +233,9 @@ class RuntimeRepository(Stores):
 class _Gate:
     """What the nouns query, while that is open."""
 
-    def __init__(self, queries: Queries, closed: str) -> None:
+    def __init__(self, queries: Queries, closed: str, database: Database | None = None) -> None:
         self._queries = queries
+        self._database = database
         self._closed = closed
         self.is_open = False
 
@@ -242,6 +244,12 @@ class _Gate:
 
     def atomic(self) -> AbstractAsyncContextManager[Statements]:
         return self._opened().atomic()
+
+    def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:
+        self._opened()
+        if self._database is None:
+            raise ConfigurationError("a transaction cannot wait for work, it sees none that comes: wait outside of it")
+        return self._database.watch(queues)
 
     def _opened(self) -> Queries:
         if not self.is_open:

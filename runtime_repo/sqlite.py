@@ -13,7 +13,7 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -37,6 +37,9 @@ _TOKENS = {"schema": "main", "now_ms": "cast(round((julianday('now') - 2440587.5
 
 _BUSY_TIMEOUT = 0.05
 """Seconds that a hop may block its thread. Longer waits repeat the hop, so that a cancelled caller is heard."""
+
+_LOOK = 0.03
+"""Seconds between two looks of a caller that waits, whether anybody has committed: 0.1 ms of the processor each."""
 
 
 class SqliteRuntimeRepository(RuntimeRepository):
@@ -232,6 +235,15 @@ class SqliteDatabase:
             return rows
 
         return await self.hop(work)
+
+    @contextlib.asynccontextmanager
+    async def watch(self, queues: Collection[str]) -> AsyncIterator["_Watch"]:  # noqa: ARG002 - any commit is a hint
+        yield _Watch(self, await self.stamp())
+
+    async def stamp(self) -> tuple[int, int]:
+        """What changes with every commit: other connections' are counted by SQLite, our own by the driver."""
+        async with self._in_turn(lambda: self.hop(_stamp)) as stamp:
+            return stamp
 
     @property
     def connection(self) -> aiosqlite.Connection:
@@ -448,6 +460,22 @@ class SqliteDatabase:
         return DatabaseUnavailableError(f"SQLite database {str(path or ':memory:')!r}: {error}: {reason}")
 
 
+class _Watch:
+    """Looks whether anybody has committed: SQLite tells no other process."""
+
+    def __init__(self, database: SqliteDatabase, stamp: tuple[int, int]) -> None:
+        self._database = database
+        self._stamp = stamp
+
+    async def change(self, within: float) -> None:
+        deadline = time.monotonic() + within
+        stamp = self._stamp
+        while stamp == self._stamp and (left := deadline - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, _LOOK))
+            stamp = await self._database.stamp()
+        self._stamp = stamp
+
+
 class _Statements:
     """Queries in the transaction that is open."""
 
@@ -502,6 +530,10 @@ def _begin(connection: _Connection) -> None:
     if connection.execute("pragma main.page_count").fetchone()[0] == 0:
         _switch_to_wal(connection)
     connection.execute("begin immediate")
+
+
+def _stamp(connection: _Connection) -> tuple[int, int]:
+    return connection.execute("pragma main.data_version").fetchone()[0], connection.total_changes
 
 
 def _roll_back_part(connection: _Connection) -> None:

@@ -303,7 +303,8 @@ update {schema}.runtime_attempts as a
   from ended
  where a.attempt_id    = ended.attempt_id
    and a.lease_version = ended.version
-   and a.status in ('leased', 'running');
+   and a.status in ('leased', 'running')
+returning a.attempt_id, pg_notify('runtime_attempts_' || a.tableoid, a.queue) as told;
 
 -- name: give_back @sqlite
 -- As above, in two statements of one transaction.
@@ -368,13 +369,14 @@ with released as (
        and lease_version = $2
        and status in ('leased', 'running')
     returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error, tableoid
 ), ended as (
     delete from {schema}.runtime_leases
      where attempt_id in (select attempt_id from released)
 )
 select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error,
+       pg_notify('runtime_attempts_' || tableoid, queue) as told
   from released;
 
 -- name: release @sqlite
@@ -455,7 +457,8 @@ update {schema}.runtime_attempts as a
    and a.status in ('leased', 'running')
 returning a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
           a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms,
-          a.result_json, a.error;
+          a.result_json, a.error,
+          case when a.status = 'queued' then pg_notify('runtime_attempts_' || a.tableoid, a.queue) end as told;
 
 -- name: requeue_expired @sqlite
 -- As above, in two statements of one transaction. The clock moves between them, so the second one keeps every lease

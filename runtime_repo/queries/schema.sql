@@ -124,3 +124,7 @@ select a.pid, coalesce(a.application_name, '') as application_name, host(a.clien
                 where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $3))))
  order by l.locktype = 'advisory' and a.xact_start < clock_timestamp() - interval '1 second' desc, a.xact_start
  limit 1;
+
+-- name: channel @postgres
+-- The channel on which new work in the attempts' table ($1, its qualified name) is told.
+select 'runtime_attempts_' || cast($1 as text)::regclass::oid as channel;

@@ -1,0 +1,120 @@
+"""
+LISTEN on PostgreSQL: one connection of its own that hears which queues have got something, for all who wait.
+
+A notification is a hint and never the only way to learn: whoever waits looks again by itself now and then, more often
+while nothing is heard. So a connection that is lost, or a server that lets nobody listen, costs time and nothing else.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from runtime_repo.errors import RuntimeRepoError
+
+__all__ = ["Listener"]
+
+_log = logging.getLogger("runtime_repo")
+
+Hear = Callable[[str], None]
+"""Is given the name of a queue."""
+
+_LOOK_LISTENING = 5.0
+_LOOK_DEAF = 1.0
+"""Seconds after which whoever waits looks again, hint or not."""
+
+_PAUSE_FIRST = 0.1
+_PAUSE_LAST = 15.0
+"""Seconds between two tries to listen."""
+
+
+class Listener:
+    """
+    Hears for all who wait on one runtime schema, from the first of them on until it is closed.
+
+    Args:
+        listen: Enters a connection that listens, given what is to be called for each hint; yields a coroutine function
+            that returns, or raises, when the connection is lost. None is never to listen.
+    """
+
+    def __init__(
+        self, listen: Callable[[Hear], AbstractAsyncContextManager[Callable[[], Coroutine[Any, Any, None]]]] | None
+    ) -> None:
+        self._listen = listen
+        self._waiting: set[Watch] = set()
+        self._task: asyncio.Task[None] | None = None
+        self.is_listening = False
+
+    @contextlib.asynccontextmanager
+    async def watch(self, queues: Collection[str]) -> AsyncIterator["Watch"]:
+        """Hear of *queues* from now on, as soon as there is a connection that listens."""
+        if self._task is None and self._listen is not None:
+            self._task = asyncio.create_task(self._run(self._listen), name="runtime_repo listener")
+        watch = Watch(self, queues)
+        self._waiting.add(watch)
+        try:
+            yield watch
+        finally:
+            self._waiting.discard(watch)
+
+    async def close(self) -> None:
+        """Leave no connection and no task. May be repeated."""
+        task, self._task = self._task, None
+        self._wake()
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def abandon(self) -> None:
+        """Let go without waiting."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+
+    def _hear(self, queue: str) -> None:
+        for watch in self._waiting:
+            if queue in watch.queues:
+                watch.hint.set()
+
+    def _wake(self) -> None:
+        for watch in self._waiting:
+            watch.hint.set()
+
+    async def _run(self, listen: Callable[[Hear], AbstractAsyncContextManager[Any]]) -> None:
+        pause = _PAUSE_FIRST
+        while True:
+            try:
+                async with listen(self._hear) as lost:
+                    self.is_listening = True
+                    pause = _PAUSE_FIRST
+                    # What was told before is not heard any more.
+                    self._wake()
+                    await lost()
+            except RuntimeRepoError as error:
+                _log.warning("not listening, waiting workers look once a second instead: %s", error)
+            finally:
+                self.is_listening = False
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+            pause = min(pause * 2, _PAUSE_LAST)
+
+
+class Watch:
+    """One that waits."""
+
+    def __init__(self, listener: Listener, queues: Collection[str]) -> None:
+        self._listener = listener
+        self.queues = frozenset(queues)
+        self.hint = asyncio.Event()
+
+    async def change(self, within: float) -> None:
+        """Return at a hint, and without one when it is time to look again, after *within* seconds at most."""
+        look_again = _LOOK_LISTENING if self._listener.is_listening else _LOOK_DEAF
+        # Of random length, so that those who wait do not all look at once.
+        patience = min(within, look_again * random.uniform(0.9, 1.3))  # noqa: S311
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self.hint.wait()
+        self.hint.clear()

@@ -1,0 +1,138 @@
+"""Waiting for work: whoever brings it, and however, the one who waits learns it."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from runtime_repo import ConfigurationError, Lease, NewAttempt, RepositoryClosedError, RuntimeRepository
+from tests.contract.conftest import Clock, Factory
+
+NOTHING = timedelta(0)
+LONG = timedelta(seconds=20)
+SOON = timedelta(milliseconds=100)
+
+
+async def waiting(repo: RuntimeRepository, queues: str | list[str] = "default") -> "asyncio.Task[bool]":
+    """A task that has looked, found nothing and waits."""
+    assert not await repo.attempts.wait(queues, NOTHING)
+    task = asyncio.create_task(repo.attempts.wait(queues, LONG))
+    done, _ = await asyncio.wait([task], timeout=0.2)
+    assert not done
+    return task
+
+
+async def test_what_is_ready_is_not_waited_for(repo: RuntimeRepository) -> None:
+    """Also in the second of several queues; what another queue has is nobody's business here."""
+    assert not await repo.attempts.wait(timeout=NOTHING)
+    await repo.attempts.enqueue("run", queue="mail")
+    assert await repo.attempts.wait("mail")
+    assert await repo.attempts.wait(["default", "mail"])
+    assert not await repo.attempts.wait(["default", "letters"], NOTHING)
+
+
+async def test_what_is_delayed_is_waited_for_until_its_time(repo: RuntimeRepository, clock: Clock) -> None:
+    """Without a hint from anybody, for the database knows when."""
+    await repo.attempts.enqueue("run", not_before=clock.now + LONG, now=clock.now)
+    assert not await repo.attempts.wait(timeout=NOTHING, now=clock.now + LONG - timedelta(seconds=5))
+    assert await repo.attempts.wait(now=clock.now + LONG)
+    async with asyncio.timeout(10):
+        # The rest of the wait is real: a tenth of a second.
+        assert await repo.attempts.wait(timeout=LONG, now=clock.now + LONG - SOON)
+
+
+async def held(repo: RuntimeRepository, clock: Clock) -> Lease:
+    """A lease on the only attempt there is."""
+    await repo.attempts.enqueue("run", attempt_id="a", now=clock.now)
+    (lease,) = await repo.leases.claim("worker", ttl=SOON, now=clock.now)
+    return lease
+
+
+async def failed(repo: RuntimeRepository, clock: Clock) -> Lease:
+    """A lease that has ended with a failure for good."""
+    lease = await held(repo, clock)
+    await repo.attempts.fail(lease, "no")
+    return lease
+
+
+Verb = Callable[[RuntimeRepository, Any], Awaitable[object]]
+BRINGS: dict[str, tuple[Callable[[RuntimeRepository, Clock], Awaitable[Lease]] | None, Verb]] = {
+    "enqueue": (None, lambda repo, _: repo.attempts.enqueue("run")),
+    "enqueue delayed": (None, lambda repo, _: repo.attempts.enqueue("run", not_before=datetime.now(UTC) + SOON)),
+    "enqueue_many": (None, lambda repo, _: repo.attempts.enqueue_many([NewAttempt("run") for _ in range(100)])),
+    "fail with a retry": (held, lambda repo, lease: repo.attempts.fail(lease, "no", retry_in=SOON)),
+    "release": (held, lambda repo, lease: repo.leases.release(lease)),
+    "release later": (held, lambda repo, lease: repo.leases.release(lease, delay=SOON)),
+    "requeue_expired": (held, lambda repo, lease: repo.leases.requeue_expired(now=lease.expires_at)),
+    "retry": (failed, lambda repo, lease: repo.attempts.retry(lease.attempt_id)),
+}
+
+
+@pytest.mark.parametrize("name", BRINGS)
+async def test_whoever_brings_work_wakes_those_who_wait(factory: Factory, clock: Clock, name: str) -> None:
+    """In another process as in this one, by whatever verb: nobody looks away from it until the timeout."""
+    before, verb = BRINGS[name]
+    async with asyncio.timeout(15), factory() as repo, factory() as other:
+        given = await before(other, clock) if before else None
+        tasks = [await waiting(repo), await waiting(repo, ["mail", "default"]), await waiting(other)]
+        await verb(other, given)
+        assert await asyncio.gather(*tasks) == [True, True, True]
+
+
+async def test_what_is_taken_back_wakes_nobody(factory: Factory) -> None:
+    """A transaction that is rolled back has brought nothing; one that is committed has, at its commit."""
+    async with asyncio.timeout(15), factory() as repo, factory() as other:
+        task = await waiting(repo)
+        with contextlib.suppress(ZeroDivisionError):
+            async with other.transaction() as transaction:
+                await transaction.attempts.enqueue("run")
+                raise ZeroDivisionError
+        done, _ = await asyncio.wait([task], timeout=0.2)
+        assert not done
+        async with other.transaction() as transaction:
+            await transaction.attempts.enqueue("run")
+        assert await task
+
+
+async def test_a_transaction_does_not_wait(repo: RuntimeRepository) -> None:
+    """It would wait for what it cannot see."""
+    async with repo.transaction() as transaction:
+        with pytest.raises(ConfigurationError, match="outside"):
+            await transaction.attempts.wait(timeout=NOTHING)
+
+
+async def test_who_waits_learns_that_the_repository_is_closed(factory: Factory) -> None:
+    """At once, not when it would have looked again."""
+    async with asyncio.timeout(2):
+        repo = await factory()
+        task = await waiting(repo)
+        await repo.close()
+        with pytest.raises(RepositoryClosedError):
+            await task
+
+
+async def test_a_cancelled_wait_is_over(factory: Factory) -> None:
+    """And closing leaves no task of it behind."""
+    tasks = asyncio.all_tasks()
+    async with asyncio.timeout(10), factory() as repo:
+        task = await waiting(repo)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await repo.attempts.enqueue("run")
+        assert await repo.attempts.wait(timeout=LONG)
+    assert asyncio.all_tasks() == tasks
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"queues": ""}, {"queues": []}, {"queues": ["a", "\0"]}, {"timeout": -SOON}],
+    ids=["no name", "no queue", "nul", "negative"],
+)
+async def test_bad_input_is_refused(repo: RuntimeRepository, arguments: dict[str, Any]) -> None:
+    """Before anything is asked."""
+    with pytest.raises(ConfigurationError):
+        await repo.attempts.wait(**arguments)

@@ -1,0 +1,308 @@
+"""The worker: what it claims it finishes, or gives back; whatever the handler, the signals and the rivals do."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from runtime_repo import (
+    Attempt,
+    AttemptStatus,
+    ConfigurationError,
+    Lease,
+    NewAttempt,
+    RepositoryClosedError,
+    RetryPolicy,
+    RuntimeRepository,
+    Worker,
+)
+from tests.contract.conftest import Clock, Factory
+
+SHORT = timedelta(seconds=0.3)
+AT_ONCE = RetryPolicy(base=timedelta(0))
+
+
+async def for_ever(_lease: Lease) -> None:
+    """A handler that does not end by itself."""
+    await asyncio.get_running_loop().create_future()
+
+
+@contextlib.asynccontextmanager
+async def running(*workers: Worker) -> AsyncIterator["list[asyncio.Task[None]]"]:
+    """The workers at work, and told to stop at the end."""
+    tasks = [asyncio.create_task(worker.run()) for worker in workers]
+    try:
+        yield tasks
+    finally:
+        for worker in workers:
+            worker.stop()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+    for outcome in done:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+            raise outcome
+
+
+async def until(repo: RuntimeRepository, attempt_id: str, status: AttemptStatus) -> Attempt:
+    """The attempt, as soon as it has come to *status*."""
+    async with asyncio.timeout(20):
+        while True:
+            attempt = await repo.attempts.get(attempt_id)
+            if attempt.status is status:
+                return attempt
+            await asyncio.sleep(0.01)
+
+
+async def test_what_is_enqueued_is_done(factory: Factory) -> None:
+    """Each attempt once, whoever of three workers gets it; also what comes while they wait."""
+    times = Counter[str]()
+
+    async def handle(lease: Lease) -> int:
+        times[lease.attempt_id] += 1
+        return int(lease.attempt.payload) ** 2
+
+    async with factory() as repo, factory() as other:
+        ids = await repo.attempts.enqueue_many(NewAttempt("run", payload=number) for number in range(60))
+        workers = [Worker(where, handle, concurrency=4, signals=()) for where in (repo, repo, other)]
+        async with running(*workers):
+            await other.attempts.enqueue("run", attempt_id="late", payload=60)
+            await until(repo, "late", AttemptStatus.COMPLETED)
+            for attempt_id in ids:
+                await until(repo, attempt_id, AttemptStatus.COMPLETED)
+        assert times == Counter([*ids, "late"])
+        assert [(await repo.attempts.get(attempt_id)).result for attempt_id in ids] == [n**2 for n in range(60)]
+        assert await repo.leases.list() == []
+
+
+async def test_as_many_at_a_time_as_it_has_room_for(repo: RuntimeRepository) -> None:
+    """Three of four run together, and the fourth when one of them has ended."""
+    begun: list[str] = []
+    full, one_more, end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def handle(lease: Lease) -> None:
+        begun.append(lease.attempt_id)
+        if len(begun) == 3:
+            full.set()
+            await one_more.wait()
+        else:
+            await end.wait()
+
+    ids = await repo.attempts.enqueue_many(NewAttempt("run") for _ in range(4))
+    async with asyncio.timeout(20), running(Worker(repo, handle, concurrency=3, signals=())):
+        await full.wait()
+        assert begun == ids[:3]
+        one_more.set()
+        await until(repo, ids[3], AttemptStatus.RUNNING)
+        end.set()
+        for attempt_id in ids:
+            await until(repo, attempt_id, AttemptStatus.COMPLETED)
+
+
+async def test_a_failure_is_recorded_and_tried_again(repo: RuntimeRepository) -> None:
+    """By the policy, and for good when that has no more tries."""
+
+    async def handle(lease: Lease) -> str:
+        if lease.attempt.attempt_no < lease.attempt.payload:
+            raise ValueError("not yet")
+        return "done"
+
+    policy = RetryPolicy(base=timedelta(0), max_attempts=3)
+    await repo.attempts.enqueue("run", attempt_id="a", payload=3)
+    await repo.attempts.enqueue("run", attempt_id="b", payload=4)
+    async with running(Worker(repo, handle, retry=policy, signals=())):
+        done = await until(repo, "a", AttemptStatus.COMPLETED)
+        failed = await until(repo, "b", AttemptStatus.FAILED)
+    assert (done.attempt_no, done.result, done.error) == (3, "done", None)
+    assert (failed.attempt_no, failed.error) == (3, "ValueError: not yet")
+
+
+async def cancelled_by_itself(_lease: Lease) -> None:
+    """Something that the handler awaited was cancelled, but nobody cancelled the handler."""
+    raise asyncio.CancelledError
+
+
+async def not_json(_lease: Lease) -> object:
+    """A result that cannot be stored."""
+    return object()
+
+
+@pytest.mark.parametrize(("handler", "words"), [(cancelled_by_itself, "CancelledError"), (not_json, "JSON")])
+async def test_what_cannot_be_a_result_is_a_failure(repo: RuntimeRepository, handler: Any, words: str) -> None:
+    """Not a loop of releases, and not the end of the worker."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with running(Worker(repo, handler, retry=None, signals=())):
+        failed = await until(repo, "a", AttemptStatus.FAILED)
+    assert words in str(failed.error)
+
+
+async def test_stopping_lets_handlers_end(repo: RuntimeRepository) -> None:
+    """What runs is finished, what waits stays where it is."""
+    begun, end = asyncio.Event(), asyncio.Event()
+
+    async def handle(_lease: Lease) -> str:
+        begun.set()
+        await end.wait()
+        return "done"
+
+    await repo.attempts.enqueue("run", attempt_id="a", priority=1)
+    await repo.attempts.enqueue("run", attempt_id="b")
+    async with asyncio.timeout(20):
+        worker = Worker(repo, handle, concurrency=1, signals=())
+        task = asyncio.create_task(worker.run())
+        await begun.wait()
+        worker.stop()
+        worker.stop()
+        done, _ = await asyncio.wait([task], timeout=0.1)
+        assert not done
+        end.set()
+        await task
+    assert (await repo.attempts.get("a")).result == "done"
+    assert (await repo.attempts.get("b")).status is AttemptStatus.QUEUED
+
+
+@pytest.mark.parametrize("how", ["grace", "cancel"])
+async def test_what_does_not_end_is_released(repo: RuntimeRepository, how: str) -> None:
+    """When the grace is over, or at once when the worker is cancelled: ready for others, the try not counted."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with asyncio.timeout(20):
+        worker = Worker(repo, for_ever, grace=timedelta(milliseconds=50), signals=())
+        task = asyncio.create_task(worker.run())
+        await until(repo, "a", AttemptStatus.RUNNING)
+        if how == "grace":
+            worker.stop()
+            await task
+        else:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+    attempt = await repo.attempts.get("a")
+    assert (attempt.status, attempt.attempt_no) == (AttemptStatus.QUEUED, 1)
+    assert await repo.leases.list() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_stops_it(repo: RuntimeRepository, number: signal.Signals) -> None:
+    """And afterwards it is handled as before, so that a second one is not lost."""
+    before = signal.getsignal(number)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with asyncio.timeout(20):
+        task = asyncio.create_task(Worker(repo, for_ever, grace=timedelta(0)).run())
+        await until(repo, "a", AttemptStatus.RUNNING)
+        assert signal.getsignal(number) is not before
+        os.kill(os.getpid(), number)
+        await task
+    assert signal.getsignal(number) is before
+    assert (await repo.attempts.get("a")).status is AttemptStatus.QUEUED
+
+
+async def test_a_handler_that_lost_its_lease_is_cancelled(factory: Factory) -> None:
+    """What it would have reported is discarded, and the worker goes on."""
+    cancelled = asyncio.Event()
+
+    async def handle(lease: Lease) -> str:
+        if lease.attempt_id == "a":
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                cancelled.set()
+        return "done"
+
+    async with factory() as repo, factory() as other:
+        await repo.attempts.enqueue("run", attempt_id="a")
+        async with running(Worker(repo, handle, concurrency=1, ttl=SHORT, signals=())):
+            await until(other, "a", AttemptStatus.RUNNING)
+            await other.attempts.cancel("a")
+            async with asyncio.timeout(20):
+                await cancelled.wait()
+            await other.attempts.enqueue("run", attempt_id="b")
+            await until(other, "b", AttemptStatus.COMPLETED)
+        assert (await other.attempts.get("a")).status is AttemptStatus.CANCELLED
+
+
+async def test_it_takes_over_from_the_dead(repo: RuntimeRepository, clock: Clock) -> None:
+    """What somebody claimed long ago and never finished is tried again, without anybody else's help."""
+    long_ago = clock.now - timedelta(days=36500)
+    await repo.attempts.enqueue("run", attempt_id="a", now=long_ago)
+    await repo.leases.claim("dead", now=long_ago)
+
+    async def handle(lease: Lease) -> int:
+        return lease.attempt.attempt_no
+
+    async with running(Worker(repo, handle, signals=())):
+        assert (await until(repo, "a", AttemptStatus.COMPLETED)).result == 2
+
+
+async def test_a_handler_may_finish_by_itself(repo: RuntimeRepository) -> None:
+    """Together with what else it writes; what it returns is not needed then."""
+
+    async def handle(lease: Lease) -> str:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run", attempt_id="next", queue="later")
+            await transaction.attempts.complete(lease, "mine")
+        return "ignored"
+
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with running(Worker(repo, handle, signals=())):
+        assert (await until(repo, "a", AttemptStatus.COMPLETED)).result == "mine"
+    assert (await repo.attempts.get("next")).status is AttemptStatus.QUEUED
+
+
+async def test_a_repository_that_is_closed_ends_it(factory: Factory) -> None:
+    """With the reason; there is nothing to try again."""
+    async with asyncio.timeout(20):
+        repo = await factory()
+        task = asyncio.create_task(Worker(repo, for_ever, signals=()).run())
+        await asyncio.wait([task], timeout=0.1)
+        await repo.close()
+        with pytest.raises(RepositoryClosedError):
+            await task
+
+
+async def test_who_was_stopped_before_does_nothing(repo: RuntimeRepository) -> None:
+    """A signal may come before the work has begun."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    worker = Worker(repo, for_ever)
+    worker.stop()
+    async with asyncio.timeout(5):
+        await worker.run()
+    assert (await repo.attempts.get("a")).lease_version == 0
+
+
+async def test_each_has_a_name_of_its_own(repo: RuntimeRepository) -> None:
+    """Unless it is given one."""
+    first, second = Worker(repo, for_ever), Worker(repo, for_ever)
+    assert first.worker_id != second.worker_id
+    assert Worker(repo, for_ever, worker_id="me").worker_id == "me"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"worker_id": ""},
+        {"queues": []},
+        {"concurrency": 0},
+        {"ttl": timedelta(0)},
+        {"grace": timedelta(seconds=-1)},
+        {"sweep_every": timedelta(0)},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+async def test_bad_input_is_refused(repo: RuntimeRepository, arguments: dict[str, Any]) -> None:
+    """When it is constructed, not when the first attempt comes."""
+    with pytest.raises(ConfigurationError):
+        Worker(repo, for_ever, **arguments)
+
+
+async def test_signals_are_for_the_main_thread(repo: RuntimeRepository) -> None:
+    """Elsewhere it says what to do."""
+
+    def elsewhere() -> None:
+        with pytest.raises(ConfigurationError, match="signals="):
+            asyncio.run(Worker(repo, for_ever).run())
+
+    await asyncio.to_thread(elsewhere)

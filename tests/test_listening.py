@@ -1,0 +1,122 @@
+"""PostgreSQL's LISTEN: told rather than asked, over a connection of its own that may be lost."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+import pytest
+
+from runtime_repo import PostgresRuntimeRepository, listener
+from tests.contract.test_wait import waiting
+
+LISTENERS = "select pid from pg_stat_activity where query ilike 'listen%' and datname = current_database()"
+
+
+@pytest.fixture(autouse=True)
+def only_hints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits does not look by himself."""
+    monkeypatch.setattr(listener, "_LOOK_LISTENING", 1000.0)
+    monkeypatch.setattr(listener, "_LOOK_DEAF", 1000.0)
+    monkeypatch.setattr(listener, "_PAUSE_FIRST", 0.01)
+
+
+async def listeners(admin: asyncpg.Connection, number: int, *, besides: int = 0) -> list[int]:
+    """The backends that listen, besides one that is to go, as soon as there are so many."""
+    while True:
+        pids = [row["pid"] for row in await admin.fetch(LISTENERS)]
+        if len(pids) == number and besides not in pids:
+            return pids
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("schema", ["plain", 'it\'s "odd"', "é" * 31], ids=["plain", "odd", "long"])
+async def test_one_connection_hears_for_all_who_wait(
+    postgres_url: str, postgres: asyncpg.Connection, schema: str, postgres_schema: str
+) -> None:
+    """Two who wait for different queues, each of which is told only of its own; nobody looks by himself."""
+    schema = postgres_schema if schema == "plain" else schema
+    try:
+        async with asyncio.timeout(15), PostgresRuntimeRepository(postgres_url, schema=schema) as repo:
+            tasks = [await waiting(repo), await waiting(repo, "mail")]
+            await listeners(postgres, 1)
+            await repo.attempts.enqueue("run", queue="mail")
+            assert await tasks[1]
+            assert not tasks[0].done()
+            await repo.attempts.enqueue("run")
+            assert await tasks[0]
+        async with asyncio.timeout(5):
+            await listeners(postgres, 0)
+    finally:
+        await postgres.execute('drop schema if exists "' + schema.replace('"', '""') + '" cascade')
+
+
+async def test_a_connection_that_is_lost_is_made_anew(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """And what came while nobody listened is found, for whoever waits looks when it is there."""
+    async with asyncio.timeout(20), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repo:
+        task = await waiting(repo)
+        (pid,) = await listeners(postgres, 1)
+        for _ in range(3):
+            await postgres.fetch("select pg_terminate_backend($1)", pid)
+            (pid,) = await listeners(postgres, 1, besides=pid)
+        await repo.attempts.enqueue("run")
+        assert await task
+
+
+@pytest.mark.parametrize("kind", ["listen=False", "a pool of one"])
+async def test_who_may_not_listen_looks(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """For pgbouncer, and where the pool that was given has no connection to spare."""
+    monkeypatch.setattr(listener, "_LOOK_DEAF", 0.05)
+    async with asyncio.timeout(20), asyncpg.create_pool(postgres_url, min_size=1, max_size=1) as pool:
+        repo = (
+            PostgresRuntimeRepository(postgres_url, schema=postgres_schema, listen=False)
+            if kind == "listen=False"
+            else PostgresRuntimeRepository(pool, schema=postgres_schema)
+        )
+        async with repo:
+            task = await waiting(repo)
+            assert await postgres.fetch(LISTENERS) == []
+            await repo.attempts.enqueue("run")
+            assert await task
+
+
+async def test_a_pool_that_was_given_gets_its_connection_back(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """Who listens borrows one; afterwards the pool has all of them, and lends them without a listener."""
+    async with asyncio.timeout(20), asyncpg.create_pool(postgres_url, min_size=2, max_size=2) as pool:
+        async with PostgresRuntimeRepository(pool, schema=postgres_schema) as repo:
+            task = await waiting(repo)
+            await listeners(postgres, 1)
+            await repo.attempts.enqueue("run")
+            assert await task
+        await listeners(postgres, 0)
+        async with pool.acquire() as one, pool.acquire() as two:
+            assert await one.fetchval("select 1") == await two.fetchval("select 1")
+
+
+async def test_a_connection_that_hangs_is_noticed(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that is cut tells nobody: the connection is asked now and then, and one that is silent is replaced."""
+    monkeypatch.setattr("runtime_repo.postgres._LISTEN_CHECK", 0.1)
+    silent = False
+    execute: Callable[..., Awaitable[str]] = asyncpg.Connection.execute
+
+    async def cut(connection: asyncpg.Connection, query: str, *args: object, **options: object) -> str:
+        if silent and query.startswith("listen"):
+            await asyncio.get_running_loop().create_future()
+        return await execute(connection, query, *args, **options)
+
+    monkeypatch.setattr(asyncpg.Connection, "execute", cut)
+    async with asyncio.timeout(20), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repo:
+        task = await waiting(repo)
+        (pid,) = await listeners(postgres, 1)
+        silent = True
+        await listeners(postgres, 1, besides=pid)
+        silent = False
+        await repo.attempts.enqueue("run")
+        assert await task
