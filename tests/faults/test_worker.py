@@ -1,0 +1,85 @@
+"""A worker while its database goes away, and workers that are killed or told to stop."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+
+import pytest
+
+from runtime_repo import AttemptStatus, Lease, Worker
+from tests.contract.test_worker import running, until
+from tests.faults.conftest import Lab, lab_on
+from tests.faults.processes import PROCESSES, Place
+from tests.postgres_server import PostgresServer
+
+HELD = timedelta(seconds=60)
+SHORT = timedelta(seconds=0.5)
+OFTEN = timedelta(seconds=0.1)
+
+
+async def test_a_worker_outlives_its_database(new_server: Callable[..., PostgresServer]) -> None:
+    """A result waits for the server to come back, and what is enqueued then is done, without anybody's help."""
+    begun, end = asyncio.Event(), asyncio.Event()
+
+    async def handle(lease: Lease) -> str:
+        begun.set()
+        await end.wait()
+        return lease.attempt_id
+
+    server = new_server(durable=True)
+    async with lab_on(server) as lab:
+        place = lab.place
+    async with asyncio.timeout(60), place.repository() as repo:
+        await repo.attempts.enqueue("run", attempt_id="a")
+        async with running(Worker(repo, handle, ttl=HELD, signals=())):
+            await begun.wait()
+            await asyncio.to_thread(server.crash)
+            end.set()
+            await asyncio.to_thread(server.start)
+            async with place.repository() as other:
+                assert (await until(other, "a", AttemptStatus.COMPLETED)).attempt_no == 1
+                await other.attempts.enqueue("run", attempt_id="b")
+                assert (await until(other, "b", AttemptStatus.COMPLETED)).result == "b"
+
+
+def work_without_end(place: Place, begun: Connection) -> None:
+    """A process that says when it has begun an attempt, and never ends it."""
+
+    async def handle(lease: Lease) -> None:
+        begun.send(lease.attempt_id)
+        await asyncio.get_running_loop().create_future()
+
+    async def work() -> None:
+        async with place.repository() as repo:
+            await Worker(repo, handle, ttl=SHORT, grace=OFTEN).run()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+async def test_another_worker_takes_over(lab: Lab, end: str) -> None:
+    """From one that is killed when its lease has run out, and the try counts; from one that is told to stop at once."""
+    begun, tell_begun = PROCESSES.Pipe(duplex=False)
+    async with asyncio.timeout(60), lab.repository() as repo:
+        await repo.attempts.enqueue("run", attempt_id="a")
+        process = PROCESSES.Process(target=work_without_end, args=(lab.place, tell_begun))
+        process.start()
+        try:
+            assert await asyncio.to_thread(begun.recv) == "a"
+            getattr(process, end)()
+            await asyncio.to_thread(process.join, 30)
+            assert process.exitcode == (-9 if end == "kill" else 0)
+            assert (await repo.attempts.get("a")).status is (
+                AttemptStatus.RUNNING if end == "kill" else AttemptStatus.QUEUED
+            )
+
+            async def handle(lease: Lease) -> int:
+                return lease.attempt.attempt_no
+
+            async with running(Worker(repo, handle, sweep_every=OFTEN, signals=())):
+                done = await until(repo, "a", AttemptStatus.COMPLETED)
+            assert done.result == (2 if end == "kill" else 1)
+        finally:
+            process.kill()
+            process.join()
