@@ -104,8 +104,8 @@ class Attempts:
             columns = _columns(new, ids.__next__)
             order.append(columns["attempt_id"])
             before = given.setdefault(columns["attempt_id"], columns)
-            if differing := [name for name in _IDENTITY if before[name] != columns[name]]:
-                raise PayloadMismatchError("attempt", columns["attempt_id"], _shown(differing))
+            if before is not columns:
+                _check_equal(columns["attempt_id"], before, columns)
         size = sum(len(columns["payload_json"] or "") for columns in given.values())
         if size > MAX_BATCH_BYTES:
             raise ConfigurationError(
@@ -382,12 +382,12 @@ def _check_same(stored: Attempt, given: Mapping[str, Any]) -> None:
         "queue": stored.queue,
         "payload_json": to_json("payload", stored.payload),
     }
-    if differing := [name for name in _IDENTITY if found[name] != given[name]]:
-        raise PayloadMismatchError("attempt", stored.attempt_id, _shown(differing))
+    _check_equal(stored.attempt_id, found, given)
 
 
-def _shown(columns: Sequence[str]) -> Sequence[str]:
-    return [column.removesuffix("_json") for column in columns]
+def _check_equal(attempt_id: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if differing := [name.removesuffix("_json") for name in _IDENTITY if found[name] != given[name]]:
+        raise PayloadMismatchError("attempt", attempt_id, differing)
 
 
 def _array(records: Iterable[Mapping[str, Any]]) -> str:

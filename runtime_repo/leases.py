@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -27,6 +28,7 @@ from runtime_repo.records import (
     instant_ms,
     lease_from_row,
     new_id,
+    new_ids,
     queue_names,
     span_ms,
 )
@@ -73,7 +75,7 @@ class Leases:
         if len(names) > 1:
             query, wanted = "leases.claim_from_several", json.dumps(names)
         length = span_ms("ttl", ttl, positive=True)
-        ids = json.dumps([new_id() for _ in range(check_count("limit", limit))])
+        ids = json.dumps(list(itertools.islice(new_ids(), check_count("limit", limit))))
         return await self._claim(query, (wanted, worker_id, length, ids, instant_ms("now", now)), ids)
 
     async def claim_attempt(
