@@ -17,25 +17,21 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import shutil
 import signal
-import sqlite3
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import urlsplit
 
 import asyncpg
 
-from tests.postgres_server import PostgresServer
-
 from .drivers import Place
 from .peers import DISTRIBUTIONS
+from .shared import circumstances, own_database, postgres_server, table, turns
 from .storm import LIFETIME, contender, timed
 
 if TYPE_CHECKING:
@@ -43,6 +39,7 @@ if TYPE_CHECKING:
 
     from .drivers import Backend, Kind
 
+HEAD = ("boot", "backend", "against", "ours", "theirs", "ratio", "limit", "runs", "result")
 _ROOT = Path(__file__).resolve().parents[2]
 _CALM_LOOKS = 250
 # Superusers' reserve, the benchmark's own connection and the server's latecomers.
@@ -213,7 +210,7 @@ async def warm(venue: Venue, names: Sequence[str], rounds: int) -> dict[str, Run
         boots[name] = contender(name, "warm", place)
         await timed(boots[name])
     runs = {name: Runs() for name in names}
-    for name in _turns(names, rounds):
+    for name in turns(names, rounds):
         runs[name].seconds.append(await timed(boots[name]))
     for place in places.values():
         await venue.clear(place)
@@ -223,7 +220,7 @@ async def warm(venue: Venue, names: Sequence[str], rounds: int) -> dict[str, Run
 async def cold(venue: Venue, names: Sequence[str], rounds: int) -> dict[str, Runs]:
     """Boot where nothing is, the contenders in turns."""
     runs = {name: Runs() for name in names}
-    for count, name in enumerate(_turns(names, rounds + 1)):
+    for count, name in enumerate(turns(names, rounds + 1)):
         place = await venue.new()
         seconds = await timed(contender(name, "cold", place))
         # The first round is for the caches.
@@ -236,7 +233,7 @@ async def cold(venue: Venue, names: Sequence[str], rounds: int) -> dict[str, Run
 async def storm(venue: Venue, names: Sequence[str], rounds: int, processes: int) -> dict[str, Runs]:
     """Let many processes boot at once where nothing is, the contenders in turns."""
     runs = {name: Runs() for name in names}
-    for name in _turns(names, rounds):
+    for name in turns(names, rounds):
         place = await venue.new()
         seconds, errors = await _one_storm(name, place, processes)
         runs[name].seconds.append(seconds)
@@ -245,11 +242,6 @@ async def storm(venue: Venue, names: Sequence[str], rounds: int, processes: int)
         await venue.calm()
         await venue.clear(place)
     return runs
-
-
-def _turns(names: Sequence[str], rounds: int) -> list[str]:
-    # Back and forth: whoever comes second in one round comes first in the next.
-    return [name for number in range(rounds) for name in (names if number % 2 == 0 else names[::-1])]
 
 
 async def _one_storm(name: str, place: Place, processes: int) -> tuple[float, list[str]]:
@@ -312,41 +304,18 @@ def _label(kind: Kind, processes: int) -> str:
 
 @contextlib.asynccontextmanager
 async def postgres_venue(url: str, purpose: str) -> AsyncIterator[PostgresVenue]:
-    """A database of its own, so that what one part leaves in the catalog does not slow the next one down."""
-    name = f"runtime_bench_{purpose}_{os.getpid()}"
-    admin = await asyncpg.connect(url)
-    try:
-        await admin.execute(f"create database {name}")
+    async with own_database(url, purpose) as own:
+        connection = await asyncpg.connect(own)
         try:
-            parts = urlsplit(url)
-            own = f"{parts.scheme}://{parts.netloc}/{name}" + (f"?{parts.query}" if parts.query else "")
-            connection = await asyncpg.connect(own)
-            try:
-                yield PostgresVenue(own, connection)
-            finally:
-                await connection.close()
+            yield PostgresVenue(own, connection)
         finally:
-            await admin.execute(f"drop database {name} with (force)")
-    finally:
-        await admin.close()
+            await connection.close()
 
 
 @contextlib.contextmanager
 def sqlite_venue() -> Iterator[SqliteVenue]:
     with tempfile.TemporaryDirectory(prefix="runtime-bench-") as folder:
         yield SqliteVenue(Path(folder))
-
-
-@contextlib.contextmanager
-def postgres_server() -> Iterator[str]:
-    """Yield the URL of the server to use."""
-    given = os.environ.get("ORIS_TEST_POSTGRES_URL")
-    if given:
-        yield given
-        return
-    with PostgresServer(durable=True) as server:
-        # As a service connects: over TCP, with SCRAM.
-        yield server.url()
 
 
 async def measure(url: str, effort: Effort, *, peers: bool) -> list[Line]:
@@ -356,7 +325,7 @@ async def measure(url: str, effort: Effort, *, peers: bool) -> list[Line]:
         server = await admin.fetchval("show server_version")
     finally:
         await admin.close()
-    print(_circumstances(server, peers=peers), end="\n\n", flush=True)
+    print(circumstances(server, DISTRIBUTIONS if peers else ()), end="\n\n", flush=True)
     lines = []
     # The bare drivers first: the peers' modules make this process a larger one.
     for part in (against_bare, against_peers) if peers else (against_bare,):
@@ -365,26 +334,6 @@ async def measure(url: str, effort: Effort, *, peers: bool) -> list[Line]:
         with sqlite_venue() as files:
             lines += await part(files, effort, sys.maxsize)
     return lines
-
-
-def _circumstances(server: str, *, peers: bool) -> str:
-    names = ["asyncpg", "aiosqlite", *(DISTRIBUTIONS if peers else ())]
-    parts = [
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, PostgreSQL {server}",
-        f"SQLite {sqlite3.sqlite_version}",
-        *(f"{name} {version(name)}" for name in names),
-    ]
-    return ", ".join(parts)
-
-
-def table(lines: Sequence[Line]) -> str:
-    head = ["boot", "backend", "against", "ours", "theirs", "ratio", "limit", "runs", "result"]
-    rows = [head, *(line.cells() for line in lines)]
-    widths = [max(len(row[number]) for row in rows) for number in range(len(head))]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
 
 
 def _first_errors(lines: Sequence[Line]) -> list[str]:
@@ -407,7 +356,7 @@ def main() -> int:
     except PackageNotFoundError as missing:
         print(f"{missing.name} is missing: install the extra `bench`, or use --no-peers.", file=sys.stderr)
         return 2
-    print(table(lines))
+    print(table(HEAD, [line.cells() for line in lines]))
     print("", *_first_errors(lines), sep="\n")
     return int(any(line.missed for line in lines))
 
