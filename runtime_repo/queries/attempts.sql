@@ -225,7 +225,8 @@ returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json,
 
 -- name: complete_many @postgres
 -- As complete, for each lease of a JSON array; returns the ids of those that were still their token's to finish. Locked
--- in the order of ids, or two such calls could wait for each other.
+-- in the order of ids, or two such calls could wait for each other; found by an array, or PostgreSQL may look at all
+-- that is leased.
 with given as (
     select attempt_id, token, result_json
       from json_to_recordset($1::text::json) as x (attempt_id text, token bigint, result_json text)
@@ -233,7 +234,8 @@ with given as (
     select a.attempt_id, given.token, given.result_json
       from {schema}.runtime_attempts as a
       join given on given.attempt_id = a.attempt_id and given.token = a.lease_version
-     where a.status in ('leased', 'running')
+     where a.attempt_id = any (array(select attempt_id from given))
+       and a.status in ('leased', 'running')
      order by a.attempt_id
        for update of a
 ), done as (
