@@ -80,6 +80,7 @@ class Attempts:
         new = NewAttempt(run_id, attempt_id, queue, priority, payload, not_before, max_attempts)
         given = _columns(new, new_id)
         rows = await self._queries.fetch("attempts.enqueue", *given.values(), instant_ms("now", now))
+        self._queries.tell([queue])
         if rows:
             return attempt_from_row(rows[0])
         stored = await self.get(given["attempt_id"])
@@ -118,6 +119,7 @@ class Attempts:
             known = given.keys() - {row["attempt_id"] for row in rows}
             for stored in await _find_many(queries, known):
                 _check_same(stored, given[stored.attempt_id])
+        self._queries.tell({columns["queue"] for columns in given.values()})
         return order
 
     async def get(self, attempt_id: str) -> Attempt:
@@ -305,7 +307,10 @@ class Attempts:
             instant_ms("now", now),
         )
         if rows:
-            return attempt_from_row(rows[0])
+            attempt = attempt_from_row(rows[0])
+            if attempt.retry_at is not None:
+                self._queries.tell([attempt.queue])
+            return attempt
         return await self._done_before(lease, AttemptStatus.FAILED, AttemptStatus.RETRY_BACKOFF)
 
     async def cancel(self, attempt_id: str, *, now: datetime | None = None) -> Attempt:
@@ -338,6 +343,7 @@ class Attempts:
         attempt = attempt_from_row(rows[0]) if rows else await self.get(attempt_id)
         if attempt.status.is_final:
             raise InvalidTransitionError("attempt", attempt_id, status=attempt.status, verb="retry")
+        self._queries.tell([attempt.queue])
         return attempt
 
     async def prune(self, *, older_than: timedelta, limit: int = 1000, now: datetime | None = None) -> int:

@@ -7,7 +7,7 @@ Nothing here knows a driver. Nothing above here knows a dialect.
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -55,6 +55,10 @@ class Queries(Protocol):
 
         Within another such block this is a part of it, which can fail alone.
         """
+        ...
+
+    def tell(self, queues: Iterable[str]) -> None:
+        """Let those who wait for *queues* look, as soon as what was done is committed. It fails silently."""
         ...
 
 

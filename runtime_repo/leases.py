@@ -118,7 +118,8 @@ class Leases:
         if not claim.cancelled():
             claim.exception()
         try:
-            await self._queries.fetch("leases.give_back", ids)
+            rows = await self._queries.fetch("leases.give_back", ids)
+            self._queries.tell({row["queue"] for row in rows})
         except RuntimeRepoError as error:
             _log.warning("a cancelled claim could not be given back, its leases will expire: %s", error)
 
@@ -269,7 +270,9 @@ class Leases:
             rows = await self._queries.fetch("attempts.find", lease.attempt_id)
             if not rows or (rows[0]["lease_version"], rows[0]["status"]) != (lease.version, AttemptStatus.QUEUED):
                 raise await lost(self._queries, lease)
-        return attempt_from_row(rows[0])
+        attempt = attempt_from_row(rows[0])
+        self._queries.tell([attempt.queue])
+        return attempt
 
     async def list(self, *, worker_id: str | None = None, after: str = "", limit: int = 100) -> Sequence[Lease]:
         """
@@ -300,7 +303,9 @@ class Leases:
             instant_ms("now", now),
             span_ms("grace", grace),
         )
-        return [attempt_from_row(row) for row in rows]
+        attempts = [attempt_from_row(row) for row in rows]
+        self._queries.tell({attempt.queue for attempt in attempts if attempt.status is AttemptStatus.QUEUED})
+        return attempts
 
 
 def _proved_until(lease: Lease) -> float | None:

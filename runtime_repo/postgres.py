@@ -8,6 +8,7 @@ session, so it runs behind a transaction-pooling pgbouncer (with ``statement_cac
 import asyncio
 import contextlib
 import inspect
+import json
 import random
 import re
 import ssl
@@ -30,7 +31,7 @@ from runtime_repo.errors import (
     RepositoryClosedError,
     RuntimeRepoError,
 )
-from runtime_repo.listener import Hear, Listener
+from runtime_repo.notifications import Hear, Listener, Teller
 from runtime_repo.queries import fill, load_queries
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction, check_seconds
 
@@ -147,7 +148,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
                 "no transaction is open on the connection: begin one first (async with connection.transaction()), "
                 "or leave the connection out"
             )
-        part = None if connection is None else self._postgres.part(connection)
+        part = None if connection is None else self._postgres.part_of_theirs(connection)
         async with self._transaction(part) as transaction:
             yield transaction
 
@@ -266,11 +267,14 @@ class PostgresDatabase:
         self.queries = load_queries("postgres", **self.tokens)
         # A hash that is the same in every release, process and machine, as a signed integer.
         self._lock_key = zlib.crc32(schema.encode()) - 2**31
+        # The name of a schema may be too long for one.
+        self._channel = f"runtime_repo_{zlib.crc32(schema.encode()):08x}"
         self._pool: Pool | None = None
         # Boot's own connection. The first verb makes the pool, which takes it over.
         self._own: Connection | None = None
         self._has_booted = False
         has_room = target.pool is None or target.pool.get_max_size() > 1
+        self._teller = Teller(self._tell_now)
         self._listener = Listener(self._listening if listen and has_room else None)
 
     def __repr__(self) -> str:
@@ -314,15 +318,21 @@ class PostgresDatabase:
         return own if own is not None and not own.is_closed() else await self._target.connect(*args, **options)
 
     async def close(self) -> None:
-        await finish(self._listener.close())
+        await finish(self._close())
+
+    async def _close(self) -> None:
+        await self._listener.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                await self._teller.close()
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
         self._has_booted = False
         if own is not None:
             # The pool, if it is ours, has not been opened.
-            await finish(_closed(own) if self._target.pool is None else _released(self._target.pool, own))
+            await (_closed(own) if self._target.pool is None else _released(self._target.pool, own))
         elif pool is not None and pool is not self._target.pool:
-            await finish(_closed(pool))
+            await _closed(pool)
 
     def abandon(self) -> None:
         with contextlib.suppress(Exception):
@@ -371,11 +381,35 @@ class PostgresDatabase:
 
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator["_Statements"]:
+        untold: set[str] = set()
         async with (
             self._acquired() as connection,
             self._together(connection, "begin isolation level read committed", "commit", "rollback"),
         ):
-            yield _Statements(self, connection)
+            yield _Statements(self, connection, untold)
+        self.tell(untold)
+
+    @contextlib.asynccontextmanager
+    async def part(self, connection: "Connection", untold: set[str]) -> AsyncIterator["_Statements"]:
+        """Statements that take effect with a transaction that is open already, or fail alone."""
+        begin, commit = "savepoint runtime_repo", "release savepoint runtime_repo"
+        async with self._together(connection, begin, commit, f"rollback to savepoint runtime_repo; {commit}"):
+            yield _Statements(self, connection, untold)
+
+    @contextlib.asynccontextmanager
+    async def part_of_theirs(self, connection: "Connection") -> AsyncIterator["_Statements"]:
+        """As above, in a transaction of the application's: when it commits, which we do not see, it tells by itself."""
+        untold: set[str] = set()
+        async with self.part(connection, untold) as statements:
+            yield statements
+            if untold:
+                await statements.fetch("schema.tell", self._channel, json.dumps(list(untold)))
+
+    def tell(self, queues: Iterable[str]) -> None:
+        self._teller.tell(queues)
+
+    async def _tell_now(self, queues: Iterable[str]) -> None:
+        await self.fetch("schema.tell_now", self._channel, json.dumps(list(queues)))
 
     def watch(self, queues: Collection[str]) -> contextlib.AbstractAsyncContextManager[Watch]:
         return self._listener.watch(queues)
@@ -389,11 +423,8 @@ class PostgresDatabase:
                 connection = await self._target.lend()
         try:
             with self.translated():
-                (row,) = await connection.fetch(
-                    self.queries["schema.channel"], self._qualified(["runtime_attempts"])[0]
-                )
                 connection.add_termination_listener(lambda *_: over.set())
-                await connection.add_listener(row["channel"], lambda *words: hear(words[3]))
+                await connection.add_listener(self._channel, lambda *words: hear(words[3]))
 
             async def lost() -> None:
                 with self.translated():
@@ -404,7 +435,7 @@ class PostgresDatabase:
                                 return
                         # A network that is cut says nothing.
                         async with asyncio.timeout(_LISTEN_CHECK):
-                            await connection.execute(f"listen {row['channel']}")
+                            await connection.execute(f"listen {self._channel}")
 
             yield lost
         finally:
@@ -414,13 +445,6 @@ class PostgresDatabase:
         await _closed(connection)
         if self._target.pool is not None:
             await _released(self._target.pool, connection)
-
-    @contextlib.asynccontextmanager
-    async def part(self, connection: "Connection") -> AsyncIterator["_Statements"]:
-        """Statements that take effect with a transaction that is open already, or fail alone."""
-        begin, commit = "savepoint runtime_repo", "release savepoint runtime_repo"
-        async with self._together(connection, begin, commit, f"rollback to savepoint runtime_repo; {commit}"):
-            yield _Statements(self, connection)
 
     @contextlib.asynccontextmanager
     async def _together(self, connection: "Connection", begin: str, commit: str, rollback: str) -> AsyncIterator[None]:
@@ -579,8 +603,9 @@ class PostgresDatabase:
 class _Statements:
     """Queries on one connection, in a transaction whose end is another's business."""
 
-    def __init__(self, database: PostgresDatabase, connection: "Connection") -> None:
+    def __init__(self, database: PostgresDatabase, connection: "Connection", untold: set[str]) -> None:
         self._database = database
+        self._untold = untold
         self.connection = connection
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
@@ -588,7 +613,10 @@ class _Statements:
             return await self.connection.fetch(self._database.queries[query], *args)
 
     def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
-        return self._database.part(self.connection)
+        return self._database.part(self.connection, self._untold)
+
+    def tell(self, queues: Iterable[str]) -> None:
+        self._untold.update(queues)
 
 
 class _BootTransaction:

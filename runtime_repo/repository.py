@@ -8,7 +8,7 @@ only waits for that. So a cancelled awaiter does not spoil the others, and the l
 import asyncio
 import contextlib
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -244,6 +244,11 @@ class _Gate:
 
     def atomic(self) -> AbstractAsyncContextManager[Statements]:
         return self._opened().atomic()
+
+    def tell(self, queues: Iterable[str]) -> None:
+        # Closed meanwhile, it has nobody to tell.
+        if self.is_open:
+            self._queries.tell(queues)
 
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:
         self._opened()

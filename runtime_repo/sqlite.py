@@ -240,6 +240,9 @@ class SqliteDatabase:
     async def watch(self, queues: Collection[str]) -> AsyncIterator["_Watch"]:  # noqa: ARG002 - any commit is a hint
         yield _Watch(self, await self.stamp())
 
+    def tell(self, queues: Iterable[str]) -> None:
+        """Nobody needs to be told: who waits looks whether anybody has committed."""
+
     async def stamp(self) -> tuple[int, int]:
         """What changes with every commit: other connections' are counted by SQLite, our own by the driver."""
         async with self._in_turn(lambda: self.hop(_stamp)) as stamp:
@@ -491,6 +494,9 @@ class _Statements:
 
     def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
         return self._database.part()
+
+    def tell(self, queues: Iterable[str]) -> None:
+        self._database.tell(queues)
 
 
 class _BootTransaction:

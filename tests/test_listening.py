@@ -1,23 +1,31 @@
 """PostgreSQL's LISTEN: told rather than asked, over a connection of its own that may be lost."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import asyncpg
 import pytest
 
-from runtime_repo import PostgresRuntimeRepository, listener
-from tests.contract.test_wait import waiting
+from runtime_repo import PostgresRuntimeRepository, notifications
+from tests.contract.conftest import Clock
+from tests.contract.test_wait import BRINGS, waiting
 
 LISTENERS = "select pid from pg_stat_activity where query ilike 'listen%' and datname = current_database()"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock of the test's own."""
+    return Clock()
 
 
 @pytest.fixture(autouse=True)
 def only_hints(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits does not look by himself."""
-    monkeypatch.setattr(listener, "_LOOK_LISTENING", 1000.0)
-    monkeypatch.setattr(listener, "_LOOK_DEAF", 1000.0)
-    monkeypatch.setattr(listener, "_PAUSE_FIRST", 0.01)
+    monkeypatch.setattr(notifications, "_LOOK_LISTENING", 1000.0)
+    monkeypatch.setattr(notifications, "_LOOK_DEAF", 1000.0)
+    monkeypatch.setattr(notifications, "_PAUSE_FIRST", 0.01)
 
 
 async def listeners(admin: asyncpg.Connection, number: int, *, besides: int = 0) -> list[int]:
@@ -69,7 +77,7 @@ async def test_who_may_not_listen_looks(
     postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """For pgbouncer, and where the pool that was given has no connection to spare."""
-    monkeypatch.setattr(listener, "_LOOK_DEAF", 0.05)
+    monkeypatch.setattr(notifications, "_LOOK_DEAF", 0.05)
     async with asyncio.timeout(20), asyncpg.create_pool(postgres_url, min_size=1, max_size=1) as pool:
         repo = (
             PostgresRuntimeRepository(postgres_url, schema=postgres_schema, listen=False)
@@ -119,4 +127,54 @@ async def test_a_connection_that_hangs_is_noticed(
         await listeners(postgres, 1, besides=pid)
         silent = False
         await repo.attempts.enqueue("run")
+        assert await task
+
+
+@pytest.mark.parametrize("name", BRINGS)
+async def test_every_verb_that_brings_work_tells(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection, clock: Clock, name: str
+) -> None:
+    """Nobody who waits looks by himself here, so each of them was told."""
+    before, verb = BRINGS[name]
+    repo = PostgresRuntimeRepository(postgres_url, schema=postgres_schema)
+    other = PostgresRuntimeRepository(postgres_url, schema=postgres_schema)
+    async with asyncio.timeout(15), repo, other:
+        given = await before(other, clock) if before else None
+        task = await waiting(repo)
+        await listeners(postgres, 1)
+        await verb(other, given)
+        assert await task
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+async def test_a_transaction_tells_at_its_commit(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection, whose: str
+) -> None:
+    """Its own, or one of the application's that the repository does not see commit; not before."""
+    async with asyncio.timeout(15), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repo:
+        task = await waiting(repo)
+        await listeners(postgres, 1)
+        async with contextlib.AsyncExitStack() as stack:
+            theirs = None
+            if whose == "theirs":
+                theirs = await asyncpg.connect(postgres_url)
+                stack.push_async_callback(theirs.close)
+                await stack.enter_async_context(theirs.transaction())
+            async with repo.transaction(theirs) as transaction:
+                await transaction.attempts.enqueue("run")
+                done, _ = await asyncio.wait([task], timeout=0.1)
+                assert not done
+        assert await task
+
+
+async def test_closing_tells_what_is_untold(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """A process that enqueues and ends at once has told."""
+    repo = PostgresRuntimeRepository(postgres_url, schema=postgres_schema)
+    async with asyncio.timeout(15), repo:
+        task = await waiting(repo)
+        await listeners(postgres, 1)
+        async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as other:
+            await other.attempts.enqueue("run")
         assert await task

@@ -1,20 +1,8 @@
 -- Attempts: the rows that workers compete for. Finishing writes are fenced on the attempt's own row, never through
--- leases: PostgreSQL re-checks only the row that it updates. Whatever can be claimed, now or later, is told to those who
--- wait for its queue; the channel bears the table's number, for a schema's name may be too long for one. SQLite tells
--- nobody anything: there the waiting look.
+-- leases: PostgreSQL re-checks only the row that it updates.
 
--- name: enqueue @postgres
+-- name: enqueue
 -- Store an attempt, once: the same id again changes nothing and returns no row.
-insert into {schema}.runtime_attempts
-       (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
-values ($1, $2, 1, 'queued', $3, $4, $5, $6, $7, coalesce($8, {now_ms}))
-    on conflict (attempt_id) do nothing
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error,
-          pg_notify('runtime_attempts_' || tableoid, queue) as told;
-
--- name: enqueue @sqlite
--- As above.
 insert into {schema}.runtime_attempts
        (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
 values ($1, $2, 1, 'queued', $3, $4, $5, $6, $7, coalesce($8, {now_ms}))
@@ -31,24 +19,15 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
 -- name: enqueue_many @postgres
 -- Store the attempts of a JSON array ($1), each once, and return the ids of those that were not there. In the order of
 -- ids, or two such calls could wait for each other.
-with stored as (
-    insert into {schema}.runtime_attempts
-           (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts,
-            enqueued_at_ms)
-    select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
-           coalesce($2, {now_ms})
-      from json_to_recordset($1::text::json) as given (attempt_id text, run_id text, retry_at_ms bigint, queue text,
-                                                       priority int, payload_json text, max_attempts int)
-     order by attempt_id
-        on conflict (attempt_id) do nothing
-    returning attempt_id, queue, tableoid
-), told as (
-    select pg_notify('runtime_attempts_' || tableoid, queue) as told
-      from (select distinct tableoid, queue from stored) as queues
-)
-select attempt_id
-  from stored
- where (select count(told) from told) > 0;
+insert into {schema}.runtime_attempts
+       (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
+select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
+       coalesce($2, {now_ms})
+  from json_to_recordset($1::text::json) as given (attempt_id text, run_id text, retry_at_ms bigint, queue text,
+                                                   priority int, payload_json text, max_attempts int)
+ order by attempt_id
+    on conflict (attempt_id) do nothing
+returning attempt_id;
 
 -- name: enqueue_many @sqlite
 -- As above: SQLite takes JSON apart by paths.
@@ -286,14 +265,13 @@ with failed as (
        and lease_version = $2
        and status in ('leased', 'running')
     returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
-              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error, tableoid
+              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
 ), ended as (
     delete from {schema}.runtime_leases
      where attempt_id in (select attempt_id from failed)
 )
 select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error,
-       case when retry_at_ms is not null then pg_notify('runtime_attempts_' || tableoid, queue) end as told
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
   from failed;
 
 -- name: fail @sqlite
@@ -341,18 +319,8 @@ update {schema}.runtime_attempts
 returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
           enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
 
--- name: retry @postgres
+-- name: retry
 -- Give a failed attempt one more try.
-update {schema}.runtime_attempts
-   set status = 'queued', retry_at_ms = null, finished_at_ms = null
- where attempt_id = $1
-   and status = 'failed'
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error,
-          pg_notify('runtime_attempts_' || tableoid, queue) as told;
-
--- name: retry @sqlite
--- As above.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null, finished_at_ms = null
  where attempt_id = $1

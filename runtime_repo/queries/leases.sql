@@ -283,7 +283,7 @@ select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
  where l.lease_id = $4;
 
 -- name: give_back @postgres
--- Undo a claim whose caller was cancelled: the attempts are ready again and the try does not count.
+-- Undo a claim whose caller was cancelled: the attempts are ready again and the try does not count. Returns their queues.
 with mine as (
     select attempt_id
       from {schema}.runtime_attempts
@@ -304,7 +304,7 @@ update {schema}.runtime_attempts as a
  where a.attempt_id    = ended.attempt_id
    and a.lease_version = ended.version
    and a.status in ('leased', 'running')
-returning a.attempt_id, pg_notify('runtime_attempts_' || a.tableoid, a.queue) as told;
+returning a.queue;
 
 -- name: give_back @sqlite
 -- As above, in two statements of one transaction.
@@ -313,7 +313,8 @@ update {schema}.runtime_attempts
  where status in ('leased', 'running')
    and (attempt_id, lease_version) in (
            select attempt_id, version from {schema}.runtime_leases
-            where lease_id in (select value from json_each($1)));
+            where lease_id in (select value from json_each($1)))
+returning queue;
 delete from {schema}.runtime_leases
  where lease_id in (select value from json_each($1));
 
@@ -369,14 +370,13 @@ with released as (
        and lease_version = $2
        and status in ('leased', 'running')
     returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error, tableoid
+              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
 ), ended as (
     delete from {schema}.runtime_leases
      where attempt_id in (select attempt_id from released)
 )
 select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error,
-       pg_notify('runtime_attempts_' || tableoid, queue) as told
+       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
   from released;
 
 -- name: release @sqlite
@@ -457,8 +457,7 @@ update {schema}.runtime_attempts as a
    and a.status in ('leased', 'running')
 returning a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
           a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms,
-          a.result_json, a.error,
-          case when a.status = 'queued' then pg_notify('runtime_attempts_' || a.tableoid, a.queue) end as told;
+          a.result_json, a.error;
 
 -- name: requeue_expired @sqlite
 -- As above, in two statements of one transaction. The clock moves between them, so the second one keeps every lease

@@ -125,6 +125,12 @@ select a.pid, coalesce(a.application_name, '') as application_name, host(a.clien
  order by l.locktype = 'advisory' and a.xact_start < clock_timestamp() - interval '1 second' desc, a.xact_start
  limit 1;
 
--- name: channel @postgres
--- The channel on which new work in the attempts' table ($1, its qualified name) is told.
-select 'runtime_attempts_' || cast($1 as text)::regclass::oid as channel;
+-- name: tell @postgres
+-- Tell of queues ($2, a JSON array) on a channel ($1), at the commit of this transaction.
+select pg_notify($1, named.queue) as told
+  from json_array_elements_text($2::text::json) as named (queue);
+
+-- name: tell_now @postgres
+-- As above, in a transaction of its own, whose commit need not outlive a crash.
+select pg_notify($1, named.queue) as told, set_config('synchronous_commit', 'off', true) as forgetful
+  from json_array_elements_text($2::text::json) as named (queue);

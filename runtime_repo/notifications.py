@@ -1,21 +1,23 @@
 """
-LISTEN on PostgreSQL: one connection of its own that hears which queues have got something, for all who wait.
+NOTIFY and LISTEN on PostgreSQL: who brings work tells, and one connection hears it for all who wait.
 
 A notification is a hint and never the only way to learn: whoever waits looks again by itself now and then, more often
-while nothing is heard. So a connection that is lost, or a server that lets nobody listen, costs time and nothing else.
+while nothing is heard. So a connection that is lost, a process that dies before it tells, or a server that lets nobody
+listen costs time and nothing else. It is sent when the work is committed, not with it: PostgreSQL lets only one
+transaction that notifies commit at a time, and would not flush several of them together.
 """
 
 import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from runtime_repo.errors import RuntimeRepoError
 
-__all__ = ["Listener"]
+__all__ = ["Hear", "Listener", "Teller", "Watch"]
 
 _log = logging.getLogger("runtime_repo")
 
@@ -29,6 +31,9 @@ _LOOK_DEAF = 1.0
 _PAUSE_FIRST = 0.1
 _PAUSE_LAST = 15.0
 """Seconds between two tries to listen."""
+
+_GAP = 0.005
+"""Seconds in which what is to be told is gathered, after something was told."""
 
 
 class Listener:
@@ -118,3 +123,43 @@ class Watch:
             async with asyncio.timeout(patience):
                 await self.hint.wait()
         self.hint.clear()
+
+
+class Teller:
+    """
+    Tells one thing after the other, and together what came meanwhile, so that nobody has to wait for it.
+
+    Args:
+        send: Tells of some queues.
+    """
+
+    def __init__(self, send: Callable[[Iterable[str]], Awaitable[None]]) -> None:
+        self._send = send
+        self._untold: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def tell(self, queues: Iterable[str]) -> None:
+        """Tell of *queues* soon."""
+        self._untold.update(queues)
+        if self._untold and self._task is None:
+            self._task = asyncio.create_task(self._run(), name="runtime_repo teller")
+
+    async def close(self) -> None:
+        """Tell what is untold, and leave no task."""
+        task = self._task
+        if task is not None:
+            try:
+                await asyncio.wait([task])
+            finally:
+                task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            while self._untold:
+                queues, self._untold = self._untold, set()
+                await self._send(queues)
+                await asyncio.sleep(_GAP)
+        except RuntimeRepoError as error:
+            _log.debug("nobody was told of new work: %s", error)
+        finally:
+            self._task = None
