@@ -22,7 +22,18 @@ from runtime_repo.errors import (
     SchemaTooNewError,
 )
 from runtime_repo.postgres import PostgresRuntimeRepository
-from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats, RetryPolicy
+from runtime_repo.records import (
+    Attempt,
+    AttemptStatus,
+    AuditEntry,
+    Interrupt,
+    InterruptStatus,
+    Job,
+    Lease,
+    NewAttempt,
+    QueueStats,
+    RetryPolicy,
+)
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
 from runtime_repo.schema import AppliedMigration, SchemaReport
 from runtime_repo.sqlite import SqliteRuntimeRepository
@@ -33,13 +44,17 @@ __all__ = [
     "AppliedMigration",
     "Attempt",
     "AttemptStatus",
+    "AuditEntry",
     "ConfigurationError",
     "ConflictError",
     "DatabaseUnavailableError",
     "Difference",
     "ForeignSchemaError",
     "Handler",
+    "Interrupt",
+    "InterruptStatus",
     "InvalidTransitionError",
+    "Job",
     "Lease",
     "LeaseLostError",
     "LockHolder",

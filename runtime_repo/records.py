@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from runtime_repo.database import Row
 from runtime_repo.errors import ConfigurationError, RuntimeRepoError
@@ -23,16 +23,25 @@ from runtime_repo.errors import ConfigurationError, RuntimeRepoError
 __all__ = [
     "Attempt",
     "AttemptStatus",
+    "AuditEntry",
+    "Interrupt",
+    "InterruptStatus",
+    "Job",
     "Lease",
     "NewAttempt",
     "QueueStats",
     "RetryPolicy",
     "attempt_from_row",
+    "audit_entry_from_row",
+    "check_choice",
     "check_count",
     "check_id",
     "from_json",
     "from_ms",
     "instant_ms",
+    "interrupt_from_row",
+    "job_from_row",
+    "json_text",
     "lease_from_row",
     "new_id",
     "new_ids",
@@ -53,6 +62,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 # Made once: json.dumps makes one for each value, unless it is to write what it writes by default.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+S = TypeVar("S", bound=StrEnum)
 
 
 class AttemptStatus(StrEnum):
@@ -188,15 +199,68 @@ class Lease:
     """When this process asked for it or last renewed it, by its monotonic clock; ``leases.hold`` counts from there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the application says of a thread: one row for each, with a status in the application's own words."""
+
+    thread_id: str
+    status: str
+    created_at: datetime
+    updated_at: datetime
+
+
+class InterruptStatus(StrEnum):
+    """Where an interrupt is in its life. The last two are final."""
+
+    PENDING = "pending"
+    RESUMED = "resumed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """A question that an attempt left behind, and its answer."""
+
+    interrupt_id: str
+    thread_id: str
+    run_id: str
+    attempt_id: str
+    """The attempt that asked."""
+    value: Any
+    """What is asked."""
+    status: InterruptStatus
+    """Whether there is an answer; None is one, too."""
+    created_at: datetime
+    resume_payload: Any
+    """The answer."""
+    resume_payload_hash: str | None
+    """The SHA-256 of the answer's canonical JSON, in hexadecimal; None where there is no answer, or none is known."""
+    resumed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """Who did what to what, and how it went, in the application's own words."""
+
+    audit_id: int
+    actor_type: str
+    actor_id: str | None
+    actor_role: str | None
+    action: str
+    resource_type: str
+    resource_id: str | None
+    result: str
+    request_id: str
+    details: Any
+    created_at: datetime
+
+
 def attempt_from_row(row: Row) -> Attempt:
     """An attempt from the columns that every statement on attempts returns."""
     try:
         status = _STATUSES[row["status"]]
     except KeyError:
-        raise RuntimeRepoError(
-            f"attempt {row['attempt_id']!r} has the unknown status {row['status']!r}; known are "
-            f"{', '.join(AttemptStatus)}: a newer release or another program wrote it"
-        ) from None
+        raise _unknown(AttemptStatus, f"attempt {row['attempt_id']!r}", row["status"]) from None
     return Attempt(
         attempt_id=row["attempt_id"],
         run_id=row["run_id"],
@@ -241,6 +305,56 @@ def stats_from_row(row: Row) -> QueueStats:
         row["delayed"],
         row["leased"],
         None if age is None else timedelta(milliseconds=max(age, 0)),
+    )
+
+
+def job_from_row(row: Row) -> Job:
+    """A job from the columns that every statement on jobs returns."""
+    return Job(row["thread_id"], row["status"], from_ms(row["created_at_ms"]), from_ms(row["updated_at_ms"]))
+
+
+def interrupt_from_row(row: Row) -> Interrupt:
+    """An interrupt from the columns that every statement on interrupts returns."""
+    what = f"interrupt {row['interrupt_id']!r}"
+    try:
+        status = InterruptStatus(row["status"])
+    except ValueError:
+        raise _unknown(InterruptStatus, what, row["status"]) from None
+    return Interrupt(
+        interrupt_id=row["interrupt_id"],
+        thread_id=row["thread_id"],
+        run_id=row["run_id"],
+        attempt_id=row["attempt_id"],
+        value=from_json(row["value_json"], what),
+        status=status,
+        created_at=from_ms(row["created_at_ms"]),
+        resume_payload=from_json(row["resume_payload_json"], what),
+        resume_payload_hash=row["resume_payload_hash"],
+        resumed_at=_maybe_from_ms(row["resumed_at_ms"]),
+    )
+
+
+def audit_entry_from_row(row: Row) -> AuditEntry:
+    """An audit entry from the columns that every statement on audit entries returns."""
+    return AuditEntry(
+        audit_id=row["audit_id"],
+        actor_type=row["actor_type"],
+        actor_id=row["actor_id"],
+        actor_role=row["actor_role"],
+        action=row["action"],
+        resource_type=row["resource_type"],
+        resource_id=row["resource_id"],
+        result=row["result"],
+        request_id=row["request_id"],
+        details=from_json(row["details_json"], f"audit entry {row['audit_id']}"),
+        created_at=from_ms(row["created_at_ms"]),
+    )
+
+
+def _unknown(kind: type[StrEnum], what: str, status: str) -> RuntimeRepoError:
+    return RuntimeRepoError(
+        f"{what} has the unknown status {status!r}; known are {', '.join(kind)}: "
+        "a newer release or another program wrote it"
     )
 
 
@@ -294,17 +408,28 @@ def is_text(value: str) -> bool:
     return _NO_TEXT.search(value) is None
 
 
-def check_count(name: str, value: int, *, least: int = 1) -> int:
+def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1) -> int:
     """A number of things that both databases can store as an integer."""
-    if not isinstance(value, int) or not least <= value < 2**31:
-        raise ConfigurationError(f"{name} is {value!r}: expected a whole number from {least} to {2**31 - 1}")
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ConfigurationError(f"{name} is {value!r}: expected a whole number from {least} to {most}")
     return value
+
+
+def check_choice(name: str, kind: type[S], value: str) -> S:
+    """One of the members of an enumeration."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigurationError(f"{name} is {value!r}: expected one of {', '.join(kind)}") from None
 
 
 def to_json(name: str, value: Any) -> str | None:
     """Canonical JSON, so that equal values are equal text; None is stored as NULL."""
-    if value is None:
-        return None
+    return None if value is None else json_text(name, value)
+
+
+def json_text(name: str, value: Any) -> str:
+    """Canonical JSON also of None, where that is a value like any other."""
     try:
         text = _CANONICAL.encode(value)
     except (TypeError, ValueError, RecursionError) as error:
@@ -317,9 +442,12 @@ def to_json(name: str, value: Any) -> str | None:
     return text
 
 
-def from_json(text: str | None) -> Any:
-    """The value of a ``_json`` column."""
-    return None if text is None else json.loads(text)
+def from_json(text: str | None, what: str = "a row") -> Any:
+    """The value of a ``_json`` column; *what* it is of is for the error."""
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RuntimeRepoError(f"{what} holds what is no JSON ({error}): another program wrote it") from None
 
 
 def new_id() -> str:

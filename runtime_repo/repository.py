@@ -14,8 +14,11 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from runtime_repo.attempts import Attempts
+from runtime_repo.audit import Audit
 from runtime_repo.database import Backend, Database, Queries, Row, Source, Statements, Watch, finish
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
+from runtime_repo.interrupts import Interrupts
+from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
 from runtime_repo.schema import Policy, SchemaReport, ensure_schema, load_migrations
 
@@ -28,11 +31,17 @@ class Stores:
 
     Attributes:
         attempts: Units of work: enqueue, complete, fail.
+        audit: Who did what: append, list.
+        interrupts: Questions and their answers: create, resume, cancel.
+        jobs: What the application says of its threads: upsert, get, list.
         leases: Ownership of attempts: claim, heartbeat, requeue_expired.
     """
 
     def __init__(self, queries: Source) -> None:
         self.attempts = Attempts(queries)
+        self.audit = Audit(queries)
+        self.interrupts = Interrupts(queries)
+        self.jobs = Jobs(queries)
         self.leases = Leases(queries)
 
 

@@ -37,6 +37,18 @@ async def repo(factory: Factory) -> AsyncIterator[RuntimeRepository]:
         yield repository
 
 
+def runtime_schema(repo: RuntimeRepository) -> str:
+    """The name, quoted, of the schema that the tables are in."""
+    tokens: dict[str, str] = getattr(repo._database, "tokens", {"schema": "main"})
+    return tokens["schema"]
+
+
+async def execute(repo: RuntimeRepository, statement: str) -> None:
+    """Run a statement of another program's; ``{schema}`` stands for the runtime schema."""
+    async with repo.transaction() as transaction:
+        await transaction.connection.execute(statement.replace("{schema}", runtime_schema(repo)))
+
+
 class Clock:
     """The time that a test passes to the verbs instead of waiting for it."""
 

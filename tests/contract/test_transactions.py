@@ -15,7 +15,7 @@ from runtime_repo import (
     RuntimeRepository,
     RuntimeTransaction,
 )
-from tests.contract.conftest import Factory
+from tests.contract.conftest import Factory, execute, runtime_schema
 
 
 async def ids(repo: RuntimeRepository | RuntimeTransaction) -> list[str]:
@@ -58,9 +58,8 @@ async def test_verbs_fail_together(repo: RuntimeRepository) -> None:
 
 async def test_the_applications_own_statements_are_part_of_it(repo: RuntimeRepository) -> None:
     """An order and its attempt are stored both, or neither; an error of the application's SQL is the driver's."""
-    orders = getattr(repo._database, "tokens", {"schema": "main"})["schema"] + ".orders"
-    async with repo.transaction() as transaction:
-        await transaction.connection.execute(f"create table {orders} (name text primary key)")
+    orders = f"{runtime_schema(repo)}.orders"
+    await execute(repo, f"create table {orders} (name text primary key)")
 
     async def order(name: str) -> None:
         async with repo.transaction() as transaction:

@@ -15,7 +15,11 @@ from runtime_repo import (
     AppliedMigration,
     Attempt,
     AttemptStatus,
+    AuditEntry,
     Difference,
+    Interrupt,
+    InterruptStatus,
+    Job,
     Lease,
     LeaseLostError,
     LockHolder,
@@ -114,6 +118,52 @@ async def a_worker_claims_and_finishes(repo: RuntimeRepository) -> None:
     assert_type(attempt.payload, Any)
     assert_type(attempt.retry_at, datetime | None)
     assert_type(attempt.worker_id, str | None)
+
+
+async def a_person_answers(repo: RuntimeRepository) -> None:
+    """The verbs on interrupts, and how the next attempt comes of an answer."""
+    interrupt = await repo.interrupts.create("thread", "run", "a", {"ask": "go on?"}, interrupt_id="i")
+    assert_type(interrupt, Interrupt)
+    assert_type(interrupt.status, InterruptStatus)
+    assert_type((interrupt.value, interrupt.resume_payload), tuple[Any, Any])
+    assert_type((interrupt.resume_payload_hash, interrupt.resumed_at), tuple[str | None, datetime | None])
+    assert_type(await repo.interrupts.get("i"), Interrupt)
+    assert_type(await repo.interrupts.find("i"), Interrupt | None)
+    pending = await repo.interrupts.list(thread_id="thread", status=InterruptStatus.PENDING, after="i", limit=10)
+    assert_type(pending, Sequence[Interrupt])
+    async with repo.transaction() as transaction:
+        assert_type(await transaction.interrupts.resume("i", {"go": True}), Interrupt)
+        await transaction.attempts.enqueue("run", attempt_id="after-i")
+    assert_type(await repo.interrupts.cancel("i"), Interrupt)
+
+
+async def an_application_keeps_its_books(repo: RuntimeRepository) -> None:
+    """The verbs on jobs and audit entries."""
+    job = await repo.jobs.upsert("thread", "active")
+    assert_type(job, Job)
+    assert_type((job.status, job.created_at, job.updated_at), tuple[str, datetime, datetime])
+    assert_type(await repo.jobs.get("thread"), Job)
+    assert_type(await repo.jobs.find("thread"), Job | None)
+    assert_type(await repo.jobs.list(status="active", after="thread", limit=10), Sequence[Job])
+    entry = await repo.audit.append(
+        actor_type="user",
+        actor_id="u-1",
+        actor_role="admin",
+        action="job.cancel",
+        resource_type="job",
+        resource_id="thread",
+        result="ok",
+        request_id="r-1",
+        details={"why": "asked to"},
+    )
+    assert_type(entry, AuditEntry)
+    assert_type((entry.audit_id, entry.actor_id, entry.created_at), tuple[int, str | None, datetime])
+    hour = timedelta(hours=1)
+    entries = await repo.audit.list(
+        action="job.cancel", since=entry.created_at - hour, until=entry.created_at, after=entry.audit_id, limit=10
+    )
+    assert_type(entries, Sequence[AuditEntry])
+    assert_type(await repo.audit.list(request_id="r-1"), Sequence[AuditEntry])
 
 
 async def verbs_commit_together(embedded: SqliteRuntimeRepository, shared: PostgresRuntimeRepository) -> None:

@@ -1,0 +1,104 @@
+"""Audit: who did what to what, and how it went. Entries are added and read; no verb changes or deletes one."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from runtime_repo.database import Queries
+from runtime_repo.errors import NotFoundError
+from runtime_repo.records import AuditEntry, audit_entry_from_row, check_count, check_id, instant_ms, to_json
+
+__all__ = ["Audit"]
+
+_FIRST, _LAST = -(2**63), 2**63 - 1
+"""Before and after every id and every instant."""
+
+
+class Audit:
+    """
+    The verbs on audit entries.
+
+    *now* is for tests: it stands in for the database's clock.
+    """
+
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
+
+    async def append(
+        self,
+        *,
+        actor_type: str,
+        action: str,
+        resource_type: str,
+        result: str,
+        request_id: str,
+        actor_id: str | None = None,
+        actor_role: str | None = None,
+        resource_id: str | None = None,
+        details: Any = None,
+        now: datetime | None = None,
+    ) -> AuditEntry:
+        """
+        Add an entry, in the application's own words.
+
+        Repeating the call adds a second entry: a call that was cancelled or timed out may have happened, and a log
+        rather holds an act twice than not at all. Entries of one act have its *request_id* in common. In a
+        ``repo.transaction()`` the entry is stored if, and only if, what it tells of is.
+        """
+        rows = await self._queries.fetch(
+            "audit.append",
+            check_id("actor_type", actor_type),
+            _maybe_id("actor_id", actor_id),
+            _maybe_id("actor_role", actor_role),
+            check_id("action", action),
+            check_id("resource_type", resource_type),
+            _maybe_id("resource_id", resource_id),
+            check_id("result", result),
+            check_id("request_id", request_id),
+            to_json("details", details),
+            instant_ms("now", now),
+        )
+        return audit_entry_from_row(rows[0])
+
+    async def list(
+        self,
+        *,
+        request_id: str | None = None,
+        action: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: int | None = None,
+        limit: int = 100,
+    ) -> Sequence[AuditEntry]:
+        """
+        Return one page of the entries of a request or an action, or of all, the newest first.
+
+        *since* is included and *until* is not, both to the millisecond. Pass the ``audit_id`` of the last entry of a
+        page as *after* to get the next, which is older; a page shorter than *limit* is the last. What is added
+        meanwhile is newer and moves no page. A page reads no more than it returns, of a request all its entries.
+
+        Raises:
+            NotFoundError: There is no entry *after*: it was deleted by other means.
+        """
+        start = _FIRST if since is None else instant_ms("since", since)
+        end = (_LAST if until is None else instant_ms("until", until), _FIRST)
+        size = check_count("limit", limit)
+        of_request, of_action = _maybe_id("request_id", request_id), _maybe_id("action", action)
+        if after is not None:
+            last = check_count("after", after, most=_LAST)
+            moments = await self._queries.fetch("audit.find_moment", last)
+            if not moments:
+                raise NotFoundError("audit entry", str(last))
+            end = min(end, (moments[0]["created_at_ms"], last))
+        page = (start, *end, size)
+        if of_request is not None:
+            rows = await self._queries.fetch("audit.list_by_request", *page, of_request, of_action)
+        elif of_action is not None:
+            rows = await self._queries.fetch("audit.list_by_action", *page, of_action)
+        else:
+            rows = await self._queries.fetch("audit.list", *page)
+        return [audit_entry_from_row(row) for row in rows]
+
+
+def _maybe_id(name: str, value: str | None) -> str | None:
+    return None if value is None else check_id(name, value)

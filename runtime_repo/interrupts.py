@@ -1,0 +1,159 @@
+"""Interrupts: questions that a run leaves behind, each answered once, by whoever comes first."""
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from runtime_repo.database import Queries
+from runtime_repo.errors import InvalidTransitionError, NotFoundError, PayloadMismatchError
+from runtime_repo.records import (
+    Interrupt,
+    InterruptStatus,
+    check_choice,
+    check_count,
+    check_id,
+    instant_ms,
+    interrupt_from_row,
+    json_text,
+    new_id,
+)
+
+__all__ = ["Interrupts"]
+
+
+class Interrupts:
+    """
+    The verbs on interrupts. Every write is safe to repeat: a call that was cancelled or timed out may have happened.
+
+    An interrupt does not change an attempt. A worker that needs an answer creates the interrupt and completes its
+    attempt; whoever answers resumes the interrupt and enqueues the next attempt, each in one ``repo.transaction()``.
+
+    *now* is for tests: it stands in for the database's clock.
+    """
+
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
+
+    async def create(
+        self,
+        thread_id: str,
+        run_id: str,
+        attempt_id: str,
+        value: Any,
+        *,
+        interrupt_id: str | None = None,
+        now: datetime | None = None,
+    ) -> Interrupt:
+        """
+        Ask a question, once: *value* is any JSON, None included.
+
+        Repeating the call with the same *interrupt_id* returns the interrupt that is stored, as it is by now. Without
+        an id a time-ordered one is made, and every call is another interrupt. Neither the thread nor the attempt need
+        be stored here.
+
+        Raises:
+            PayloadMismatchError: The id is stored already with another thread, run, attempt or value.
+        """
+        interrupt_id = new_id() if interrupt_id is None else check_id("interrupt_id", interrupt_id)
+        given = {
+            "thread_id": check_id("thread_id", thread_id),
+            "run_id": check_id("run_id", run_id),
+            "attempt_id": check_id("attempt_id", attempt_id),
+            "value": json_text("value", value),
+        }
+        rows = await self._queries.fetch("interrupts.create", interrupt_id, *given.values(), instant_ms("now", now))
+        if rows:
+            return interrupt_from_row(rows[0])
+        stored = await self.get(interrupt_id)
+        found = {
+            "thread_id": stored.thread_id,
+            "run_id": stored.run_id,
+            "attempt_id": stored.attempt_id,
+            # An earlier program may have spelt it differently.
+            "value": json_text("value", stored.value),
+        }
+        if differing := [name for name in given if found[name] != given[name]]:
+            raise PayloadMismatchError("interrupt", interrupt_id, differing)
+        return stored
+
+    async def get(self, interrupt_id: str) -> Interrupt:
+        """
+        Return an interrupt.
+
+        Raises:
+            NotFoundError: There is none with this id.
+        """
+        interrupt = await self.find(interrupt_id)
+        if interrupt is None:
+            raise NotFoundError("interrupt", interrupt_id)
+        return interrupt
+
+    async def find(self, interrupt_id: str) -> Interrupt | None:
+        """Return an interrupt, or None."""
+        rows = await self._queries.fetch("interrupts.find", check_id("interrupt_id", interrupt_id))
+        return interrupt_from_row(rows[0]) if rows else None
+
+    async def list(
+        self,
+        *,
+        thread_id: str | None = None,
+        status: InterruptStatus | None = None,
+        after: str = "",
+        limit: int = 100,
+    ) -> Sequence[Interrupt]:
+        """
+        Return one page of the interrupts of a thread or a status, or of all, ordered by id.
+
+        Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
+        text may differ between databases. A thread and a status are looked up, and a page reads all that have it.
+        """
+        page = (after and check_id("after", after), check_count("limit", limit))
+        wanted = None if status is None else check_choice("status", InterruptStatus, status)
+        if thread_id is not None:
+            thread = check_id("thread_id", thread_id)
+            rows = await self._queries.fetch("interrupts.list_by_thread", thread, *page, wanted)
+        elif wanted is not None:
+            rows = await self._queries.fetch("interrupts.list_by_status", wanted, *page)
+        else:
+            rows = await self._queries.fetch("interrupts.list", *page)
+        return [interrupt_from_row(row) for row in rows]
+
+    async def resume(self, interrupt_id: str, payload: Any, *, now: datetime | None = None) -> Interrupt:
+        """
+        Answer the question, once: *payload* is any JSON, and None is an answer like any other.
+
+        The first answer stays. Repeating the call with the same payload, equal as JSON whatever the order of its
+        keys, returns the interrupt as it was answered. Of rivals with different payloads one wins; in a
+        ``repo.transaction()`` the others wait for its end before they learn which.
+
+        Raises:
+            NotFoundError: There is none with this id.
+            PayloadMismatchError: It was answered with another payload: read the answer that counts.
+            InvalidTransitionError: It was cancelled, or an earlier program resumed it and left no answer to compare.
+        """
+        text = json_text("payload", payload)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        rows = await self._queries.fetch(
+            "interrupts.resume", check_id("interrupt_id", interrupt_id), text, digest, instant_ms("now", now)
+        )
+        interrupt = interrupt_from_row(rows[0]) if rows else await self.get(interrupt_id)
+        if interrupt.resume_payload_hash is None:
+            raise InvalidTransitionError("interrupt", interrupt_id, status=interrupt.status, verb="resume")
+        if interrupt.resume_payload_hash != digest:
+            raise PayloadMismatchError("interrupt", interrupt_id, ["resume_payload"])
+        return interrupt
+
+    async def cancel(self, interrupt_id: str) -> Interrupt:
+        """
+        Withdraw a question that nobody has answered. Repeating the call changes nothing.
+
+        Raises:
+            NotFoundError: There is none with this id.
+            InvalidTransitionError: It has been answered already.
+        """
+        rows = await self._queries.fetch("interrupts.cancel", check_id("interrupt_id", interrupt_id))
+        interrupt = interrupt_from_row(rows[0]) if rows else await self.get(interrupt_id)
+        if interrupt.status is not InterruptStatus.CANCELLED:
+            raise InvalidTransitionError("interrupt", interrupt_id, status=interrupt.status, verb="cancel")
+        return interrupt

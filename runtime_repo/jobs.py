@@ -1,0 +1,65 @@
+"""Jobs: how each thread is doing, in the application's own words."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from runtime_repo.database import Queries
+from runtime_repo.errors import NotFoundError
+from runtime_repo.records import Job, check_count, check_id, instant_ms, job_from_row
+
+__all__ = ["Jobs"]
+
+
+class Jobs:
+    """
+    The verbs on jobs.
+
+    *now* is for tests: it stands in for the database's clock.
+    """
+
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
+
+    async def upsert(self, thread_id: str, status: str, *, now: datetime | None = None) -> Job:
+        """
+        Say how a thread is doing, whether it was heard of before or not.
+
+        The status is the application's own: any text of 1 to 512 characters. ``created_at`` is kept and
+        ``updated_at`` moves, also when the status is the one that is stored. Repeating the call is safe; of two that
+        differ the one that comes last stays.
+        """
+        rows = await self._queries.fetch(
+            "jobs.upsert", check_id("thread_id", thread_id), check_id("status", status), instant_ms("now", now)
+        )
+        return job_from_row(rows[0])
+
+    async def get(self, thread_id: str) -> Job:
+        """
+        Return a thread's job.
+
+        Raises:
+            NotFoundError: The thread has none.
+        """
+        job = await self.find(thread_id)
+        if job is None:
+            raise NotFoundError("job", thread_id)
+        return job
+
+    async def find(self, thread_id: str) -> Job | None:
+        """Return a thread's job, or None."""
+        rows = await self._queries.fetch("jobs.find", check_id("thread_id", thread_id))
+        return job_from_row(rows[0]) if rows else None
+
+    async def list(self, *, status: str | None = None, after: str = "", limit: int = 100) -> Sequence[Job]:
+        """
+        Return one page of the jobs, of one status or of all, ordered by thread.
+
+        Pass the last thread of a page as *after* to get the next; a page shorter than *limit* is the last. The order
+        of text may differ between databases. A status is looked up, and a page reads all that have it.
+        """
+        page = (after and check_id("after", after), check_count("limit", limit))
+        if status is None:
+            rows = await self._queries.fetch("jobs.list", *page)
+        else:
+            rows = await self._queries.fetch("jobs.list_by_status", check_id("status", status), *page)
+        return [job_from_row(row) for row in rows]
