@@ -61,6 +61,63 @@ async def test_postgres_understands_every_query(
         assert max(columns.values(), default=1) == 1, name
 
 
+RARE = [
+    ("jobs.list_by_status", "idx_runtime_jobs_status", ("rare", "", 100)),
+    ("interrupts.list_by_status", "idx_runtime_interrupts_status", ("pending", "", 100)),
+    ("interrupts.list_by_thread", "idx_runtime_interrupts_thread", ("rare", "", 100, None)),
+    ("audit.list", "idx_runtime_audit_logs_created", (0, 9000, 0, 100)),
+    ("audit.list_by_action", "idx_runtime_audit_logs_action", (0, 9000, 0, 100, "rare")),
+    ("audit.list_by_request", "idx_runtime_audit_logs_request", (0, 9000, 0, 100, "r1", None)),
+]
+"""What is asked for, the index that must find it, and what it is asked with."""
+
+MANY = """
+insert into {schema}.runtime_jobs select 't' || n, <rare, done>, n, n from (<numbers>) as x;
+insert into {schema}.runtime_interrupts (interrupt_id, thread_id, run_id, attempt_id, value_json, status, created_at_ms)
+select 'i' || n, 't' || (n / 5), 'r', 'a', '1', <pending, resumed>, n from (<numbers>) as x;
+insert into {schema}.runtime_audit_logs (actor_type, action, resource_type, result, request_id, created_at_ms)
+select 'user', <rare, a>, 'job', 'ok', 'r' || n, n from (<numbers>) as x;
+"""
+
+
+def many(schema: str, numbers: str) -> str:
+    """Ten thousand rows of each, of which the last ones are rare."""
+    text = MANY.replace("{schema}", schema).replace("<numbers>", numbers)
+    return re.sub(r"<(\w+), (\w+)>", r"case when n > 9990 then '\1' else '\2' end", text)
+
+
+def test_sqlite_finds_what_is_rare_by_its_index(sqlite: sqlite3.Connection) -> None:
+    """No list walks through the table to the few rows that it returns."""
+    numbers = "with recursive c (n) as (select 1 union all select n + 1 from c where n < 10000) select n from c"
+    try:
+        sqlite.executescript(many("main", numbers))
+        for query, index, given in RARE:
+            parameters = {str(number): value for number, value in enumerate(given, 1)}
+            plan = sqlite.execute(f"explain query plan {SQLITE[query]}", parameters).fetchall()
+            assert f" USING INDEX {index} (" in plan[0][3], (query, plan[0][3])
+    finally:
+        sqlite.close()
+
+
+async def test_postgres_finds_what_is_rare_by_its_index(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """The same, also with the plan that serves every value: the planner does not know then that it is rare."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema):
+        pass
+    await postgres.execute(f"{many(postgres_schema, 'select generate_series(1, 10000) as n')} analyze;")
+    queries = load_queries("postgres", schema=postgres_schema, now_ms="0::bigint")
+    for query, index, given in RARE:
+        parameters = (await postgres.prepare(queries[query])).get_parameters()
+        await postgres.execute(f"prepare page ({', '.join(kind.name for kind in parameters)}) as {queries[query]}")
+        values = ", ".join("null" if value is None else f"'{value}'" for value in given)
+        for mode in ("force_generic_plan", "force_custom_plan"):
+            await postgres.execute(f"set plan_cache_mode = {mode}")
+            plan = "\n".join(row[0] for row in await postgres.fetch(f"explain execute page ({values})"))
+            assert f" {index} " in plan, (query, mode, plan)
+        await postgres.execute("deallocate page")
+
+
 @pytest.mark.parametrize("texts", [SQLITE, POSTGRES], ids=["sqlite", "postgres"])
 def test_every_statement_is_lower_case_and_names_its_columns(texts: dict[str, str]) -> None:
     """No ``select *``, which breaks when a column comes; no capitals outside comments and literals."""
