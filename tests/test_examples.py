@@ -80,7 +80,13 @@ class Place:
     def running(self, command: list[str]) -> Iterator["subprocess.Popen[str]"]:
         """Let it run; whatever happens, it does not outlive the test."""
         with subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process:
             try:
                 yield process
@@ -151,6 +157,19 @@ def test_of_two_workers_the_one_that_was_paused_is_refused(place: Place) -> None
         "is 2, held by nobody: stop working on it and discard the result",
         "      | the result: by the quick worker",
     ]
+
+
+def test_a_purchase_waits_for_a_person_and_is_answered_once(place: Place) -> None:
+    """Interrupted at the question, it is asked again by the next run; answered, it is not asked any more."""
+    purchase = ("pause_and_resume.py", "a boat", "12000")
+    with place.running(place.command(*purchase)) as process:
+        assert process.stdout
+        assert process.stdout.read(24) == "Pay 12000 for a boat? [y"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    assert place.run(*purchase, said="n\n") == "Pay 12000 for a boat? [y/n] a boat: declined by you\n"
+    assert place.run(*purchase, said="y\n") == "a boat: declined by you\n"
 
 
 @pytest.fixture
