@@ -23,6 +23,8 @@ from runtime_repo.errors import (
 )
 from runtime_repo.postgres import PostgresRuntimeRepository
 from runtime_repo.records import (
+    ApiKey,
+    ApiKeyStatus,
     Attempt,
     AttemptStatus,
     AuditEntry,
@@ -33,6 +35,7 @@ from runtime_repo.records import (
     NewAttempt,
     QueueStats,
     RetryPolicy,
+    StepReport,
 )
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
 from runtime_repo.schema import AppliedMigration, SchemaReport
@@ -41,6 +44,8 @@ from runtime_repo.url import repository_from_url
 from runtime_repo.worker import Handler, Worker
 
 __all__ = [
+    "ApiKey",
+    "ApiKeyStatus",
     "AppliedMigration",
     "Attempt",
     "AttemptStatus",
@@ -77,6 +82,7 @@ __all__ = [
     "SchemaReport",
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
+    "StepReport",
     "Worker",
     "repository_from_url",
 ]

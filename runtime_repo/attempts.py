@@ -26,16 +26,9 @@ from runtime_repo.records import (
     QueueStats,
     RetryPolicy,
     attempt_from_row,
-    check_count,
-    check_id,
-    instant_ms,
-    new_id,
-    new_ids,
-    queue_names,
-    span_ms,
     stats_from_row,
-    to_json,
 )
+from runtime_repo.values import check_count, check_id, instant_ms, new_id, new_ids, queue_names, span_ms, to_json
 
 __all__ = ["Attempts"]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from runtime_repo.database import Queries
 from runtime_repo.errors import NotFoundError
-from runtime_repo.records import AuditEntry, audit_entry_from_row, check_count, check_id, instant_ms, to_json
+from runtime_repo.records import AuditEntry, audit_entry_from_row
+from runtime_repo.values import check_count, check_id, instant_ms, to_json
 
 __all__ = ["Audit"]
 

@@ -7,17 +7,8 @@ from typing import Any
 
 from runtime_repo.database import Queries
 from runtime_repo.errors import InvalidTransitionError, NotFoundError, PayloadMismatchError
-from runtime_repo.records import (
-    Interrupt,
-    InterruptStatus,
-    check_choice,
-    check_count,
-    check_id,
-    instant_ms,
-    interrupt_from_row,
-    json_text,
-    new_id,
-)
+from runtime_repo.records import Interrupt, InterruptStatus, interrupt_from_row
+from runtime_repo.values import check_choice, check_count, check_id, instant_ms, json_text, new_id
 
 __all__ = ["Interrupts"]
 

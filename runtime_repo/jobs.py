@@ -5,7 +5,8 @@ from datetime import datetime
 
 from runtime_repo.database import Queries
 from runtime_repo.errors import NotFoundError
-from runtime_repo.records import Job, check_count, check_id, instant_ms, job_from_row
+from runtime_repo.records import Job, job_from_row
+from runtime_repo.values import check_count, check_id, instant_ms
 
 __all__ = ["Jobs"]
 

@@ -16,22 +16,8 @@ import anyio
 from runtime_repo.attempts import lost
 from runtime_repo.database import Queries, Row, finish
 from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LeaseLostError, RuntimeRepoError
-from runtime_repo.records import (
-    DEFAULT_QUEUE,
-    Attempt,
-    AttemptStatus,
-    Lease,
-    attempt_from_row,
-    check_count,
-    check_id,
-    from_ms,
-    instant_ms,
-    lease_from_row,
-    new_id,
-    new_ids,
-    queue_names,
-    span_ms,
-)
+from runtime_repo.records import DEFAULT_QUEUE, Attempt, AttemptStatus, Lease, attempt_from_row, lease_from_row
+from runtime_repo.values import check_count, check_id, from_ms, instant_ms, new_id, new_ids, queue_names, span_ms
 
 __all__ = ["DEFAULT_TTL", "Leases"]
 

@@ -1,26 +1,20 @@
-"""
-What the repository hands out: frozen records, their statuses, and the conversions that every noun shares.
+"""What the repository hands out: frozen records, their statuses, and how each is read from a row."""
 
-Instants are aware ``datetime`` in UTC, durations ``timedelta``; in the database both are milliseconds.
-"""
-
-import json
 import math
 import random
-import re
-import secrets
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from runtime_repo.database import Row
 from runtime_repo.errors import ConfigurationError, RuntimeRepoError
+from runtime_repo.values import check_count, from_json, from_ms, maybe_from_ms, span_ms
 
 __all__ = [
+    "ApiKey",
+    "ApiKeyStatus",
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
@@ -31,39 +25,19 @@ __all__ = [
     "NewAttempt",
     "QueueStats",
     "RetryPolicy",
+    "StepReport",
+    "api_key_from_row",
     "attempt_from_row",
     "audit_entry_from_row",
-    "check_choice",
-    "check_count",
-    "check_id",
-    "from_json",
-    "from_ms",
-    "instant_ms",
     "interrupt_from_row",
     "job_from_row",
-    "json_text",
     "lease_from_row",
-    "new_id",
-    "new_ids",
-    "queue_names",
-    "span_ms",
     "stats_from_row",
-    "to_json",
+    "step_report_from_row",
 ]
-
-MAX_ID_LENGTH = 512
-MAX_SPAN_MS = 1000 * 366 * 86_400_000
-MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 
 DEFAULT_QUEUE = "default"
 DEFAULT_MAX_ATTEMPTS = 10
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
-# Made once: json.dumps makes one for each value, unless it is to write what it writes by default.
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-S = TypeVar("S", bound=StrEnum)
 
 
 class AttemptStatus(StrEnum):
@@ -200,6 +174,44 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a worker reported of one step of an attempt, stored once for each dedupe token."""
+
+    report_id: int
+    """It grows with every report of the same attempt."""
+    attempt_id: str
+    action_id: str
+    status: str
+    """In the worker's own words."""
+    dedupe_token: str
+    payload: Any
+    worker_id: str
+    lease_version: int | None
+    """The fencing token under which it was reported; None from version 1."""
+    created_at: datetime
+    is_duplicate: bool = field(default=False, compare=False)
+    """Whether the ``record`` that returned it found it stored already."""
+
+
+class ApiKeyStatus(StrEnum):
+    """Whether an API key authenticates."""
+
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """What may be known of an API key: neither its secret nor the hash of it."""
+
+    key_id: str
+    role: str
+    status: ApiKeyStatus
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What the application says of a thread: one row for each, with a status in the application's own words."""
 
@@ -273,9 +285,9 @@ def attempt_from_row(row: Row) -> Attempt:
         lease_version=row["lease_version"],
         worker_id=row["worker_id"],
         enqueued_at=from_ms(row["enqueued_at_ms"]),
-        retry_at=_maybe_from_ms(row["retry_at_ms"]),
-        started_at=_maybe_from_ms(row["started_at_ms"]),
-        finished_at=_maybe_from_ms(row["finished_at_ms"]),
+        retry_at=maybe_from_ms(row["retry_at_ms"]),
+        started_at=maybe_from_ms(row["started_at_ms"]),
+        finished_at=maybe_from_ms(row["finished_at_ms"]),
         result=from_json(row["result_json"]),
         error=row["error"],
     )
@@ -330,7 +342,7 @@ def interrupt_from_row(row: Row) -> Interrupt:
         created_at=from_ms(row["created_at_ms"]),
         resume_payload=from_json(row["resume_payload_json"], what),
         resume_payload_hash=row["resume_payload_hash"],
-        resumed_at=_maybe_from_ms(row["resumed_at_ms"]),
+        resumed_at=maybe_from_ms(row["resumed_at_ms"]),
     )
 
 
@@ -351,116 +363,39 @@ def audit_entry_from_row(row: Row) -> AuditEntry:
     )
 
 
+def step_report_from_row(row: Row, *, is_duplicate: bool = False) -> StepReport:
+    """A step report from the columns that every statement on step reports returns."""
+    return StepReport(
+        report_id=row["report_id"],
+        attempt_id=row["attempt_id"],
+        action_id=row["action_id"],
+        status=row["status"],
+        dedupe_token=row["dedupe_token"],
+        payload=from_json(row["payload_json"], f"step report {row['report_id']}"),
+        worker_id=row["worker_id"],
+        lease_version=row["lease_version"],
+        created_at=from_ms(row["created_at_ms"]),
+        is_duplicate=is_duplicate,
+    )
+
+
+def api_key_from_row(row: Row) -> ApiKey:
+    """An API key from the columns that every statement on API keys returns."""
+    try:
+        status = ApiKeyStatus(row["status"])
+    except ValueError:
+        raise _unknown(ApiKeyStatus, f"API key {row['key_id']!r}", row["status"]) from None
+    return ApiKey(
+        key_id=row["key_id"],
+        role=row["role"],
+        status=status,
+        created_at=from_ms(row["created_at_ms"]),
+        updated_at=from_ms(row["updated_at_ms"]),
+    )
+
+
 def _unknown(kind: type[StrEnum], what: str, status: str) -> RuntimeRepoError:
     return RuntimeRepoError(
         f"{what} has the unknown status {status!r}; known are {', '.join(kind)}: "
         "a newer release or another program wrote it"
     )
-
-
-@lru_cache(maxsize=128)  # what one statement wrote has one time, and is read together
-def from_ms(value: int) -> datetime:
-    """The instant that a ``_ms`` column holds."""
-    return _EPOCH + timedelta(milliseconds=value)
-
-
-def _maybe_from_ms(value: int | None) -> datetime | None:
-    return None if value is None else from_ms(value)
-
-
-def instant_ms(name: str, value: datetime | None) -> int | None:
-    """An aware instant in milliseconds since the epoch; None stays None."""
-    if value is None:
-        return None
-    if value.tzinfo is None:
-        raise ConfigurationError(f"{name} is {value!r}, without a time zone: pass an aware datetime, such as UTC")
-    return (value - _EPOCH) // timedelta(milliseconds=1)
-
-
-def span_ms(name: str, value: timedelta, *, positive: bool = False) -> int:
-    """A duration in milliseconds; never negative, and not zero where it must be positive."""
-    milliseconds = value // timedelta(milliseconds=1)
-    if not (1 if positive else 0) <= milliseconds <= MAX_SPAN_MS:
-        raise ConfigurationError(
-            f"{name} is {value!r}: expected {'at least a millisecond' if positive else '0 or more'}, at most 1000 years"
-        )
-    return milliseconds
-
-
-def check_id(name: str, value: str) -> str:
-    """An id or a name that both databases can store."""
-    if not isinstance(value, str) or not value or len(value) > MAX_ID_LENGTH or not is_text(value):
-        shown = repr(value) if not isinstance(value, str) or len(value) <= 80 else f"{len(value)} characters long"
-        raise ConfigurationError(f"{name} is {shown}: expected 1 to {MAX_ID_LENGTH} characters without NUL")
-    return value
-
-
-def queue_names(queues: str | Sequence[str]) -> Sequence[str]:
-    """The queues that are named, each once."""
-    names = list(dict.fromkeys([queues] if isinstance(queues, str) else queues))
-    if not names:
-        raise ConfigurationError("queues is empty: expected the name of a queue, or several")
-    return [check_id("queues", name) for name in names]
-
-
-def is_text(value: str) -> bool:
-    """Whether both databases can store it: neither takes a lone surrogate, PostgreSQL takes no NUL."""
-    return _NO_TEXT.search(value) is None
-
-
-def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1) -> int:
-    """A number of things that both databases can store as an integer."""
-    if not isinstance(value, int) or not least <= value <= most:
-        raise ConfigurationError(f"{name} is {value!r}: expected a whole number from {least} to {most}")
-    return value
-
-
-def check_choice(name: str, kind: type[S], value: str) -> S:
-    """One of the members of an enumeration."""
-    try:
-        return kind(value)
-    except ValueError:
-        raise ConfigurationError(f"{name} is {value!r}: expected one of {', '.join(kind)}") from None
-
-
-def to_json(name: str, value: Any) -> str | None:
-    """Canonical JSON, so that equal values are equal text; None is stored as NULL."""
-    return None if value is None else json_text(name, value)
-
-
-def json_text(name: str, value: Any) -> str:
-    """Canonical JSON also of None, where that is a value like any other."""
-    try:
-        text = _CANONICAL.encode(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{name} cannot be stored as JSON: {error}") from None
-    if len(text) > MAX_PAYLOAD_BYTES:
-        raise ConfigurationError(
-            f"{name} is {len(text)} bytes of JSON: expected at most {MAX_PAYLOAD_BYTES}; store it elsewhere "
-            "and pass a reference"
-        )
-    return text
-
-
-def from_json(text: str | None, what: str = "a row") -> Any:
-    """The value of a ``_json`` column; *what* it is of is for the error."""
-    try:
-        return None if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RuntimeRepoError(f"{what} holds what is no JSON ({error}): another program wrote it") from None
-
-
-def new_id() -> str:
-    """A unique id whose text order is the order of creation, to the millisecond (the layout of UUID version 7)."""
-    return next(new_ids())
-
-
-def new_ids() -> Iterator[str]:
-    """Unique ids, each of which comes after the one before it in the order of text."""
-    head = time.time_ns() // 1_000_000
-    start = f"{head >> 16:08x}-{head & 0xFFFF:04x}-7"
-    # The uppermost random bit is left clear, so that counting on does not overflow.
-    tail = secrets.randbits(73)
-    while True:
-        yield f"{start}{tail >> 62:03x}-{0x8000 | tail >> 48 & 0x3FFF:04x}-{tail & 0xFFFF_FFFF_FFFF:012x}"
-        tail += 1 + random.getrandbits(16)

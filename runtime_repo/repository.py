@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
+from runtime_repo.api_keys import ApiKeys
 from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
 from runtime_repo.database import Backend, Database, Queries, Row, Source, Statements, Watch, finish
@@ -21,6 +22,7 @@ from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
 from runtime_repo.schema import Policy, SchemaReport, ensure_schema, load_migrations
+from runtime_repo.step_reports import StepReports
 
 __all__ = ["RuntimeRepository", "RuntimeTransaction"]
 
@@ -30,19 +32,23 @@ class Stores:
     The nouns, each with its verbs.
 
     Attributes:
+        api_keys: Who may use the application: put, authenticate, set_active.
         attempts: Units of work: enqueue, complete, fail.
         audit: Who did what: append, list.
         interrupts: Questions and their answers: create, resume, cancel.
         jobs: What the application says of its threads: upsert, get, list.
         leases: Ownership of attempts: claim, heartbeat, requeue_expired.
+        step_reports: What was done within an attempt: record, list.
     """
 
     def __init__(self, queries: Source) -> None:
+        self.api_keys = ApiKeys(queries)
         self.attempts = Attempts(queries)
         self.audit = Audit(queries)
         self.interrupts = Interrupts(queries)
         self.jobs = Jobs(queries)
         self.leases = Leases(queries)
+        self.step_reports = StepReports(queries)
 
 
 class RuntimeTransaction(Stores):

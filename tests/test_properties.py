@@ -33,8 +33,8 @@ from runtime_repo.catalog import (
 )
 from runtime_repo.catalog_sqlite import catalog_from_rows
 from runtime_repo.queries import fill, split_statements
-from runtime_repo.records import from_json, new_id, to_json
 from runtime_repo.schema import Migrate, Migration, Policy, Refuse, Serve, decide, load_migrations
+from runtime_repo.values import from_json, new_id, to_json
 
 settings.register_profile("runtime_repo", deadline=None, max_examples=100, derandomize=True, database=None)
 settings.load_profile("runtime_repo")

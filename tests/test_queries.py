@@ -118,6 +118,45 @@ async def test_postgres_finds_what_is_rare_by_its_index(
         await postgres.execute("deallocate page")
 
 
+MANY_REPORTS = """
+insert into {schema}.runtime_step_reports (worker_id, attempt_id, action_id, status, dedupe_token, created_at_ms)
+  with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < 20000)
+select 'worker', 'a' || (n % 100), 'x', 'done', 't' || n, n from numbers
+"""
+
+
+async def test_sqlite_reads_no_other_attempts_reports(sqlite: sqlite3.Connection) -> None:
+    """A page of reports is looked up by the attempt, with statistics and without."""
+    try:
+        sqlite.execute(MANY_REPORTS.format(schema="main"))
+        for preparation in ("select 1", "analyze"):
+            sqlite.execute(preparation).fetchall()
+            query = f"explain query plan {SQLITE['step_reports.list']}"
+            plan = [row[3] for row in sqlite.execute(query, {"1": "a5", "2": 0, "3": 10})]
+            assert "(attempt_id=?)" in plan[0]
+    finally:
+        sqlite.close()
+
+
+async def test_postgres_reads_no_other_attempts_reports(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """A page of reports is looked up by the attempt, in a generic plan and in one made for the arguments."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema):
+        pass
+    await postgres.execute(MANY_REPORTS.format(schema=postgres_schema))
+    await postgres.execute(f"analyze {postgres_schema}.runtime_step_reports")
+    query = load_queries("postgres", schema=postgres_schema, now_ms="0::bigint")["step_reports.list"]
+    await postgres.execute("prepare page as " + re.sub("--.*", "", query))
+    for mode in ("force_generic_plan", "force_custom_plan"):
+        await postgres.execute(f"set plan_cache_mode = {mode}")
+        for arguments in ("'a5', 0, 3", "'a5', 0, 100", "'nobody', 0, 100", "'a5', 19000, 100"):
+            lines = [row[0] for row in await postgres.fetch(f"explain (costs off) execute page ({arguments})")]
+            conditions = [line for line in lines if "Index Cond" in line]
+            assert conditions, lines
+            assert all("attempt_id" in line for line in conditions), lines
+
+
 @pytest.mark.parametrize("texts", [SQLITE, POSTGRES], ids=["sqlite", "postgres"])
 def test_every_statement_is_lower_case_and_names_its_columns(texts: dict[str, str]) -> None:
     """No ``select *``, which breaks when a column comes; no capitals outside comments and literals."""

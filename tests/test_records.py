@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime_repo import ConfigurationError, RetryPolicy
-from runtime_repo.records import new_ids
+from runtime_repo.values import new_ids
 
 SECOND = timedelta(seconds=1)
 

@@ -12,6 +12,8 @@ from typing import Any, assert_type
 import asyncpg
 
 from runtime_repo import (
+    ApiKey,
+    ApiKeyStatus,
     AppliedMigration,
     Attempt,
     AttemptStatus,
@@ -38,6 +40,7 @@ from runtime_repo import (
     SchemaReport,
     SchemaTooNewError,
     SqliteRuntimeRepository,
+    StepReport,
     repository_from_url,
 )
 
@@ -164,6 +167,30 @@ async def an_application_keeps_its_books(repo: RuntimeRepository) -> None:
     )
     assert_type(entries, Sequence[AuditEntry])
     assert_type(await repo.audit.list(request_id="r-1"), Sequence[AuditEntry])
+
+
+async def a_worker_reports_its_steps(repo: RuntimeRepository, lease: Lease) -> None:
+    """The verbs on step reports."""
+    report = await repo.step_reports.record(lease, "download", "done", "token", {"bytes": 7})
+    assert_type(report, StepReport)
+    assert_type((report.report_id, report.lease_version), tuple[int, int | None])
+    assert_type(report.is_duplicate, bool)
+    assert_type(report.payload, Any)
+    assert_type(await repo.step_reports.list("a", after=report.report_id, limit=10), Sequence[StepReport])
+
+
+async def a_caller_is_authenticated(repo: RuntimeRepository) -> None:
+    """The verbs on API keys."""
+    if not await repo.api_keys.any():
+        assert_type(await repo.api_keys.put("key", "secret", role="admin"), ApiKey)
+    key = await repo.api_keys.authenticate("key", "secret")
+    assert_type(key, ApiKey | None)
+    if key is not None:
+        assert_type((key.role, key.status, key.updated_at), tuple[str, ApiKeyStatus, datetime])
+    assert_type(await repo.api_keys.set_active("key", active=False), ApiKey)
+    assert_type(await repo.api_keys.get("key"), ApiKey)
+    assert_type(await repo.api_keys.find("key"), ApiKey | None)
+    assert_type(await repo.api_keys.list(after="key", limit=10), Sequence[ApiKey])
 
 
 async def verbs_commit_together(embedded: SqliteRuntimeRepository, shared: PostgresRuntimeRepository) -> None:

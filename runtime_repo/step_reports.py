@@ -1,0 +1,92 @@
+"""Step reports: what a worker says it did within an attempt, each stored once."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from runtime_repo.attempts import lost
+from runtime_repo.database import Queries
+from runtime_repo.errors import PayloadMismatchError
+from runtime_repo.records import Lease, StepReport, step_report_from_row
+from runtime_repo.values import check_count, check_id, instant_ms, to_json
+
+__all__ = ["StepReports"]
+
+
+class StepReports:
+    """
+    The verbs on step reports, which nothing changes or deletes.
+
+    *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
+    """
+
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
+
+    async def record(
+        self,
+        lease: Lease,
+        action_id: str,
+        status: str,
+        dedupe_token: str,
+        payload: Any = None,
+        *,
+        now: datetime | None = None,
+    ) -> StepReport:
+        """
+        Store what was done in a step of the attempt, once for each *dedupe_token* of the attempt.
+
+        Repeating the call returns the report that is stored, with ``is_duplicate``, also after this lease has ended.
+        So does the call of a later try that holds the attempt now: the step was done before. A report is accepted for
+        as long as a result would be, even when the lease has run out meanwhile.
+
+        Raises:
+            LeaseLostError: The attempt is no longer this lease's to report on: stop working.
+            PayloadMismatchError: The dedupe token is stored already with another action, status or payload.
+        """
+        given = {
+            "action_id": check_id("action_id", action_id),
+            "status": check_id("status", status),
+            "payload": to_json("payload", payload),
+        }
+        token = check_id("dedupe_token", dedupe_token)
+        rows = await self._queries.fetch(
+            "step_reports.record",
+            lease.attempt_id,
+            lease.version,
+            lease.worker_id,
+            given["action_id"],
+            given["status"],
+            token,
+            given["payload"],
+            instant_ms("now", now),
+        )
+        if rows:
+            return step_report_from_row(rows[0])
+        rows = await self._queries.fetch("step_reports.recorded", lease.attempt_id, lease.version, token)
+        if not rows:
+            raise await lost(self._queries, lease)
+        stored = step_report_from_row(rows[0], is_duplicate=True)
+        found = {
+            "action_id": stored.action_id,
+            "status": stored.status,
+            "payload": to_json("payload", stored.payload),
+        }
+        if differing := [name for name in given if found[name] != given[name]]:
+            raise PayloadMismatchError("step report", token, differing)
+        return stored
+
+    async def list(self, attempt_id: str, *, after: int = 0, limit: int = 100) -> Sequence[StepReport]:
+        """
+        Return one page of an attempt's reports, in the order in which they were stored.
+
+        Pass the last ``report_id`` of a page as *after* to get the next, also later: whatever is stored after a page
+        was read comes after it.
+        """
+        rows = await self._queries.fetch(
+            "step_reports.list",
+            check_id("attempt_id", attempt_id),
+            check_count("after", after, least=0, most=2**63 - 1),
+            check_count("limit", limit),
+        )
+        return [step_report_from_row(row) for row in rows]

@@ -1,0 +1,155 @@
+"""
+Values that cross the border to the database, for every noun: identifiers, numbers, instants, durations and JSON.
+
+Instants are aware ``datetime`` in UTC, durations ``timedelta``; in the database both are milliseconds. What cannot be
+meant is refused here, before anything is written.
+"""
+
+import json
+import random
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from runtime_repo.errors import ConfigurationError, RuntimeRepoError
+
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_id",
+    "from_json",
+    "from_ms",
+    "instant_ms",
+    "is_text",
+    "json_text",
+    "maybe_from_ms",
+    "new_id",
+    "new_ids",
+    "queue_names",
+    "span_ms",
+    "to_json",
+]
+
+MAX_ID_LENGTH = 512
+MAX_SPAN_MS = 1000 * 366 * 86_400_000
+MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
+
+S = TypeVar("S", bound=StrEnum)
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+# Made once: json.dumps makes one for each value, unless it is to write what it writes by default.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@lru_cache(maxsize=128)  # what one statement wrote has one time, and is read together
+def from_ms(value: int) -> datetime:
+    """The instant that a ``_ms`` column holds."""
+    return _EPOCH + timedelta(milliseconds=value)
+
+
+def maybe_from_ms(value: int | None) -> datetime | None:
+    return None if value is None else from_ms(value)
+
+
+def instant_ms(name: str, value: datetime | None) -> int | None:
+    """An aware instant in milliseconds since the epoch; None stays None."""
+    if value is None:
+        return None
+    if value.tzinfo is None:
+        raise ConfigurationError(f"{name} is {value!r}, without a time zone: pass an aware datetime, such as UTC")
+    return (value - _EPOCH) // timedelta(milliseconds=1)
+
+
+def span_ms(name: str, value: timedelta, *, positive: bool = False) -> int:
+    """A duration in milliseconds; never negative, and not zero where it must be positive."""
+    milliseconds = value // timedelta(milliseconds=1)
+    if not (1 if positive else 0) <= milliseconds <= MAX_SPAN_MS:
+        raise ConfigurationError(
+            f"{name} is {value!r}: expected {'at least a millisecond' if positive else '0 or more'}, at most 1000 years"
+        )
+    return milliseconds
+
+
+def check_id(name: str, value: str) -> str:
+    """An id or a name that both databases can store."""
+    if not isinstance(value, str) or not value or len(value) > MAX_ID_LENGTH or not is_text(value):
+        shown = repr(value) if not isinstance(value, str) or len(value) <= 80 else f"{len(value)} characters long"
+        raise ConfigurationError(f"{name} is {shown}: expected 1 to {MAX_ID_LENGTH} characters without NUL")
+    return value
+
+
+def queue_names(queues: str | Sequence[str]) -> Sequence[str]:
+    """The queues that are named, each once."""
+    names = list(dict.fromkeys([queues] if isinstance(queues, str) else queues))
+    if not names:
+        raise ConfigurationError("queues is empty: expected the name of a queue, or several")
+    return [check_id("queues", name) for name in names]
+
+
+def is_text(value: str) -> bool:
+    """Whether both databases can store it: neither takes a lone surrogate, PostgreSQL takes no NUL."""
+    return _NO_TEXT.search(value) is None
+
+
+def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1) -> int:
+    """A number of things that both databases can store as an integer."""
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ConfigurationError(f"{name} is {value!r}: expected a whole number from {least} to {most}")
+    return value
+
+
+def check_choice(name: str, kind: type[S], value: str) -> S:
+    """One of the members of an enumeration."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigurationError(f"{name} is {value!r}: expected one of {', '.join(kind)}") from None
+
+
+def to_json(name: str, value: Any) -> str | None:
+    """Canonical JSON, so that equal values are equal text; None is stored as NULL."""
+    return None if value is None else json_text(name, value)
+
+
+def json_text(name: str, value: Any) -> str:
+    """Canonical JSON also of None, where that is a value like any other."""
+    try:
+        text = _CANONICAL.encode(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{name} cannot be stored as JSON: {error}") from None
+    if len(text) > MAX_PAYLOAD_BYTES:
+        raise ConfigurationError(
+            f"{name} is {len(text)} bytes of JSON: expected at most {MAX_PAYLOAD_BYTES}; store it elsewhere "
+            "and pass a reference"
+        )
+    return text
+
+
+def from_json(text: str | None, what: str = "a row") -> Any:
+    """The value of a ``_json`` column; *what* it is of is for the error."""
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RuntimeRepoError(f"{what} holds what is no JSON ({error}): another program wrote it") from None
+
+
+def new_id() -> str:
+    """A unique id whose text order is the order of creation, to the millisecond (the layout of UUID version 7)."""
+    return next(new_ids())
+
+
+def new_ids() -> Iterator[str]:
+    """Unique ids, each of which comes after the one before it in the order of text."""
+    head = time.time_ns() // 1_000_000
+    start = f"{head >> 16:08x}-{head & 0xFFFF:04x}-7"
+    # The uppermost random bit is left clear, so that counting on does not overflow.
+    tail = secrets.randbits(73)
+    while True:
+        yield f"{start}{tail >> 62:03x}-{0x8000 | tail >> 48 & 0x3FFF:04x}-{tail & 0xFFFF_FFFF_FFFF:012x}"
+        tail += 1 + random.getrandbits(16)
