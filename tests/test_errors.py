@@ -192,7 +192,7 @@ def broken(
     request: pytest.FixtureRequest, tmp_path: Path, postgres_url: str, postgres_schema: str
 ) -> tuple[RuntimeRepository, Break, type[Exception]]:
     """A repository, how to take its tables away behind its back, and what its driver raises then."""
-    tables = ["runtime_attempts", "runtime_leases"]
+    tables = ["runtime_api_keys", "runtime_attempts", "runtime_leases", "runtime_step_reports"]
     if request.param == "sqlite":
 
         async def break_sqlite() -> None:
@@ -231,6 +231,13 @@ async def test_a_drivers_exception_leaves_a_verb_only_as_a_cause(
             lambda: repo.leases.claim("worker"),
             lambda: repo.leases.heartbeat(lease),
             lambda: repo.leases.requeue_expired(),
+            lambda: repo.step_reports.record(lease, "x", "done", "t"),
+            lambda: repo.step_reports.list("a"),
+            lambda: repo.api_keys.put("k", "secret"),
+            lambda: repo.api_keys.authenticate("k", "secret"),
+            lambda: repo.api_keys.set_active("k", active=True),
+            lambda: repo.api_keys.any(),
+            lambda: repo.api_keys.list(),
         ):
             with pytest.raises(DatabaseUnavailableError) as caught:
                 await verb()

@@ -1,16 +1,24 @@
 """
-A password stays where it is: no message, repr, traceback, warning or log line shows it, whatever fails.
+A password stays where it is, and so does an API key's secret: no message, repr, traceback, warning or log line shows
+it, whatever fails.
 
-Every failure runs with one canary for a password. A traceback is searched as an error reporter would send it: every
+Every failure runs with one canary for either. A traceback is searched as an error reporter would send it: every
 exception behind it, every frame, with the locals. Only the frames of this file are left out, for they hold the canary.
 """
 
+import asyncio
+import base64
 import gc
+import hashlib
 import logging
+import re
 import secrets
+import threading
 import traceback
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -24,8 +32,10 @@ from runtime_repo import (
     PostgresRuntimeRepository,
     RepositoryClosedError,
     RuntimeRepoError,
+    RuntimeRepository,
     SchemaDriftError,
     SchemaLockTimeoutError,
+    SqliteRuntimeRepository,
     repository_from_url,
 )
 from tests.postgres_server import PostgresServer
@@ -96,7 +106,7 @@ def silent(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert CANARY not in "\n".join([caplog.text, *(f"{warning.message} {warning.source!r}" for warning in told)])
 
 
-async def fails(kind: type[RuntimeRepoError], action: Callable[[], Awaitable[object]]) -> None:
+async def fails(kind: type[Exception], action: Callable[[], Awaitable[object]]) -> None:
     """Fail with *kind*, and show the canary nowhere."""
     with pytest.raises(kind) as caught:
         await action()
@@ -258,3 +268,114 @@ async def test_a_forgotten_repository_shows_no_password(form: Make, place: str, 
     said = [f"{warning.message} {warning.source!r}" for warning in told if warning.category is ResourceWarning]
     assert any(role in words for words in said)
     assert CANARY not in "".join(said)
+
+
+# --- The secrets of API keys -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def store(
+    request: pytest.FixtureRequest, tmp_path: Path, postgres_url: str, postgres_schema: str
+) -> AsyncIterator[RuntimeRepository]:
+    """An open repository, in turn on each of the databases."""
+    if request.param == "sqlite":
+        repo: RuntimeRepository = SqliteRuntimeRepository(tmp_path / "runtime.db")
+    else:
+        repo = PostgresRuntimeRepository(postgres_url, schema=postgres_schema)
+    async with repo:
+        yield repo
+
+
+def schema_of(repo: RuntimeRepository) -> str:
+    return str(getattr(repo._database, "tokens", {"schema": "main"})["schema"])
+
+
+def contents(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in folder.iterdir()]
+
+
+def verbs(repo: RuntimeRepository) -> list[Callable[[], Awaitable[object]]]:
+    """Those that are given a secret."""
+    return [lambda: repo.api_keys.put("k", CANARY), lambda: repo.api_keys.authenticate("k", CANARY)]
+
+
+async def test_a_secret_is_in_no_record_and_nowhere_in_the_database(store: RuntimeRepository, tmp_path: Path) -> None:
+    """Of what is read, and of what is stored: the columns of every table, and on SQLite the bytes of the files."""
+    first = await store.api_keys.put("k", CANARY)
+    shown = [
+        first,
+        await store.api_keys.get("k"),
+        await store.api_keys.authenticate("k", CANARY),
+        store,
+        store.api_keys,
+    ]
+    hashes = re.compile("scrypt|[0-9a-f]{32}")
+    assert not [record for record in map(repr, shown) if CANARY in record or hashes.search(record)]
+    async with store.transaction() as transaction:
+        query = f"select key_id, secret_hash from {schema_of(store)}.runtime_api_keys"
+        fetch = getattr(transaction.connection, "fetch", None) or transaction.connection.execute_fetchall
+        ((key_id, stored),) = await fetch(query)
+    assert key_id == "k"
+    spellings = [CANARY.encode(), CANARY.encode().hex().encode(), base64.b64encode(CANARY.encode()).rstrip(b"=")]
+    assert not [
+        text for text in [stored.encode(), *contents(tmp_path)] if any(spelling in text for spelling in spellings)
+    ]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["", CANARY + "\0", CANARY + "\ud800", CANARY * 99, CANARY.encode(), [CANARY]],
+    ids=["empty", "NUL", "surrogate", "long", "bytes", "list"],
+)
+async def test_a_secret_that_is_refused_is_not_repeated(store: RuntimeRepository, secret: Any) -> None:
+    """Nor is one that was given with another argument that is refused."""
+    await fails(ConfigurationError, lambda: store.api_keys.put("k", secret))
+    await fails(ConfigurationError, lambda: store.api_keys.put("", CANARY))
+    await fails(ConfigurationError, lambda: store.api_keys.put("k", CANARY, role=""))
+
+
+async def test_a_verb_that_fails_shows_no_secret(store: RuntimeRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a status that is unknown, a table that is missing, a hash that fails, and after the close."""
+    await store.api_keys.put("k", CANARY)
+    async with store.transaction() as transaction:
+        await transaction.connection.execute(f"update {schema_of(store)}.runtime_api_keys set status = 'odd'")
+    await fails(RuntimeRepoError, verbs(store)[0])
+
+    def fail(*_: object, **__: object) -> bytes:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "scrypt", fail)
+        for verb in verbs(store):
+            await fails(MemoryError, verb)
+    async with store.transaction() as transaction:
+        await transaction.connection.execute(f"alter table {schema_of(store)}.runtime_api_keys rename to gone")
+    for verb in verbs(store):
+        await fails(DatabaseUnavailableError, verb)
+    await store.close()
+    for verb in verbs(store):
+        await fails(RepositoryClosedError, verb)
+
+
+async def test_a_verb_that_times_out_shows_no_secret(store: RuntimeRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither while it computes the hash, nor while it waits for its turn or for the database."""
+    may_end = threading.Event()
+
+    def hold(*_: object, **__: object) -> bytes:
+        may_end.wait(10)
+        return bytes(32)
+
+    async def in_time(verb: Callable[[], Awaitable[object]]) -> None:
+        async with asyncio.timeout(0.05):
+            await verb()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "scrypt", hold)
+        asyncio.get_running_loop().call_later(0.2, may_end.set)
+        await asyncio.gather(*(fails(TimeoutError, partial(in_time, verb)) for verb in 4 * verbs(store)))
+    async with store.transaction() as transaction:
+        if isinstance(store, PostgresRuntimeRepository):
+            await transaction.connection.execute(f"lock table {schema_of(store)}.runtime_api_keys")
+        task = asyncio.create_task(fails(TimeoutError, partial(in_time, verbs(store)[1])))
+        await asyncio.wait([task])
+        await task
