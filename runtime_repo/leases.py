@@ -50,8 +50,8 @@ class Leases:
         oldest, across the queues named.
 
         Eligible is an attempt that is queued, and one whose ``retry_at`` has come; of the latter the longest due, in
-        each queue at most twice *limit*, so that a backlog of them does not make a claim slow. Rows that a rival is
-        claiming at this instant are skipped, so an empty answer does not prove that the queues are empty: look again.
+        each queue at most *limit*, so that a backlog of them does not make a claim slow. Rows that a rival is claiming
+        at this instant are skipped, so an empty answer does not prove that the queues are empty: look again.
 
         A caller that is cancelled owns nothing: what was claimed is given back before the cancellation goes on.
         """

@@ -3,8 +3,8 @@
 -- name: claim @postgres
 -- Take up to as many attempts of one queue ($1) as there are lease ids ($4, a JSON array): the first among those that
 -- are ready and those that are due, skipping what a rival is claiming at this instant. What is due and not taken is
--- promoted to ready. Of what is due the longest due are looked at, twice as many as are wanted: a backlog costs no claim
--- more than that, and shrinks with each.
+-- promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no claim more
+-- than that, and shrinks with each.
 with ready as (
     select attempt_id, priority, enqueued_at_ms
       from {schema}.runtime_attempts
@@ -22,7 +22,7 @@ with ready as (
        and retry_at_ms is not null
        and retry_at_ms <= coalesce($5, {now_ms})
      order by retry_at_ms, attempt_id
-     limit 2 * json_array_length($4::text::json)
+     limit json_array_length($4::text::json)
        for update skip locked
 ), chosen as (
     select attempt_id
@@ -75,7 +75,7 @@ update {schema}.runtime_attempts
               and retry_at_ms is not null
               and retry_at_ms <= coalesce($5, {now_ms})
             order by retry_at_ms, attempt_id
-            limit 2 * json_array_length($4));
+            limit json_array_length($4));
 insert into {schema}.runtime_leases
        (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
 select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
@@ -133,7 +133,7 @@ with ready as (
                   and retry_at_ms is not null
                   and retry_at_ms <= coalesce($5, {now_ms})
                 order by retry_at_ms, attempt_id
-                limit 2 * json_array_length($4::text::json)
+                limit json_array_length($4::text::json)
                   for update skip locked) as found
 ), chosen as (
     select attempt_id
@@ -174,14 +174,15 @@ select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim_from_several @sqlite
--- As above. SQLite has no lateral join; a correlated IN does the same.
+-- As above. SQLite has no lateral join; a correlated IN does the same, behind a cross join: that is never turned round,
+-- as SQLite would once it has statistics, to ask for every attempt.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
  where attempt_id in (
            select a.attempt_id
              from json_each($1) as named
-             join {schema}.runtime_attempts as a
-               on a.attempt_id in (
+            cross join {schema}.runtime_attempts as a
+            where a.attempt_id in (
                       select attempt_id
                         from {schema}.runtime_attempts
                        where queue = named.value
@@ -189,7 +190,7 @@ update {schema}.runtime_attempts
                          and retry_at_ms is not null
                          and retry_at_ms <= coalesce($5, {now_ms})
                        order by retry_at_ms, attempt_id
-                       limit 2 * json_array_length($4)));
+                       limit json_array_length($4)));
 insert into {schema}.runtime_leases
        (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
 select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
@@ -198,8 +199,8 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
           from (select attempt_id, lease_version
                   from (select a.attempt_id, a.lease_version, a.priority, a.enqueued_at_ms
                           from json_each($1) as named
-                          join {schema}.runtime_attempts as a
-                            on a.attempt_id in (
+                         cross join {schema}.runtime_attempts as a
+                         where a.attempt_id in (
                                    select attempt_id
                                      from {schema}.runtime_attempts
                                     where queue = named.value
