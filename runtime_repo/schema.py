@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from runtime_repo.catalog import LEDGER, Catalog, LedgerRow, Look, catalog_from_json, compare
 from runtime_repo.database import Busy, Database, Transaction
@@ -221,6 +221,7 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
             if isinstance(decision, Serve):
                 await database.ready()
                 return _report(found, decision, patience)
+            patience.begin()
             async with database.lock() as transaction:
                 look = await transaction.look(catalogs)
                 decision = decide(look.ledger, look.catalog, migrations, policy)
@@ -248,23 +249,33 @@ class _Patience:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._since: float | None = None
         self._step = _POLL_FIRST
+        self._since: float | None = None
+        self.waited = 0.0
+        """Seconds of tries that were in vain, and of the pauses between them."""
 
-    @property
-    def waited(self) -> float:
-        return 0.0 if self._since is None else time.monotonic() - self._since
+    def begin(self) -> None:
+        """Count from the first try on."""
+        if self._since is None:
+            self._since = time.monotonic()
 
     @property
     def exhausted(self) -> bool:
-        if self._since is None:
-            self._since = time.monotonic()
+        """Whether there is no more patience, after a try that was in vain."""
+        self._count()
         return self.waited >= self._timeout
 
     async def wait(self) -> None:
         pause = min(self._step * random.uniform(0.5, 1.5), self._timeout - self.waited)  # noqa: S311
         await asyncio.sleep(max(pause, 0))
         self._step = min(self._step * 2, _POLL_LAST)
+        self._count()
+
+    def _count(self) -> None:
+        self.begin()
+        now = time.monotonic()
+        self.waited += now - cast(float, self._since)
+        self._since = now
 
 
 @dataclass(frozen=True)
