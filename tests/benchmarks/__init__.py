@@ -1,1 +1,1 @@
-"""Measurements, not tests: `python -m tests.benchmarks.boot` with the extra `bench` installed."""
+"""Measurements, not tests: `python -m tests.benchmarks.boot` and `.store`, with the extra `bench` installed."""

@@ -1,0 +1,196 @@
+"""
+Who works: this library, and the limit, which is what the drivers do with the library's own statements.
+
+The limit prepares the text of the same named queries on one connection, sends it the same arguments and reads the rows
+that it needs. It checks nothing, makes no records, and its ids are numbers; so it bounds what a library over these
+statements can reach, at the same durability. Both sides work on the same tables. The peers live in `queue_peers.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sqlite3
+from typing import TYPE_CHECKING, Any, Protocol
+
+import asyncpg
+
+from runtime_repo import NewAttempt, PostgresRuntimeRepository, SqliteRuntimeRepository
+from runtime_repo.queries import load_queries, split_statements
+from runtime_repo.sqlite import _TOKENS as SQLITE_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+    from pathlib import Path
+
+    from asyncpg.prepared_stmt import PreparedStatement
+
+    from runtime_repo import RuntimeRepository
+    from runtime_repo.database import Row
+
+TTL_MS = 30_000
+QUEUE = "default"
+RUN = "run-1"
+WORKER = "worker-1"
+_PER_FILL = 1000
+
+
+class Store(Protocol):
+    """Whoever keeps work and hands it out."""
+
+    async def fill(self, count: int) -> None:
+        """Store so many units of work, in whichever way is quickest."""
+
+    async def work(self, count: int, size: int) -> None:
+        """Claim and complete so many, *size* at a time."""
+
+
+class Enqueuer(Protocol):
+    """Whoever stores many units of work in one call."""
+
+    async def enqueue(self, payloads: Sequence[Any]) -> None:
+        """Store a unit of work for each payload."""
+
+
+class Ours:
+    """The library's verbs, as in its README: one claim, then one `complete_many`, or one `complete` of a single one."""
+
+    def __init__(self, repo: RuntimeRepository) -> None:
+        self.repo = repo
+
+    async def enqueue(self, payloads: Sequence[Any]) -> None:
+        await self.repo.attempts.enqueue_many([NewAttempt(RUN, payload=payload) for payload in payloads])
+
+    async def fill(self, count: int) -> None:
+        for start in range(0, count, _PER_FILL):
+            await self.enqueue([{"n": n} for n in range(start, min(start + _PER_FILL, count))])
+
+    async def work(self, count: int, size: int) -> None:
+        repo = self.repo
+        for _ in range(count // size):
+            leases = await repo.leases.claim(WORKER, limit=size)
+            assert len(leases) == size
+            if size == 1:
+                await repo.attempts.complete(leases[0])
+            else:
+                await repo.attempts.complete_many([(lease, None) for lease in leases])
+
+
+class Limit:
+    """The same statements, bare."""
+
+    def __init__(self, ours: Ours) -> None:
+        self._ours = ours
+        self._numbers = itertools.count()
+
+    async def fill(self, count: int) -> None:
+        await self._ours.fill(count)
+
+    async def fetch(self, query: str, *args: Any) -> Sequence[Row]:
+        raise NotImplementedError
+
+    async def work(self, count: int, size: int) -> None:
+        for _ in range(count // size):
+            ids = json.dumps([f"lease-{next(self._numbers)}" for _ in range(size)])
+            rows = await self.fetch("leases.claim", QUEUE, WORKER, TTL_MS, ids, None)
+            assert len(rows) == size
+            if size == 1:
+                await self.fetch("attempts.complete", rows[0]["attempt_id"], rows[0]["lease_version"], None, None)
+            else:
+                given = [
+                    {"attempt_id": row["attempt_id"], "token": row["lease_version"], "result_json": None}
+                    for row in rows
+                ]
+                await self.fetch("attempts.complete_many", json.dumps(given), None)
+
+
+class PostgresLimit(Limit):
+    """Prepared statements on one connection of asyncpg's."""
+
+    def __init__(self, ours: Ours, connection: asyncpg.Connection, tokens: Mapping[str, str]) -> None:
+        super().__init__(ours)
+        self.connection = connection
+        self.tokens = tokens
+        self.queries = load_queries("postgres", **tokens)
+        self._bulk = _BULK.replace("{schema}", tokens["schema"]).replace("{now_ms}", tokens["now_ms"])
+        self._prepared: dict[str, PreparedStatement] = {}
+
+    async def fetch(self, query: str, *args: Any) -> Sequence[Row]:
+        statement = self._prepared.get(query)
+        if statement is None:
+            text = self._bulk if query == "bulk" else self.queries[query]
+            statement = self._prepared[query] = await self.connection.prepare(text)
+        return await statement.fetch(*args)
+
+    async def enqueue(self, payloads: Sequence[Any]) -> None:
+        """The same rows by `unnest`, all arrays of one length."""
+        count = len(payloads)
+        await self.fetch(
+            "bulk",
+            [f"attempt-{next(self._numbers):012}" for _ in range(count)],
+            [RUN] * count,
+            [None] * count,
+            [QUEUE] * count,
+            [0] * count,
+            [json.dumps(payload) for payload in payloads],
+            [10] * count,
+        )
+
+
+_BULK = """
+insert into {schema}.runtime_attempts
+       (attempt_id, run_id, attempt_no, status, retry_at_ms,
+        queue, priority, payload_json, max_attempts, enqueued_at_ms)
+select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts, {now_ms}
+  from unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::int[], $6::text[], $7::int[])
+       as given (attempt_id, run_id, retry_at_ms, queue, priority, payload_json, max_attempts)
+"""
+
+
+class SqliteLimit(Limit):
+    """The standard library's `sqlite3` in one thread; several statements of a query in one transaction."""
+
+    def __init__(self, ours: Ours, connection: sqlite3.Connection) -> None:
+        super().__init__(ours)
+        self.connection = connection
+        self.tokens = SQLITE_TOKENS
+        self.queries = {
+            name: tuple(split_statements(text)) for name, text in load_queries("sqlite", **SQLITE_TOKENS).items()
+        }
+
+    async def fetch(self, query: str, *args: Any) -> Sequence[Row]:
+        statements = self.queries[query]
+        given = {str(number): value for number, value in enumerate(args, 1)}
+        rows: Sequence[Row] = ()
+        if len(statements) > 1:
+            self.connection.execute("begin immediate")
+        for statement in statements:
+            cursor = self.connection.execute(statement, given)
+            if cursor.description is not None:
+                rows = cursor.fetchall()
+        if len(statements) > 1:
+            self.connection.execute("commit")
+        return rows
+
+
+@contextlib.asynccontextmanager
+async def on_postgres(url: str, schema: str = "runtime") -> AsyncIterator[tuple[Ours, PostgresLimit]]:
+    """Both contenders on the same tables, with one connection each."""
+    async with PostgresRuntimeRepository(url, schema=schema, max_size=1) as repo:
+        connection = await asyncpg.connect(url)
+        try:
+            ours = Ours(repo)
+            yield ours, PostgresLimit(ours, connection, repo._postgres.tokens)
+        finally:
+            await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def on_sqlite(path: Path) -> AsyncIterator[tuple[Ours, SqliteLimit]]:
+    """Both contenders on the same file; SQLite's own durability on both sides, as the library leaves it."""
+    async with SqliteRuntimeRepository(path) as repo:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.row_factory = sqlite3.Row
+            ours = Ours(repo)
+            yield ours, SqliteLimit(ours, connection)

@@ -1,0 +1,236 @@
+"""
+What the store reaches: `python -m tests.benchmarks.store` prints one table, and exits with 1 if a limit is missed.
+
+Every line compares two contenders that took turns in this run, in small rounds: the ratio is ours to theirs, of
+medians, and every limit says in which direction. The limit is what the drivers do with the same statements
+(`contenders.py`), the peers are other queues (`queue_peers.py`), and the rest compares the store with itself: by the
+size of its tables, after many attempts, behind an old snapshot (`claims.py`), and while it waits (`waiting.py`).
+
+PostgreSQL is the server of ORIS_TEST_POSTGRES_URL (its role must be allowed to create databases), else a private one
+that keeps its commits as in production. SQLite writes ahead, and waits for the disk at each commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from . import plot, queue_peers
+from .claims import Scale, behind_a_snapshot, endurance, sizes_on_postgres, sizes_on_sqlite
+from .contenders import on_postgres, on_sqlite
+from .race import HEAD, Limit, Line, enqueuing, race, working
+from .shared import circumstances, own_database, postgres_server, table
+from .waiting import Patience, waiting_on_postgres, waiting_on_sqlite
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from .contenders import Store
+    from .drivers import Backend
+
+BATCH, SINGLY, ENQUEUE = "claim and complete by 100", "claim and complete singly", "enqueue_many of 10,000"
+LIMITS: dict[tuple[str, Backend], Limit] = {
+    (BATCH, "postgres"): Limit(0.8),
+    (SINGLY, "postgres"): Limit(0.8),
+    (ENQUEUE, "postgres"): Limit(0.7),
+    (BATCH, "sqlite"): Limit(0.7),
+    (SINGLY, "sqlite"): Limit(0.4),
+}
+PGQUEUER, PGQUEUER_BEST = Limit(2.5), Limit(1.0)
+PROCRASTINATE = Limit(10.0)
+AHEAD = Limit(1.0)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often everything is done, and with how much."""
+
+    rounds: int
+    enqueues: int
+    peer_rounds: int
+    by_hundred: int
+    singles: int
+    scale: Scale
+    patience: Patience
+
+
+FULL = Effort(
+    rounds=40,
+    enqueues=20,
+    peer_rounds=15,
+    by_hundred=500,
+    singles=50,
+    scale=Scale(large=1_000_000, due=10_000, claims=40, through=1_000_000, behind_snapshot=50_000),
+    patience=Patience(seconds=20, wakings=50),
+)
+QUICK = Effort(
+    rounds=10,
+    enqueues=4,
+    peer_rounds=3,
+    by_hundred=500,
+    singles=30,
+    scale=Scale(large=20_000, due=2_000, claims=10, through=20_000, behind_snapshot=5_000),
+    patience=Patience(seconds=3, wakings=8),
+)
+_LARGEST = 1000
+_PAYLOADS = [{"n": number} for number in range(10_000)]
+
+
+async def limits_on_postgres(url: str, effort: Effort) -> list[Line]:
+    async with own_database(url, "limits") as own, on_postgres(own) as (ours, limit):
+
+        async def clear() -> None:
+            await limit.connection.execute("truncate runtime.runtime_attempts")
+
+        turns = {name: enqueuing(who, _PAYLOADS, clear) for name, who in (("ours", ours), ("limit", limit))}
+        figures = await race(turns, effort.enqueues)
+        return [
+            _line(ENQUEUE, "postgres", "the limit", figures, LIMITS[ENQUEUE, "postgres"]),
+            *await _works(ours, limit, "postgres", effort),
+        ]
+
+
+async def limits_on_sqlite(folder: Path, effort: Effort) -> list[Line]:
+    async with on_sqlite(folder / "limits.db") as (ours, limit):
+        return await _works(ours, limit, "sqlite", effort)
+
+
+async def _works(ours: Store, limit: Store, backend: Backend, effort: Effort) -> list[Line]:
+    await ours.fill(effort.by_hundred)
+    lines = []
+    for work, count, size in ((BATCH, effort.by_hundred, 100), (SINGLY, effort.singles, 1)):
+        turns = {name: working(who, count, size) for name, who in (("ours", ours), ("limit", limit))}
+        figures = await race(turns, effort.rounds)
+        lines.append(_line(work, backend, "the limit", figures, LIMITS[work, backend]))
+    return lines
+
+
+async def peers_on_postgres(url: str, effort: Effort) -> list[Line]:
+    async with own_database(url, "ours") as own, on_postgres(own) as (ours, _):
+        async with own_database(url, "pgqueuer") as theirs, queue_peers.pgqueuer(theirs) as (layer, worker):
+            turns = {
+                f"{name} by {size}": working(who, _LARGEST, size)
+                for name, who in (("ours", ours), ("PgQueuer", layer), ("PgQueuer's worker", worker))
+                for size in (100, _LARGEST)
+            }
+            figures = await race(turns, effort.peer_rounds)
+        lines = [
+            _line(BATCH, "postgres", peer, figures, PGQUEUER, "ours by 100", f"{peer} by 100")
+            for peer in ("PgQueuer", "PgQueuer's worker")
+        ]
+        first = max((name for name in turns if name.startswith("ours")), key=lambda name: median(figures[name]))
+        best = max((name for name in turns if not name.startswith("ours")), key=lambda name: median(figures[name]))
+        work = f"claim and complete {first.removeprefix('ours ')}"
+        lines.append(_line(work, "postgres", f"the best: {best}", figures, PGQUEUER_BEST, first, best))
+        async with own_database(url, "procrastinate") as theirs, queue_peers.procrastinate(theirs) as (layer, worker):
+            turns = {"ours": working(ours, _LARGEST, 100)}
+            for name, who in (("Procrastinate", layer), ("Procrastinate's worker", worker)):
+                turns[name] = working(who, effort.singles, 1)
+            figures = await race(turns, effort.peer_rounds)
+        return [
+            *lines,
+            *(_line(BATCH, "postgres", peer, figures, PROCRASTINATE, "ours", peer) for peer in turns if peer != "ours"),
+        ]
+
+
+async def peers_on_sqlite(folder: Path, effort: Effort) -> list[Line]:
+    async with on_sqlite(folder / "ours.db") as (ours, _):
+        with queue_peers.sqlite_peers(folder) as (litequeue, huey):
+            turns = {
+                BATCH: working(ours, effort.by_hundred, 100),
+                SINGLY: working(ours, effort.singles, 1),
+                "litequeue": working(litequeue, effort.singles, 1),
+                "huey": working(huey, effort.singles, 1),
+            }
+            figures = await race(turns, effort.peer_rounds)
+    return [
+        _line(work, "sqlite", peer, figures, limit, work, peer)
+        for work, limit in ((BATCH, AHEAD), (SINGLY, None))
+        for peer in ("litequeue", "huey")
+    ]
+
+
+def _line(
+    work: str,
+    backend: Backend,
+    against: str,
+    figures: Mapping[str, Sequence[float]],
+    limit: Limit | None,
+    ours: str = "ours",
+    theirs: str = "limit",
+) -> Line:
+    ours_, theirs_ = median(figures[ours]), median(figures[theirs])
+    runs = len(figures[ours])
+    return Line(work, backend, against, f"{ours_:,.0f}/s", f"{theirs_:,.0f}/s", ours_ / theirs_, limit, runs)
+
+
+async def measure(url: str, effort: Effort, *, peers: bool) -> list[Line]:
+    admin = await asyncpg.connect(url)
+    try:
+        server = await admin.fetchval("show server_version")
+    finally:
+        await admin.close()
+    print(circumstances(server, queue_peers.DISTRIBUTIONS if peers else ()), end="\n\n", flush=True)
+    gc.freeze()
+    lines: list[Line] = []
+    with tempfile.TemporaryDirectory(prefix="runtime-bench-") as name:
+        folder = Path(name)
+        lines += await limits_on_postgres(url, effort)
+        lines += await limits_on_sqlite(folder, effort)
+        async with own_database(url, "sizes") as own:
+            lines += await sizes_on_postgres(own, effort.scale)
+        lines += await sizes_on_sqlite(folder, effort.scale)
+        async with (
+            own_database(url, "endurance") as own,
+            on_postgres(own, "old") as old,
+            on_postgres(own, "new") as new,
+        ):
+            lines.append(await endurance("postgres", old[0], new[0], effort.scale))
+        async with on_sqlite(folder / "old.db") as old_, on_sqlite(folder / "new.db") as new_:
+            lines.append(await endurance("sqlite", old_[0], new_[0], effort.scale))
+        async with own_database(url, "snapshot") as own:
+            lines += await behind_a_snapshot(own, effort.scale)
+        async with own_database(url, "waiting") as own:
+            lines += await waiting_on_postgres(own, effort.patience)
+        lines += await waiting_on_sqlite(folder / "waiting.db", effort.patience)
+        # The peers last: their modules make this process a larger one.
+        if peers:
+            lines += await peers_on_postgres(url, effort)
+            lines += await peers_on_sqlite(folder, effort)
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.store", description="Measure the store.")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of less than a minute")
+    parser.add_argument("--no-peers", action="store_true", help="leave out the other queues")
+    parser.add_argument("--through", type=int, metavar="N", help="how many attempts go through to test endurance")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result as an SVG as well")
+    arguments = parser.parse_args()
+    effort = QUICK if arguments.quick else FULL
+    if arguments.through is not None:
+        effort = replace(effort, scale=replace(effort.scale, through=arguments.through))
+    try:
+        with postgres_server() as url:
+            lines = asyncio.run(measure(url, effort, peers=not arguments.no_peers))
+    except PackageNotFoundError as missing:
+        print(f"{missing.name} is missing: install the extra `bench`, or use --no-peers.", file=sys.stderr)
+        return 2
+    print(table(HEAD, [line.cells() for line in lines]))
+    if arguments.plot is not None:
+        arguments.plot.write_text(plot.drawn(lines), encoding="utf-8")
+    return int(any(line.missed for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
