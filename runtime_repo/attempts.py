@@ -42,6 +42,9 @@ class Attempts:
     """
     The verbs on attempts. Every write is safe to repeat: a call that was cancelled or timed out may have happened.
 
+    Payloads and results are JSON of at most 16 MiB, ids and names have 1 to 512 characters without NUL; whatever cannot
+    be stored raises ``ConfigurationError`` before anything is written.
+
     *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
     """
 
