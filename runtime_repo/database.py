@@ -46,7 +46,12 @@ class Queries(Protocol):
     """All that a noun needs."""
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        """Run a named query as one atomic step and return its rows."""
+        """
+        Run a named query as one atomic step and return its rows.
+
+        A caller that is cancelled does not know whether it has happened. But it is over: nothing of it happens any more
+        once a later query has begun.
+        """
         ...
 
     def atomic(self) -> AbstractAsyncContextManager["Statements"]:

@@ -86,23 +86,15 @@ class Leases:
     async def _claim(self, query: str, given: Sequence[object], ids: str) -> Sequence[Lease]:
         """What was claimed under the lease *ids*."""
         asked_at = time.monotonic()
-        claim = asyncio.ensure_future(self._fetch(query, given))
         try:
-            await asyncio.wait([claim])
+            rows = await self._queries.fetch(query, *given)
         except asyncio.CancelledError:
-            await finish(self._undo(claim, ids))
+            await finish(self._give_back(ids))
             raise
-        return [lease_from_row(row, asked_at=asked_at) for row in claim.result()]
+        return [lease_from_row(row, asked_at=asked_at) for row in rows]
 
-    async def _fetch(self, query: str, given: Sequence[object]) -> Sequence[Row]:
-        return await self._queries.fetch(query, *given)
-
-    async def _undo(self, claim: "asyncio.Task[Sequence[Row]]", ids: str) -> None:
-        """Give back what a cancelled caller claimed. The claim is over first, so that nothing commits behind this."""
-        claim.cancel()
-        await asyncio.wait([claim])
-        if not claim.cancelled():
-            claim.exception()
+    async def _give_back(self, ids: str) -> None:
+        """Give back what a cancelled caller may have claimed."""
         try:
             rows = await self._queries.fetch("leases.give_back", ids)
             self._queries.tell({row["queue"] for row in rows})

@@ -371,8 +371,11 @@ class PostgresDatabase:
             connection = await pool.acquire()
         try:
             yield connection
-        finally:
-            await pool.release(connection)
+        except BaseException:
+            # It is back when the server is done with it, whoever does not want to wait for that.
+            await finish(pool.release(connection))
+            raise
+        await pool.release(connection)
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         async with self._acquired() as connection:

@@ -159,8 +159,12 @@ async def test_requeueing_is_bounded(repo: RuntimeRepository, clock: Clock) -> N
     assert [len(await repo.leases.requeue_expired(limit=2, now=clock.now)) for _ in range(4)] == [2, 2, 1, 0]
 
 
-async def test_a_cancelled_claim_owns_nothing(repo: RuntimeRepository) -> None:
-    """At whichever turn of the event loop the caller is cancelled, the attempt is ready again and no try is counted."""
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_cancelled_claim_owns_nothing(repo: RuntimeRepository, times: int) -> None:
+    """
+    At whichever turn of the event loop the caller is cancelled, also again while it gives back: the attempt is ready
+    again and no try is counted.
+    """
     await repo.attempts.enqueue("run", attempt_id="a")
     turns = 0
     while True:
@@ -169,12 +173,14 @@ async def test_a_cancelled_claim_owns_nothing(repo: RuntimeRepository) -> None:
             await asyncio.sleep(0)
         if claim.done():
             break
-        claim.cancel()
+        for _ in range(times):
+            claim.cancel()
+            await asyncio.sleep(0)
         with pytest.raises(asyncio.CancelledError):
             await claim
         attempt = await repo.attempts.get("a")
         assert (attempt.status, attempt.attempt_no) == (AttemptStatus.QUEUED, 1)
-        turns += 1 + turns // 4
+        turns += 1 + turns // 16
     assert [lease.attempt_id for lease in await claim] == ["a"]
 
 
