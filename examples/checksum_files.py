@@ -9,6 +9,7 @@ killed half-way, the others take over once its leases have run out. The output i
 import asyncio
 import contextlib
 import hashlib
+import json
 import multiprocessing
 import os
 import secrets
@@ -72,22 +73,34 @@ def worker_process(parent: Connection, args: Namespace, queue: str) -> None:
 
 async def boot_and_work(parent: Connection, args: Namespace, queue: str, worker_id: str) -> None:
     """Boot at the parent's signal, tell it how that went, and work."""
-    parent.send(worker_id)
-    parent.recv()
+    say(parent, worker_id)
+    hear(parent)
     started = time.monotonic()
     try:
         repo = await repository_from_url(args.url, **args.options)
     except RuntimeRepoError as error:
-        parent.send(ChildProcessError(str(error)))
+        say(parent, "", str(error))
         return
     async with repo:
-        parent.send(boot_of(repo, started))
+        say(parent, boot_of(repo, started))
         while not parent.poll():
             leases = await repo.leases.claim(worker_id, queues=queue, limit=BATCH, ttl=TTL)
             if leases:
                 await compute_all(repo, leases)
             elif not await repo.leases.requeue_expired():
                 await asyncio.sleep(PAUSE)
+
+
+def say(pipe: Connection, words: str, error: str = "") -> None:
+    """Send text: what is pickled for a pipe that breaks makes Python 3.13 complain (CPython's issue 111331)."""
+    pipe.send_bytes(json.dumps([words, error]).encode())
+
+
+def hear(pipe: Connection) -> str:
+    words, error = json.loads(pipe.recv_bytes())
+    if error:
+        raise ChildProcessError(error)
+    return str(words)
 
 
 def boot_of(repo: RuntimeRepository, started: float) -> str:
@@ -144,7 +157,7 @@ class Worker:
     process: BaseProcess
     pipe: Connection
     worker_id: str = ""
-    boot: str | ChildProcessError = ""
+    boot: str = ""
 
 
 @contextlib.contextmanager
@@ -162,13 +175,11 @@ def running_workers(args: Namespace, queue: str) -> Iterator[Sequence[Worker]]:
             workers.append(Worker(process, ours))
         signal.signal(signal.SIGINT, interrupt)
         for worker in workers:
-            worker.worker_id = worker.pipe.recv()
+            worker.worker_id = hear(worker.pipe)
         for worker in workers:
-            worker.pipe.send("boot")
+            say(worker.pipe, "boot")
         for worker in workers:
-            worker.boot = worker.pipe.recv()
-            if isinstance(worker.boot, Exception):
-                raise worker.boot
+            worker.boot = hear(worker.pipe)
         yield workers
     except EOFError:
         raise ChildProcessError("a worker died before it had booted") from None
