@@ -241,7 +241,7 @@ class Attempts:
         rows = await self._queries.fetch(
             "attempts.complete", lease.attempt_id, lease.version, to_json("result", result), instant_ms("now", now)
         )
-        return attempt_from_row(rows[0]) if rows else await self._done_before(lease, AttemptStatus.COMPLETED)
+        return attempt_from_row(rows[0]) if rows else await self._done_before(lease, "complete")
 
     async def complete_many(
         self, results: Iterable[tuple[Lease, Any]], *, now: datetime | None = None
@@ -265,8 +265,7 @@ class Attempts:
         if not given:
             return []
         rows = await self._queries.fetch("attempts.complete_many", _array(given.values()), instant_ms("now", now))
-        done = {row["attempt_id"] for row in rows}
-        held = {key for key in given if key[0] in done}
+        held = {(row["attempt_id"], row["lease_version"]) for row in rows}
         rest = {attempt_id for attempt_id, _ in given.keys() - held}
         before = {
             (attempt.attempt_id, attempt.lease_version)
@@ -288,7 +287,7 @@ class Attempts:
 
         With *retry_in*, a delay or a policy that knows one for this try, the attempt becomes ready again after that
         delay, unless this was try number ``max_attempts``; without it the attempt has failed for good. Repeating the
-        call with the same lease returns the attempt, unless its next try has been claimed.
+        call with the same lease returns the attempt, unless it was claimed, cancelled or retried by hand since.
 
         Raises:
             LeaseLostError: The attempt is no longer this lease's to fail.
@@ -307,7 +306,7 @@ class Attempts:
             if attempt.retry_at is not None:
                 self._queries.tell([attempt.queue])
             return attempt
-        return await self._done_before(lease, AttemptStatus.FAILED, AttemptStatus.RETRY_BACKOFF)
+        return await self._done_before(lease, "fail")
 
     async def cancel(self, attempt_id: str, *, now: datetime | None = None) -> Attempt:
         """
@@ -356,12 +355,31 @@ class Attempts:
         )
         return len(rows)
 
-    async def _done_before(self, lease: Lease, *outcomes: AttemptStatus) -> Attempt:
-        """The attempt, if this lease has already brought it to one of *outcomes*; otherwise the lease is lost."""
+    async def _done_before(self, lease: Lease, verb: str) -> Attempt:
+        """The attempt, if *verb* has already ended this lease; otherwise the lease is lost."""
         attempt = await self.get(lease.attempt_id)
-        if attempt.lease_version == lease.version and attempt.status in outcomes:
+        if ended_by(lease, attempt) == verb:
             return attempt
         raise await lost(self._queries, lease)
+
+
+def ended_by(lease: Lease, attempt: Attempt) -> str | None:
+    """
+    Which of its holder's verbs ended *lease*, to judge by what became of the attempt; None if it was taken away.
+
+    A failed try counts and a released one does not; that of a lease that expired counts, too, but says so.
+    """
+    if attempt.lease_version != lease.version:
+        return None
+    match attempt.status:
+        case AttemptStatus.COMPLETED:
+            return "complete"
+        case AttemptStatus.QUEUED if attempt.attempt_no == lease.attempt.attempt_no:
+            # With another error it has failed for good since, and was retried by hand.
+            return "release" if attempt.error == lease.attempt.error else None
+        case AttemptStatus.QUEUED | AttemptStatus.RETRY_BACKOFF | AttemptStatus.FAILED:
+            return "fail" if attempt.error != f"the lease of worker {lease.worker_id} expired" else None
+    return None
 
 
 def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import cast
 
 import anyio
 
-from runtime_repo.attempts import lost
+from runtime_repo.attempts import ended_by, lost
 from runtime_repo.database import Queries, Row, finish
 from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LeaseLostError, RuntimeRepoError
 from runtime_repo.records import DEFAULT_QUEUE, Attempt, AttemptStatus, Lease, attempt_from_row, lease_from_row
@@ -217,22 +217,13 @@ class Leases:
     async def _ended_by_its_holder(self, lease: Lease) -> bool:
         """Whether what ended the lease was complete, fail or release under this very token."""
         rows = await self._queries.fetch("attempts.find", lease.attempt_id)
-        if not rows or rows[0]["lease_version"] != lease.version:
-            return False
-        match rows[0]["status"]:
-            case AttemptStatus.COMPLETED | AttemptStatus.RETRY_BACKOFF:
-                return True
-            case AttemptStatus.QUEUED:
-                return bool(rows[0]["attempt_no"] == lease.attempt.attempt_no)
-            case AttemptStatus.FAILED:
-                return bool(rows[0]["error"] != f"the lease of worker {lease.worker_id} expired")
-        return False
+        return bool(rows) and ended_by(lease, attempt_from_row(rows[0])) is not None
 
     async def release(self, lease: Lease, *, delay: timedelta | None = None, now: datetime | None = None) -> Attempt:
         """
         Give the attempt back unfinished, ready at once or after *delay*: the try does not count.
 
-        Repeating the call with the same lease returns the attempt, unless it has been claimed again.
+        Repeating the call with the same lease returns the attempt, unless it was claimed or cancelled since.
 
         Raises:
             LeaseLostError: The attempt is no longer this lease's to give back.
@@ -244,10 +235,10 @@ class Leases:
             None if delay is None else span_ms("delay", delay),
             instant_ms("now", now),
         )
-        if not rows:
-            rows = await self._queries.fetch("attempts.find", lease.attempt_id)
-            if not rows or (rows[0]["lease_version"], rows[0]["status"]) != (lease.version, AttemptStatus.QUEUED):
-                raise await lost(self._queries, lease)
+        is_repeated = not rows
+        rows = rows or await self._queries.fetch("attempts.find", lease.attempt_id)
+        if not rows or (is_repeated and ended_by(lease, attempt_from_row(rows[0])) != "release"):
+            raise await lost(self._queries, lease)
         attempt = attempt_from_row(rows[0])
         self._queries.tell([attempt.queue])
         return attempt

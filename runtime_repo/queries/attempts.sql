@@ -203,9 +203,9 @@ returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json,
           enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
 
 -- name: complete_many @postgres
--- As complete, for each lease of a JSON array; returns the ids of those that were still their token's to finish. Locked
--- in the order of ids, or two such calls could wait for each other; found by an array, or PostgreSQL may look at all
--- that is leased.
+-- As complete, for each lease of a JSON array; returns those that were still their token's to finish. Locked in the
+-- order of ids, or two such calls could wait for each other; found by an array, or PostgreSQL may look at all that is
+-- leased.
 with given as (
     select attempt_id, token, result_json
       from json_to_recordset($1::text::json) as x (attempt_id text, token bigint, result_json text)
@@ -227,12 +227,12 @@ with given as (
      where a.attempt_id    = locked.attempt_id
        and a.lease_version = locked.token
        and a.status in ('leased', 'running')
-    returning a.attempt_id
+    returning a.attempt_id, a.lease_version
 ), ended as (
     delete from {schema}.runtime_leases
      where attempt_id = any (array(select attempt_id from done))
 )
-select attempt_id from done;
+select attempt_id, lease_version from done;
 
 -- name: complete_many @sqlite
 -- As above, in two statements of one transaction.
@@ -250,7 +250,7 @@ update {schema}.runtime_attempts as a
  where a.attempt_id    = given.attempt_id
    and a.lease_version = given.token
    and a.status in ('leased', 'running')
-returning attempt_id;
+returning attempt_id, lease_version;
 
 -- name: fail @postgres
 -- Record a failed try: try again after a delay ($4, NULL is never), unless this was the last one.

@@ -79,7 +79,7 @@ async def test_twenty_tasks_enqueue_one_id_once(repo: RuntimeRepository) -> None
 async def test_a_generated_id_is_ordered_by_time(repo: RuntimeRepository) -> None:
     """Ids that are made here sort in the order of creation, to the millisecond."""
     first = await repo.attempts.enqueue("run")
-    while (second := await repo.attempts.enqueue("run")).enqueued_at == first.enqueued_at:
+    while (second := await repo.attempts.enqueue("run")).attempt_id[:13] == first.attempt_id[:13]:
         pass
     assert first.attempt_id < second.attempt_id
 
@@ -155,6 +155,55 @@ async def test_failing_with_a_retry_makes_it_ready_after_the_delay(repo: Runtime
     assert await repo.leases.claim("worker", now=clock.now + MINUTE - timedelta(milliseconds=1)) == []
     (again,) = await repo.leases.claim("worker", now=clock.advance(MINUTE))
     assert (again.attempt.attempt_no, again.version) == (2, 2)
+
+
+async def test_failing_again_after_a_promotion_returns_the_attempt(repo: RuntimeRepository, clock: Clock) -> None:
+    """A claim that took another attempt has made it ready: its next try is not claimed, so the call is a repetition."""
+    await repo.attempts.enqueue("run", attempt_id="a", now=clock.now)
+    (lease,) = await repo.leases.claim("worker", now=clock.now)
+    await repo.attempts.fail(lease, "boom", retry_in=timedelta(0), now=clock.now)
+    await repo.attempts.enqueue("run", attempt_id="urgent", priority=1, now=clock.now)
+    await repo.leases.claim("other", now=clock.now)
+    promoted = await repo.attempts.get("a")
+    assert (promoted.status, promoted.attempt_no) == (AttemptStatus.QUEUED, 2)
+    assert await repo.attempts.fail(lease, "boom", retry_in=timedelta(0), now=clock.now) == promoted
+    with pytest.raises(LeaseLostError):
+        await repo.leases.release(lease, now=clock.now)
+    (again,) = await repo.leases.claim("other", now=clock.now)
+    assert again.attempt_id == "a"
+    with pytest.raises(LeaseLostError):
+        await repo.attempts.fail(lease, "boom", retry_in=timedelta(0), now=clock.now)
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2])
+async def test_what_was_taken_away_can_be_neither_failed_nor_released(
+    repo: RuntimeRepository, clock: Clock, max_attempts: int
+) -> None:
+    """An expired lease has counted the try and said so: what its holder says afterwards is too late, no repetition."""
+    await repo.attempts.enqueue("run", attempt_id="a", max_attempts=max_attempts, now=clock.now)
+    (lease,) = await repo.leases.claim("worker", ttl=MINUTE, now=clock.now)
+    (taken,) = await repo.leases.requeue_expired(now=clock.advance(MINUTE))
+    for late in (
+        repo.attempts.fail(lease, "boom"),
+        repo.attempts.fail(lease, "boom", retry_in=MINUTE),
+        repo.leases.release(lease),
+    ):
+        with pytest.raises(LeaseLostError) as lost:
+            await late
+        assert lost.value.status == taken.status
+    assert await repo.attempts.get("a") == taken
+
+
+async def test_what_was_retried_by_hand_was_not_released(repo: RuntimeRepository) -> None:
+    """The try was counted as a failure and its error is kept."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    (lease,) = await repo.leases.claim("worker")
+    await repo.attempts.fail(lease, "boom")
+    again = await repo.attempts.retry("a")
+    for late in (repo.leases.release(lease), repo.attempts.fail(lease, "boom")):
+        with pytest.raises(LeaseLostError):
+            await late
+    assert await repo.attempts.get("a") == again
 
 
 async def test_the_last_try_fails_for_good(repo: RuntimeRepository, clock: Clock) -> None:
@@ -377,6 +426,19 @@ async def test_many_are_completed_and_each_lease_is_answered(repo: RuntimeReposi
     assert (await repo.attempts.get("a1")).status is AttemptStatus.LEASED
     assert (await repo.attempts.get("a2")).result is None
     assert await repo.attempts.complete_many([]) == []
+
+
+async def test_of_two_leases_on_one_attempt_the_current_one_holds(repo: RuntimeRepository) -> None:
+    """One call may be given both, in either order: the stale one's result is not the one that counts."""
+    for number in range(2):
+        await repo.attempts.enqueue("run")
+        (stale,) = await repo.leases.claim("worker")
+        await repo.leases.release(stale)
+        (current,) = await repo.leases.claim("worker")
+        pairs = [(stale, "stale"), (current, "current")][:: 1 - 2 * number]
+        for _ in range(2):
+            assert await repo.attempts.complete_many(pairs) == [lease is current for lease, _ in pairs]
+        assert (await repo.attempts.get(current.attempt_id)).result == "current"
 
 
 async def test_a_policy_says_when_to_try_again(repo: RuntimeRepository, clock: Clock) -> None:

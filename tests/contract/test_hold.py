@@ -91,10 +91,19 @@ async def test_the_block_ends_when_the_lease_cannot_be_proved(factory: Factory) 
             assert lease.asked_at + TTL.total_seconds() <= time.monotonic() < before + TTL.total_seconds() + 0.25
 
 
+async def failed_and_promoted(repo: RuntimeRepository, lease: Lease) -> None:
+    """Try it again at once; a claim makes it ready and takes another."""
+    await repo.attempts.fail(lease, "no", retry_in=timedelta(0))
+    await repo.attempts.enqueue("run", priority=1)
+    (other,) = await repo.leases.claim("other")
+    await repo.attempts.complete(other)
+
+
 ENDS: dict[str, tuple[Callable[[RuntimeRepository, Lease], Awaitable[object]], AttemptStatus]] = {
     "complete": (lambda repo, lease: repo.attempts.complete(lease, "done"), AttemptStatus.COMPLETED),
     "fail": (lambda repo, lease: repo.attempts.fail(lease, "no"), AttemptStatus.FAILED),
     "retry": (lambda repo, lease: repo.attempts.fail(lease, "no", retry_in=LONG), AttemptStatus.RETRY_BACKOFF),
+    "retry at once": (failed_and_promoted, AttemptStatus.QUEUED),
     "release": (lambda repo, lease: repo.leases.release(lease), AttemptStatus.QUEUED),
 }
 
