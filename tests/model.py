@@ -173,7 +173,7 @@ class Model:
         candidates = []
         for queue in {queues} if isinstance(queues, str) else set(queues):
             due = [
-                self._change(attempt, status=QUEUED, retry_at=None) for attempt in self._due(queue, now)[: 2 * limit]
+                self._change(attempt, status=QUEUED, retry_at=None) for attempt in self._due(queue, now)[: limit]
             ]
             candidates += [attempt for attempt in self._ready(queue) if attempt not in due] + due
         chosen = sorted(candidates, key=_dispatch_order)[:limit]

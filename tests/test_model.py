@@ -322,7 +322,7 @@ def _taken(attempts: Sequence[Attempt]) -> dict[str, Any]:
 def numbered_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids that are made are in the order of making, or an example could not be played again."""
     ids = (f"{number:09}" for number in count())
-    monkeypatch.setattr("runtime_repo.records.new_ids", lambda: ids)
+    monkeypatch.setattr("runtime_repo.values.new_ids", lambda: ids)
 
 
 def drive(runner: asyncio.Runner, opened: Opened) -> None:
