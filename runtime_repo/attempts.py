@@ -97,7 +97,9 @@ class Attempts:
         ids = new_ids()
         given: dict[str, dict[str, Any]] = {}
         order = []
+        all_new = True
         for new in attempts:
+            all_new = all_new and new.attempt_id is None
             columns = _columns(new, ids.__next__)
             order.append(columns["attempt_id"])
             before = given.setdefault(columns["attempt_id"], columns)
@@ -110,11 +112,15 @@ class Attempts:
             )
         if not given:
             return []
-        async with self._queries.atomic() as queries:
-            rows = await queries.fetch("attempts.enqueue_many", _array(given.values()), instant_ms("now", now))
-            known = given.keys() - {row["attempt_id"] for row in rows}
-            for stored in await _find_many(queries, known):
-                _check_same(stored, given[stored.attempt_id])
+        arguments = (_array(given.values()), instant_ms("now", now))
+        if all_new:
+            await self._queries.fetch("attempts.enqueue_new", *arguments)
+        else:
+            async with self._queries.atomic() as queries:
+                rows = await queries.fetch("attempts.enqueue_many", *arguments)
+                known = given.keys() - {row["attempt_id"] for row in rows}
+                for stored in await _find_many(queries, known):
+                    _check_same(stored, given[stored.attempt_id])
         self._queries.tell({columns["queue"] for columns in given.values()})
         return order
 

@@ -147,9 +147,9 @@ def new_id() -> str:
 def new_ids() -> Iterator[str]:
     """Unique ids, each of which comes after the one before it in the order of text."""
     head = time.time_ns() // 1_000_000
-    start = f"{head >> 16:08x}-{head & 0xFFFF:04x}-7"
-    # The uppermost random bit is left clear, so that counting on does not overflow.
-    tail = secrets.randbits(73)
+    start = f"{head >> 16:08x}-{head & 0xFFFF:04x}-7{secrets.randbits(12):03x}-{0x8000 | secrets.randbits(14):04x}"
+    # Of its 48 bits the uppermost is left clear, so that counting on does not overflow.
+    tail = secrets.randbits(47)
     while True:
-        yield f"{start}{tail >> 62:03x}-{0x8000 | tail >> 48 & 0x3FFF:04x}-{tail & 0xFFFF_FFFF_FFFF:012x}"
+        yield f"{start}-{tail:012x}"
         tail += 1 + random.getrandbits(16)

@@ -41,6 +41,24 @@ select json_extract(value, '$.attempt_id'), json_extract(value, '$.run_id'), 1, 
     on conflict (attempt_id) do nothing
 returning attempt_id;
 
+-- name: enqueue_new @postgres
+-- As above, where every id was made for this very call: none can be there, and not to look for it saves a fifth.
+insert into {schema}.runtime_attempts
+       (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
+select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
+       coalesce($2, {now_ms})
+  from json_to_recordset($1::text::json) as given (attempt_id text, run_id text, retry_at_ms bigint, queue text,
+                                                   priority int, payload_json text, max_attempts int);
+
+-- name: enqueue_new @sqlite
+-- As above.
+insert into {schema}.runtime_attempts
+       (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
+select json_extract(value, '$.attempt_id'), json_extract(value, '$.run_id'), 1, 'queued',
+       json_extract(value, '$.retry_at_ms'), json_extract(value, '$.queue'), json_extract(value, '$.priority'),
+       json_extract(value, '$.payload_json'), json_extract(value, '$.max_attempts'), coalesce($2, {now_ms})
+  from json_each($1);
+
 -- name: find_many @postgres
 -- The attempts whose ids are in a JSON array. An array is looked up in the index; IN (SELECT) can become a scan.
 select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,

@@ -46,25 +46,18 @@ class Store(Protocol):
         """Claim and complete so many, *size* at a time."""
 
 
-class Enqueuer(Protocol):
-    """Whoever stores many units of work in one call."""
-
-    async def enqueue(self, payloads: Sequence[Any]) -> None:
-        """Store a unit of work for each payload."""
-
-
 class Ours:
     """The library's verbs, as in its README: one claim, then one `complete_many`, or one `complete` of a single one."""
 
     def __init__(self, repo: RuntimeRepository) -> None:
         self.repo = repo
 
-    async def enqueue(self, payloads: Sequence[Any]) -> None:
-        await self.repo.attempts.enqueue_many([NewAttempt(RUN, payload=payload) for payload in payloads])
+    async def enqueue(self, attempts: Sequence[NewAttempt]) -> None:
+        await self.repo.attempts.enqueue_many(attempts)
 
     async def fill(self, count: int) -> None:
         for start in range(0, count, _PER_FILL):
-            await self.enqueue([{"n": n} for n in range(start, min(start + _PER_FILL, count))])
+            await self.enqueue([NewAttempt(RUN, payload={"n": n}) for n in range(start, min(start + _PER_FILL, count))])
 
     async def work(self, count: int, size: int) -> None:
         repo = self.repo
@@ -87,12 +80,16 @@ class Limit:
     async def fill(self, count: int) -> None:
         await self._ours.fill(count)
 
+    def new_id(self) -> str:
+        """A number, as long as the library's ids are."""
+        return f"{next(self._numbers):036}"
+
     async def fetch(self, query: str, *args: Any) -> Sequence[Row]:
         raise NotImplementedError
 
     async def work(self, count: int, size: int) -> None:
         for _ in range(count // size):
-            ids = json.dumps([f"lease-{next(self._numbers)}" for _ in range(size)])
+            ids = json.dumps([self.new_id() for _ in range(size)])
             rows = await self.fetch("leases.claim", QUEUE, WORKER, TTL_MS, ids, None)
             assert len(rows) == size
             if size == 1:
@@ -124,11 +121,11 @@ class PostgresLimit(Limit):
         return await statement.fetch(*args)
 
     async def enqueue(self, payloads: Sequence[Any]) -> None:
-        """The same rows by `unnest`, all arrays of one length."""
+        """The same rows by `unnest`: what is left to do is to make ids, to write JSON and to build the arrays."""
         count = len(payloads)
         await self.fetch(
             "bulk",
-            [f"attempt-{next(self._numbers):012}" for _ in range(count)],
+            [self.new_id() for _ in range(count)],
             [RUN] * count,
             [None] * count,
             [QUEUE] * count,

@@ -6,17 +6,21 @@ import gc
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .shared import turns
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from .contenders import Enqueuer, Store
+    from .contenders import Store
     from .drivers import Backend
 
     Turn = Callable[[], Awaitable[float]]
+    Clear = Callable[[], Awaitable[None]]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,11 @@ def working(store: Store, count: int, size: int) -> Turn:
     return turn
 
 
-def enqueuing(store: Enqueuer, payloads: Sequence[object], clear: Callable[[], Awaitable[object]]) -> Turn:
-    """How many are stored in a second, by one call."""
+def enqueuing(enqueue: Callable[[Sequence[T]], Awaitable[None]], rows: Sequence[T], clear: Clear) -> Turn:
+    """How many are stored in a second by one call, given in the form that it takes."""
 
     async def turn() -> float:
-        rate = await _rate(len(payloads), lambda: store.enqueue(payloads))
+        rate = await _rate(len(rows), lambda: enqueue(rows))
         await clear()
         return rate
 

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
+from runtime_repo import NewAttempt
+
 from . import plot, queue_peers
 from .claims import Scale, behind_a_snapshot, endurance, sizes_on_postgres, sizes_on_sqlite
-from .contenders import on_postgres, on_sqlite
+from .contenders import RUN, on_postgres, on_sqlite
 from .race import HEAD, Limit, Line, enqueuing, race, working
 from .shared import circumstances, own_database, postgres_server, table
 from .waiting import Patience, waiting_on_postgres, waiting_on_sqlite
@@ -92,12 +94,20 @@ async def limits_on_postgres(url: str, effort: Effort) -> list[Line]:
         async def clear() -> None:
             await limit.connection.execute("truncate runtime.runtime_attempts")
 
-        turns = {name: enqueuing(who, _PAYLOADS, clear) for name, who in (("ours", ours), ("limit", limit))}
+        new = [NewAttempt(RUN, payload=payload) for payload in _PAYLOADS]
+        given = [replace(attempt, attempt_id=f"{number:036}") for number, attempt in enumerate(new)]
+        turns = {
+            ENQUEUE: enqueuing(ours.enqueue, new, clear),
+            f"{ENQUEUE}, ids given": enqueuing(ours.enqueue, given, clear),
+            "limit": enqueuing(limit.enqueue, _PAYLOADS, clear),
+        }
         figures = await race(turns, effort.enqueues)
-        return [
-            _line(ENQUEUE, "postgres", "the limit", figures, LIMITS[ENQUEUE, "postgres"]),
-            *await _works(ours, limit, "postgres", effort),
+        lines = [
+            _line(work, "postgres", "the limit", figures, LIMITS.get((work, "postgres")), work)
+            for work in turns
+            if work != "limit"
         ]
+        return [*lines, *await _works(ours, limit, "postgres", effort)]
 
 
 async def limits_on_sqlite(folder: Path, effort: Effort) -> list[Line]:
