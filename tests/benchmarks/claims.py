@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from runtime_repo import RuntimeRepository
 
-    from .contenders import Ours, PostgresLimit, SqliteLimit
+    from .contenders import Ours, PostgresBare, SqliteBare
     from .drivers import Backend
     from .race import Turn
 
@@ -105,12 +105,12 @@ class Tables:
 class PostgresTables(Tables):
     backend: Backend = "postgres"
 
-    def __init__(self, ours: Ours, limit: PostgresLimit) -> None:
-        super().__init__(ours, limit.tokens)
-        self._limit = limit
+    def __init__(self, ours: Ours, bare: PostgresBare) -> None:
+        super().__init__(ours, bare.tokens)
+        self._bare = bare
 
     async def execute(self, statement: str) -> None:
-        await self._limit.connection.execute(statement)
+        await self._bare.connection.execute(statement)
 
     async def looks(self, queues: Sequence[str], size: int) -> list[Look]:
         return [await self._look(queues, size, mode) for mode in ("force_generic_plan", "force_custom_plan")]
@@ -118,8 +118,8 @@ class PostgresTables(Tables):
     async def _look(self, queues: Sequence[str], size: int, mode: str) -> Look:
         query, *arguments = _claim(queues, size)
         given = ", ".join("null" if value is None else f"'{value}'" for value in arguments)
-        connection = self._limit.connection
-        await connection.execute(f"set plan_cache_mode = {mode}; prepare measured as {self._limit.queries[query]}")
+        connection = self._bare.connection
+        await connection.execute(f"set plan_cache_mode = {mode}; prepare measured as {self._bare.queries[query]}")
         transaction = connection.transaction()
         await transaction.start()
         try:
@@ -133,17 +133,17 @@ class PostgresTables(Tables):
 class SqliteTables(Tables):
     backend: Backend = "sqlite"
 
-    def __init__(self, ours: Ours, limit: SqliteLimit) -> None:
-        super().__init__(ours, limit.tokens)
-        self._limit = limit
+    def __init__(self, ours: Ours, bare: SqliteBare) -> None:
+        super().__init__(ours, bare.tokens)
+        self._bare = bare
 
     async def execute(self, statement: str) -> None:
-        self._limit.connection.execute(statement)
+        self._bare.connection.execute(statement)
 
     async def looks(self, queues: Sequence[str], size: int) -> list[Look]:
         query, *arguments = _claim(queues, size)
         given = {str(number): value for number, value in enumerate(arguments, 1)}
-        connection = self._limit.connection
+        connection = self._bare.connection
         steps = 0
         plan: list[str] = []
 
@@ -153,7 +153,7 @@ class SqliteTables(Tables):
 
         connection.execute("begin immediate")
         try:
-            for statement in self._limit.queries[query]:
+            for statement in self._bare.queries[query]:
                 plan += [row["detail"] for row in connection.execute(f"explain query plan {statement}", given)]
                 connection.set_progress_handler(step, 1)
                 connection.execute(statement, given).fetchall()

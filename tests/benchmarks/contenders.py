@@ -1,8 +1,8 @@
 """
-Who works: this library, and the limit, which is what the drivers do with the library's own statements.
+Who works: this library, and the bare drivers with the library's own statements.
 
-The limit prepares the text of the same named queries on one connection, sends it the same arguments and reads the rows
-that it needs. It checks nothing, makes no records, and its ids are numbers; so it bounds what a library over these
+A bare driver prepares the text of the same named queries on one connection, sends it the same arguments and reads the
+rows that it needs. It checks nothing, makes no records, and its ids are numbers; so it bounds what a library over these
 statements can reach, at the same durability. Both sides work on the same tables. The peers live in `queue_peers.py`.
 """
 
@@ -70,8 +70,8 @@ class Ours:
                 await repo.attempts.complete_many([(lease, None) for lease in leases])
 
 
-class Limit:
-    """The same statements, bare."""
+class Bare:
+    """The same statements, without the library."""
 
     def __init__(self, ours: Ours) -> None:
         self._ours = ours
@@ -102,7 +102,7 @@ class Limit:
                 await self.fetch("attempts.complete_many", json.dumps(given), None)
 
 
-class PostgresLimit(Limit):
+class PostgresBare(Bare):
     """Prepared statements on one connection of asyncpg's."""
 
     def __init__(self, ours: Ours, connection: asyncpg.Connection, tokens: Mapping[str, str]) -> None:
@@ -145,7 +145,7 @@ select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_js
 """
 
 
-class SqliteLimit(Limit):
+class SqliteBare(Bare):
     """The standard library's `sqlite3` in one thread; several statements of a query in one transaction."""
 
     def __init__(self, ours: Ours, connection: sqlite3.Connection) -> None:
@@ -172,22 +172,22 @@ class SqliteLimit(Limit):
 
 
 @contextlib.asynccontextmanager
-async def on_postgres(url: str, schema: str = "runtime") -> AsyncIterator[tuple[Ours, PostgresLimit]]:
+async def on_postgres(url: str, schema: str = "runtime") -> AsyncIterator[tuple[Ours, PostgresBare]]:
     """Both contenders on the same tables, with one connection each."""
     async with PostgresRuntimeRepository(url, schema=schema, max_size=1) as repo:
         connection = await asyncpg.connect(url)
         try:
             ours = Ours(repo)
-            yield ours, PostgresLimit(ours, connection, repo._postgres.tokens)
+            yield ours, PostgresBare(ours, connection, repo._postgres.tokens)
         finally:
             await connection.close()
 
 
 @contextlib.asynccontextmanager
-async def on_sqlite(path: Path) -> AsyncIterator[tuple[Ours, SqliteLimit]]:
+async def on_sqlite(path: Path) -> AsyncIterator[tuple[Ours, SqliteBare]]:
     """Both contenders on the same file; SQLite's own durability on both sides, as the library leaves it."""
     async with SqliteRuntimeRepository(path) as repo:
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
             connection.row_factory = sqlite3.Row
             ours = Ours(repo)
-            yield ours, SqliteLimit(ours, connection)
+            yield ours, SqliteBare(ours, connection)

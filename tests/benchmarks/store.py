@@ -2,9 +2,10 @@
 What the store reaches: `python -m tests.benchmarks.store` prints one table, and exits with 1 if a limit is missed.
 
 Every line compares two contenders that took turns in this run, in small rounds: the ratio is ours to theirs, of
-medians, and every limit says in which direction. The limit is what the drivers do with the same statements
+medians, and every limit says in which direction. A bare driver does the same statements without the library
 (`contenders.py`), the peers are other queues (`queue_peers.py`), and the rest compares the store with itself: by the
-size of its tables, after many attempts, behind an old snapshot (`claims.py`), and while it waits (`waiting.py`).
+size of its tables, after many attempts, behind an old snapshot (`claims.py`), and while it waits (`waiting.py`). The
+whole takes about eight minutes where nobody else wants the processors.
 
 PostgreSQL is the server of ORIS_TEST_POSTGRES_URL (its role must be allowed to create databases), else a private one
 that keeps its commits as in production. SQLite writes ahead, and waits for the disk at each commit.
@@ -89,39 +90,39 @@ _PAYLOADS = [{"n": number} for number in range(10_000)]
 
 
 async def limits_on_postgres(url: str, effort: Effort) -> list[Line]:
-    async with own_database(url, "limits") as own, on_postgres(own) as (ours, limit):
+    async with own_database(url, "limits") as own, on_postgres(own) as (ours, bare):
 
         async def clear() -> None:
-            await limit.connection.execute("truncate runtime.runtime_attempts")
+            await bare.connection.execute("truncate runtime.runtime_attempts")
 
         new = [NewAttempt(RUN, payload=payload) for payload in _PAYLOADS]
         given = [replace(attempt, attempt_id=f"{number:036}") for number, attempt in enumerate(new)]
         turns = {
             ENQUEUE: enqueuing(ours.enqueue, new, clear),
             f"{ENQUEUE}, ids given": enqueuing(ours.enqueue, given, clear),
-            "limit": enqueuing(limit.enqueue, _PAYLOADS, clear),
+            "bare": enqueuing(bare.enqueue, _PAYLOADS, clear),
         }
         figures = await race(turns, effort.enqueues)
         lines = [
-            _line(work, "postgres", "the limit", figures, LIMITS.get((work, "postgres")), work)
+            _line(work, "postgres", "bare driver", figures, LIMITS.get((work, "postgres")), work)
             for work in turns
-            if work != "limit"
+            if work != "bare"
         ]
-        return [*lines, *await _works(ours, limit, "postgres", effort)]
+        return [*lines, *await _works(ours, bare, "postgres", effort)]
 
 
 async def limits_on_sqlite(folder: Path, effort: Effort) -> list[Line]:
-    async with on_sqlite(folder / "limits.db") as (ours, limit):
-        return await _works(ours, limit, "sqlite", effort)
+    async with on_sqlite(folder / "limits.db") as (ours, bare):
+        return await _works(ours, bare, "sqlite", effort)
 
 
-async def _works(ours: Store, limit: Store, backend: Backend, effort: Effort) -> list[Line]:
+async def _works(ours: Store, bare: Store, backend: Backend, effort: Effort) -> list[Line]:
     await ours.fill(effort.by_hundred)
     lines = []
     for work, count, size in ((BATCH, effort.by_hundred, 100), (SINGLY, effort.singles, 1)):
-        turns = {name: working(who, count, size) for name, who in (("ours", ours), ("limit", limit))}
+        turns = {name: working(who, count, size) for name, who in (("ours", ours), ("bare", bare))}
         figures = await race(turns, effort.rounds)
-        lines.append(_line(work, backend, "the limit", figures, LIMITS[work, backend]))
+        lines.append(_line(work, backend, "bare driver", figures, LIMITS[work, backend]))
     return lines
 
 
@@ -177,7 +178,7 @@ def _line(
     figures: Mapping[str, Sequence[float]],
     limit: Limit | None,
     ours: str = "ours",
-    theirs: str = "limit",
+    theirs: str = "bare",
 ) -> Line:
     ours_, theirs_ = median(figures[ours]), median(figures[theirs])
     runs = len(figures[ours])
