@@ -172,9 +172,7 @@ class Model:
         """The first of what is ready and of what is longest due; what is left of the latter is ready now."""
         candidates = []
         for queue in {queues} if isinstance(queues, str) else set(queues):
-            due = [
-                self._change(attempt, status=QUEUED, retry_at=None) for attempt in self._due(queue, now)[: limit]
-            ]
+            due = [self._change(attempt, status=QUEUED, retry_at=None) for attempt in self._due(queue, now)[:limit]]
             candidates += [attempt for attempt in self._ready(queue) if attempt not in due] + due
         chosen = sorted(candidates, key=_dispatch_order)[:limit]
         return [self._lease(attempt, worker_id, ttl, now, lease_ids) for attempt in chosen]
