@@ -190,11 +190,7 @@ class SqliteDatabase:
     async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> AsyncIterator[T]:
         """Have the connection to oneself, from the moment at which *work* is not told that the file is locked."""
         deadline = time.monotonic() + self._lock_timeout
-        if self._turn.locked() and self._holder is asyncio.current_task():
-            raise ConfigurationError(
-                "this task has a transaction open on this repository, and on SQLite everybody else waits for it: "
-                "use the nouns of the transaction"
-            )
+        self._refuse_the_holder()
         while True:
             async with self._turn:
                 try:
@@ -210,6 +206,14 @@ class SqliteDatabase:
                         self._holder = None
                     return
             await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
+
+    def _refuse_the_holder(self) -> None:
+        """It would wait for itself."""
+        if self._turn.locked() and self._holder is asyncio.current_task():
+            raise ConfigurationError(
+                "this task has a transaction open on this repository, and on SQLite everybody else waits for it: "
+                "use the nouns of the transaction"
+            )
 
     async def run(self, query: str, args: Sequence[object]) -> Sequence[Row]:
         statements = self._queries[query]
@@ -261,6 +265,7 @@ class SqliteDatabase:
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         if self._connection is not None:
+            self._refuse_the_holder()
             async with self._turn:
                 return await self.hop(self._looking(shipped))
         first = _Hop(self._looking(shipped))

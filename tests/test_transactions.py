@@ -24,6 +24,10 @@ async def test_sqlite_refuses_a_task_that_would_wait_for_itself(tmp_path: Path) 
             with pytest.raises(ConfigurationError, match="nouns of the transaction"):
                 async with repo.transaction():
                     pytest.fail("it began")
+            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
+                await repo.leases.claim("worker")
+            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
+                await repo.ensure_schema()
             await transaction.attempts.enqueue("run", attempt_id="a")
         assert len(await repo.attempts.list()) == 1
 
