@@ -458,7 +458,13 @@ class PostgresDatabase:
                 await connection.execute(begin)
             yield
             with self.translated():
-                await connection.execute(commit)
+                answer = await connection.execute(commit)
+            if answer == "ROLLBACK":
+                # That is no error to PostgreSQL.
+                raise DatabaseUnavailableError(
+                    f"PostgreSQL {self._target}: the transaction was rolled back, for one of its statements had failed: "
+                    "let the error leave the block, or run what may fail within connection.transaction()"
+                )
         except BaseException:
             await finish(_rolled_back(connection, rollback))
             raise

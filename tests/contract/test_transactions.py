@@ -1,6 +1,7 @@
 """Transactions: several verbs, and the application's own statements, take effect together or not at all."""
 
 import asyncio
+import contextlib
 import sqlite3
 
 import anyio
@@ -8,6 +9,7 @@ import asyncpg
 import pytest
 
 from runtime_repo import (
+    DatabaseUnavailableError,
     LeaseLostError,
     NewAttempt,
     PayloadMismatchError,
@@ -70,6 +72,27 @@ async def test_the_applications_own_statements_are_part_of_it(repo: RuntimeRepos
     with pytest.raises((sqlite3.IntegrityError, asyncpg.UniqueViolationError)):
         await order("first")
     assert len(await repo.attempts.list(queue="orders")) == 1
+
+
+async def test_what_is_not_committed_is_an_error(repo: RuntimeRepository) -> None:
+    """
+    A statement that failed, and whose error the application caught: where the rest is lost by that, it is told.
+
+    PostgreSQL rolls all of it back, and answers COMMIT as if nothing were wrong; SQLite keeps the rest.
+    """
+    orders = f"{runtime_schema(repo)}.orders"
+    await execute(repo, f"create table {orders} (name text primary key)")
+    await execute(repo, f"insert into {orders} (name) values ('first')")
+    told = False
+    try:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run", attempt_id="a")
+            with contextlib.suppress(sqlite3.IntegrityError, asyncpg.UniqueViolationError):
+                await transaction.connection.execute(f"insert into {orders} (name) values ('first')")
+    except DatabaseUnavailableError as error:
+        told = "rolled back" in str(error)
+    assert await ids(repo) == ([] if told else ["a"])
+    await repo.attempts.enqueue("run", attempt_id="b")
 
 
 async def test_a_part_that_fails_alone_can_be_caught(repo: RuntimeRepository) -> None:
