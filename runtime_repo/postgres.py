@@ -373,9 +373,9 @@ class PostgresDatabase:
             yield connection
         except BaseException:
             # It is back when the server is done with it, whoever does not want to wait for that.
-            await finish(pool.release(connection))
+            await finish(_released(pool, connection))
             raise
-        await pool.release(connection)
+        await _released(pool, connection)
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         async with self._acquired() as connection:

@@ -81,3 +81,19 @@ async def test_postgres_refuses_a_connection_without_a_transaction(
         with pytest.raises(ConfigurationError, match="no transaction is open"):
             async with repo.transaction(postgres):
                 pytest.fail("it began")
+
+
+async def test_postgres_loses_no_error_to_a_connection_that_cannot_be_given_back(
+    postgres_url: str, postgres_schema: str
+) -> None:
+    """A task of the block's still uses the connection when the block fails: it is dropped, and nothing is committed."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema, max_size=1) as repo:
+        with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the whole block fails
+            async with repo.transaction() as transaction:
+                await transaction.attempts.enqueue("run")
+                left = asyncio.ensure_future(transaction.connection.execute("select pg_sleep(60)"))
+                await asyncio.sleep(0)
+                raise ZeroDivisionError
+        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+            await left
+        assert await repo.attempts.list() == []
