@@ -156,7 +156,7 @@ class SqliteDatabase:
         async with self._in_turn(self._begin):
             try:
                 yield _Statements(self)
-                await self.hop(lambda connection: connection.execute("commit"))
+                await self._commit()
             except BaseException as error:
                 await finish(self._roll_back())
                 if isinstance(error, Busy):
@@ -170,6 +170,19 @@ class SqliteDatabase:
             # It may succeed behind the caller's back.
             await finish(self._roll_back())
             raise
+
+    async def _commit(self) -> None:
+        """Commit. In a file that is not in WAL whoever reads holds that up, and the transaction stays open."""
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            try:
+                await self.hop(lambda connection: connection.execute("commit"))
+            except Busy:
+                if time.monotonic() >= deadline:
+                    raise
+            else:
+                return
+            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
     async def _roll_back(self) -> None:
         if self._connection is not None:

@@ -1,6 +1,8 @@
 """What transactions can do on one of the databases only."""
 
 import asyncio
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import asyncpg
@@ -8,6 +10,7 @@ import pytest
 
 from runtime_repo import (
     ConfigurationError,
+    DatabaseUnavailableError,
     NewAttempt,
     PayloadMismatchError,
     PostgresRuntimeRepository,
@@ -47,6 +50,30 @@ async def test_sqlite_lets_the_other_tasks_wait(tmp_path: Path) -> None:
             *(add(repo, 2 * number + half) for number in range(8) for half, repo in ((0, one), (1, two)))
         )
         assert len(await one.attempts.list()) == 16
+
+
+async def test_sqlite_waits_for_readers_to_commit(tmp_path: Path) -> None:
+    """A file that others keep from its switch to WAL serves all the same: whoever reads it only holds up a commit."""
+    path = tmp_path / "x.db"
+    async with SqliteRuntimeRepository(path):
+        pass
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("pragma journal_mode = delete").fetchone()
+        reader.execute("begin")
+        reader.execute("select count(*) from runtime_attempts").fetchone()
+        async with SqliteRuntimeRepository(path) as repo:
+            asyncio.get_running_loop().call_later(0.3, reader.execute, "commit")
+            async with repo.transaction() as transaction:
+                await transaction.attempts.enqueue("run")
+            assert len(await repo.attempts.list()) == 1
+        reader.execute("begin")
+        reader.execute("select count(*) from runtime_attempts").fetchone()
+        async with SqliteRuntimeRepository(path, lock_timeout=0.1) as repo:
+            with pytest.raises(DatabaseUnavailableError, match=r"more than 0\.1 s"):
+                async with repo.transaction() as transaction:
+                    await transaction.attempts.enqueue("run")
+            reader.execute("commit")
+            assert len(await repo.attempts.list()) == 1
 
 
 async def test_postgres_takes_part_in_a_transaction_of_the_application(
