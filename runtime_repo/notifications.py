@@ -98,8 +98,8 @@ class Listener:
                     # What was told before is not heard any more.
                     self._wake()
                     await lost()
-            except RuntimeRepoError as error:
-                _log.warning("not listening, waiting workers look once a second instead: %s", error)
+            except Exception as error:  # noqa: BLE001 - also what the application's own connect or init raises
+                _log.warning("not listening, waiting workers look once a second instead: %s", _words(error))
             finally:
                 self.is_listening = False
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
@@ -159,7 +159,12 @@ class Teller:
                 queues, self._untold = self._untold, set()
                 await self._send(queues)
                 await asyncio.sleep(_GAP)
-        except RuntimeRepoError as error:
-            _log.debug("nobody was told of new work: %s", error)
+        except Exception as error:  # noqa: BLE001 - as above
+            _log.debug("nobody was told of new work: %s", _words(error))
         finally:
             self._task = None
+
+
+def _words(error: Exception) -> str:
+    """What may be logged of an error: the words of one that is not ours may hold a password."""
+    return str(error) if isinstance(error, RuntimeRepoError) else type(error).__name__

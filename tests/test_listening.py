@@ -72,6 +72,31 @@ async def test_a_connection_that_is_lost_is_made_anew(
         assert await task
 
 
+async def test_an_error_of_the_applications_own_does_not_end_the_listening(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as of an *init* that needs another service; it is tried again, and its words are not logged."""
+    failures = 0
+
+    async def init(_connection: asyncpg.Connection) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise ZeroDivisionError("the password is hunter2")
+
+    repo = PostgresRuntimeRepository(postgres_url, schema=postgres_schema, init=init)
+    async with asyncio.timeout(20), repo:
+        task = await waiting(repo)
+        (pid,) = await listeners(postgres, 1)
+        failures = 2
+        await postgres.fetch("select pg_terminate_backend($1)", pid)
+        await listeners(postgres, 1, besides=pid)
+        assert "not listening" in caplog.text
+        assert "hunter2" not in caplog.text
+        await repo.attempts.enqueue("run")
+        assert await task
+
+
 @pytest.mark.parametrize("kind", ["listen=False", "a pool of one"])
 async def test_who_may_not_listen_looks(
     postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, kind: str
