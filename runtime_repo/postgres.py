@@ -143,7 +143,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
             RepositoryClosedError: The repository is not open.
             DatabaseUnavailableError: The database cannot be reached, or does not commit.
         """
-        if connection is not None and not connection.is_in_transaction():
+        if connection is not None and not _is_in_transaction(connection):
             raise ConfigurationError(
                 "no transaction is open on the connection: begin one first (async with connection.transaction()), "
                 "or leave the connection out"
@@ -670,6 +670,13 @@ def _begin(server: int) -> str:
         unlimited.append("transaction_timeout")
     settings = "".join(f"set local {name} = 0;" for name in unlimited)
     return f"begin isolation level read committed; set local lock_timeout = '{_LOCK_TIMEOUT}'; {settings}"
+
+
+def _is_in_transaction(connection: "Connection") -> bool:
+    # One that was given back to its pool does not even answer.
+    with contextlib.suppress(asyncpg.InterfaceError):
+        return connection.is_in_transaction()
+    return False
 
 
 async def _closed(opened: "Pool | Connection") -> None:

@@ -105,9 +105,13 @@ async def test_postgres_refuses_a_connection_without_a_transaction(
 ) -> None:
     """Each verb would commit on its own, which nobody who names a connection wants."""
     async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repo:
-        with pytest.raises(ConfigurationError, match="no transaction is open"):
-            async with repo.transaction(postgres):
-                pytest.fail("it began")
+        pool = await asyncpg.create_pool(postgres_url, min_size=1, max_size=1)
+        async with pool, pool.acquire() as given_back:
+            pass
+        for connection in (postgres, given_back):
+            with pytest.raises(ConfigurationError, match="no transaction is open"):
+                async with repo.transaction(connection):
+                    pytest.fail("it began")
 
 
 async def test_postgres_loses_no_error_to_a_connection_that_cannot_be_given_back(
