@@ -167,7 +167,7 @@ class Leases:
             # It was read, or comes from another process, or was claimed long ago.
             lease = await self.heartbeat(lease, ttl=ttl)
         ended: RuntimeRepoError | None = None
-        failure: Exception | None = None
+        failure: BaseException | None = None
 
         async def keep(block: anyio.CancelScope) -> None:
             nonlocal ended
@@ -181,7 +181,9 @@ class Leases:
             group.start_soon(keep, group.cancel_scope)
             try:
                 yield
-            except Exception as error:  # noqa: BLE001 - raised below, outside of any exception group
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # noqa: BLE001 - raised below, outside of any exception group
                 failure = error
             finally:
                 group.cancel_scope.cancel()

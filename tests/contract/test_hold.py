@@ -126,12 +126,18 @@ async def test_a_block_that_ends_its_own_lease_goes_on(repo: RuntimeRepository, 
             await left_alone(tasks)
 
 
-async def test_an_error_of_the_block_comes_out_as_it_is(repo: RuntimeRepository) -> None:
-    """In no exception group; the lease is still the holder's."""
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError(), SystemExit(3), KeyboardInterrupt(), BaseExceptionGroup("two", [SystemExit(3)])],
+    ids=lambda error: type(error).__name__,
+)
+async def test_an_error_of_the_block_comes_out_as_it_is(repo: RuntimeRepository, error: BaseException) -> None:
+    """In no exception group that it had not; the lease is still the holder's."""
     lease = await claimed(repo)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)) as raised:
         async with repo.leases.hold(lease):
-            raise ZeroDivisionError
+            raise error
+    assert raised.value is error
     await repo.attempts.fail(lease, "no")
 
 
