@@ -51,7 +51,8 @@ class Leases:
 
         Eligible is an attempt that is queued, and one whose ``retry_at`` has come; of the latter the longest due, in
         each queue at most *limit*, so that a backlog of them does not make a claim slow. Rows that a rival is claiming
-        at this instant are skipped, so an empty answer does not prove that the queues are empty: look again.
+        at this instant are skipped, so an empty answer does not prove that the queues are empty: look again. One that
+        cannot be read, since another program wrote it, is logged and left to expire: its tries count like others.
 
         A caller that is cancelled owns nothing: what was claimed is given back before the cancellation goes on.
         """
@@ -62,7 +63,16 @@ class Leases:
             query, wanted = "leases.claim_from_several", json.dumps(names)
         length = span_ms("ttl", ttl, positive=True)
         ids = json.dumps(list(itertools.islice(new_ids(), check_count("limit", limit))))
-        return await self._claim(query, (wanted, worker_id, length, ids, instant_ms("now", now)), ids)
+        given = (wanted, worker_id, length, ids, instant_ms("now", now))
+        asked_at = time.monotonic()
+        leases = []
+        for row in await self._claim(query, given, ids):
+            try:
+                leases.append(lease_from_row(row, asked_at=asked_at))
+            except RuntimeRepoError as error:
+                # Raised, it would keep those that were claimed with it from being worked on, and end every worker.
+                _log.error("attempt %r was claimed and cannot be read: %s", row["attempt_id"], error)
+        return leases
 
     async def claim_attempt(
         self, attempt_id: str, worker_id: str, *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None
@@ -80,18 +90,17 @@ class Leases:
             lease_id,
             instant_ms("now", now),
         )
-        leases = await self._claim("leases.claim_attempt", given, json.dumps([lease_id]))
-        return leases[0] if leases else None
-
-    async def _claim(self, query: str, given: Sequence[object], ids: str) -> Sequence[Lease]:
-        """What was claimed under the lease *ids*."""
         asked_at = time.monotonic()
+        rows = await self._claim("leases.claim_attempt", given, json.dumps([lease_id]))
+        return lease_from_row(rows[0], asked_at=asked_at) if rows else None
+
+    async def _claim(self, query: str, given: Sequence[object], ids: str) -> Sequence[Row]:
+        """What was claimed under the lease *ids*."""
         try:
-            rows = await self._queries.fetch(query, *given)
+            return await self._queries.fetch(query, *given)
         except asyncio.CancelledError:
             await finish(self._give_back(ids))
             raise
-        return [lease_from_row(row, asked_at=asked_at) for row in rows]
 
     async def _give_back(self, ids: str) -> None:
         """Give back what a cancelled caller may have claimed."""

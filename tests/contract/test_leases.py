@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 
-from runtime_repo import AttemptStatus, ConfigurationError, LeaseLostError, NewAttempt, RuntimeRepository
-from tests.contract.conftest import Clock, Factory
+from runtime_repo import (
+    AttemptStatus,
+    ConfigurationError,
+    LeaseLostError,
+    NewAttempt,
+    RuntimeRepoError,
+    RuntimeRepository,
+)
+from tests.contract.conftest import Clock, Factory, execute
 
 MINUTE = timedelta(minutes=1)
 
@@ -32,6 +39,20 @@ async def test_a_claim_gives_everything_a_worker_needs(repo: RuntimeRepository, 
     assert (lease.claimed_at, lease.heartbeat_at, lease.expires_at) == (clock.now, clock.now, clock.now + MINUTE)
     assert (lease.attempt.payload, lease.attempt.status) == ({"x": 1}, AttemptStatus.LEASED)
     assert lease.attempt == await repo.attempts.get("a")
+
+
+async def test_what_cannot_be_read_keeps_nobody_from_the_rest(
+    repo: RuntimeRepository, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its lease runs out and no worker ends by it; whoever wants just this one is told."""
+    for name in ("a", "b", "c"):
+        await repo.attempts.enqueue("run", attempt_id=name, now=clock.now)
+    await execute(repo, "update {schema}.runtime_attempts set payload_json = '{oops' where attempt_id in ('a', 'c')")
+    (lease,) = await repo.leases.claim("worker", limit=2, now=clock.now)
+    assert lease.attempt_id == "b"
+    assert "attempt 'a' was claimed and cannot be read" in caplog.text
+    with pytest.raises(RuntimeRepoError, match="no JSON"):
+        await repo.leases.claim_attempt("c", "worker", now=clock.now)
 
 
 async def test_a_claim_takes_from_its_queue_only(repo: RuntimeRepository) -> None:
