@@ -273,6 +273,18 @@ async def test_who_was_stopped_before_does_nothing(repo: RuntimeRepository) -> N
     assert (await repo.attempts.get("a")).lease_version == 0
 
 
+async def test_it_runs_once(repo: RuntimeRepository) -> None:
+    """Twice at once ``stop`` would reach one of them only, and later it would wait for ever for room."""
+    worker = Worker(repo, for_ever, signals=())
+    async with asyncio.timeout(10):
+        async with running(worker):
+            await asyncio.sleep(0)
+            with pytest.raises(ConfigurationError, match="runs once"):
+                await worker.run()
+        with pytest.raises(ConfigurationError, match="runs once"):
+            await worker.run()
+
+
 async def test_each_has_a_name_of_its_own(repo: RuntimeRepository) -> None:
     """Unless it is given one."""
     first, second = Worker(repo, for_ever), Worker(repo, for_ever)
