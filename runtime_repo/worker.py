@@ -37,6 +37,11 @@ _BLINK = 0.05
 """Seconds within which a wait that ends has not waited."""
 _ERROR_LENGTH = 4000
 
+_stops: dict[tuple[asyncio.AbstractEventLoop, signal.Signals], tuple[Any, list[Callable[[], None]]]] = {}
+"""
+Of each signal that workers wait for, what handled it before and whom it stops: an event loop has one handler for it.
+"""
+
 
 class Worker:
     """
@@ -246,7 +251,6 @@ class Worker:
 
     @contextlib.contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
 
             def stop() -> None:
@@ -255,17 +259,41 @@ class Worker:
                 stack.close()
 
             for number in self._signals:
-                before = signal.getsignal(number)
-                try:
-                    loop.add_signal_handler(number, stop)
-                except (NotImplementedError, RuntimeError, ValueError):
-                    raise ConfigurationError(
-                        f"{number.name} cannot be caught here: only the main thread can, and not on every system; "
-                        "pass signals=() and call stop()"
-                    ) from None
-                stack.callback(signal.signal, number, before or signal.SIG_DFL)
-                stack.callback(loop.remove_signal_handler, number)
+                stack.enter_context(_caught(number, stop))
             yield
+
+
+@contextlib.contextmanager
+def _caught(number: signal.Signals, stop: Callable[[], None]) -> Iterator[None]:
+    """Call *stop* at a signal, as all those that wait for it; the last who leaves restores what was before."""
+    loop = asyncio.get_running_loop()
+    _, stops = _stops.get((loop, number)) or _catch(loop, number)
+    stops.append(stop)
+    try:
+        yield
+    finally:
+        stops.remove(stop)
+        if not stops:
+            before, _ = _stops.pop((loop, number))
+            loop.remove_signal_handler(number)
+            signal.signal(number, before or signal.SIG_DFL)
+
+
+def _catch(loop: asyncio.AbstractEventLoop, number: signal.Signals) -> tuple[Any, list[Callable[[], None]]]:
+    before, stops = signal.getsignal(number), list[Callable[[], None]]()
+
+    def stop_all() -> None:
+        for stop in tuple(stops):
+            stop()
+
+    try:
+        loop.add_signal_handler(number, stop_all)
+    except (NotImplementedError, RuntimeError, ValueError):
+        raise ConfigurationError(
+            f"{number.name} cannot be caught here: only the main thread can, and not on every system; "
+            "pass signals=() and call stop()"
+        ) from None
+    return _stops.setdefault((loop, number), (before, stops))
 
 
 def _is_being_cancelled() -> bool:

@@ -200,6 +200,22 @@ async def test_a_signal_stops_it(repo: RuntimeRepository, number: signal.Signals
     assert (await repo.attempts.get("a")).status is AttemptStatus.QUEUED
 
 
+async def test_a_signal_stops_all_that_run(repo: RuntimeRepository) -> None:
+    """However many workers a process has, and when one of them has ended before."""
+    before = signal.getsignal(signal.SIGTERM)
+    async with asyncio.timeout(20):
+        for ended in (0, 1, 2):
+            workers = [Worker(repo, for_ever, queues=queue) for queue in ("a", "b", "c")]
+            tasks = [asyncio.create_task(worker.run()) for worker in workers]
+            await asyncio.sleep(0)
+            workers[ended].stop()
+            await tasks[ended]
+            assert signal.getsignal(signal.SIGTERM) is not before
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.gather(*tasks)
+            assert signal.getsignal(signal.SIGTERM) is before
+
+
 async def test_a_handler_that_lost_its_lease_is_cancelled(factory: Factory) -> None:
     """What it would have reported is discarded, and the worker goes on."""
     cancelled = asyncio.Event()
