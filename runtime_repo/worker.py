@@ -122,7 +122,9 @@ class Worker:
             RuntimeRepoError: The repository was closed, or its tables are not what they were.
         """
         if self._claiming is not None:
-            raise ConfigurationError(f"worker {self.worker_id} has run before, and a worker runs once: construct another")
+            raise ConfigurationError(
+                f"worker {self.worker_id} has run before, and a worker runs once: construct another"
+            )
         failure: RuntimeRepoError | None = None
         with self._stopped_by_signals():
             async with anyio.create_task_group() as handlers:
