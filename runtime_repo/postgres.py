@@ -462,7 +462,7 @@ class PostgresDatabase:
             if answer == "ROLLBACK":
                 # That is no error to PostgreSQL.
                 raise DatabaseUnavailableError(
-                    f"PostgreSQL {self._target}: it rolled the transaction back, for one of its statements had failed: "
+                    f"PostgreSQL {self._target}: the transaction was rolled back, since a statement had failed: "
                     "let the error leave the block, or run what may fail within connection.transaction()"
                 )
         except BaseException:
