@@ -154,10 +154,12 @@ class Worker:
                 handlers.start_soon(self._work, lease)
             if len(leases) == wanted:
                 continue
+            has_waited = False
             began = time.monotonic()
             with contextlib.suppress(DatabaseUnavailableError):
                 await self._repo.attempts.wait(self._queues)
-            if leases or time.monotonic() - began > _BLINK:
+                has_waited = time.monotonic() - began > _BLINK
+            if leases or has_waited:
                 pause = _PAUSE_FIRST
                 continue
             # What is said to be there cannot be claimed: a rival is just claiming it, or the database is away.

@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import Any
 
+import asyncpg
 import pytest
 
 from runtime_repo import AttemptStatus, Lease, Worker
 from tests.contract.test_worker import running, until
-from tests.faults.conftest import Lab, lab_on
+from tests.faults.conftest import Lab, PostgresLab, lab_on, on_postgres
 from tests.faults.processes import PROCESSES, Place
 from tests.postgres_server import PostgresServer
 
@@ -41,6 +43,37 @@ async def test_a_worker_outlives_its_database(new_server: Callable[..., Postgres
                 assert (await until(other, "a", AttemptStatus.COMPLETED)).attempt_no == 1
                 await other.attempts.enqueue("run", attempt_id="b")
                 assert (await until(other, "b", AttemptStatus.COMPLETED)).result == "b"
+
+
+async def work(_lease: Lease) -> None:
+    """What is done at once."""
+
+
+@on_postgres
+async def test_a_worker_asks_less_and_less_often(lab: PostgresLab) -> None:
+    """For a database that is away, also where each refusal takes its time."""
+    refused = 0
+    is_away = False
+
+    async def connect(*args: Any, **options: Any) -> asyncpg.Connection:
+        nonlocal refused
+        if is_away:
+            await asyncio.sleep(0.06)
+            refused += 1
+            raise ConnectionRefusedError
+        return await asyncpg.connect(*args, **options)
+
+    async with asyncio.timeout(60), lab.repository(connect=connect, listen=False) as repo:
+        await repo.attempts.list()
+        is_away = True
+        await lab.admin.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where starts_with(application_name, $1)",
+            lab.place.schema,
+        )
+        async with running(Worker(repo, work, signals=())):
+            await asyncio.sleep(3)
+        # The sweep's, and two of each claim; without longer and longer pauses there would be forty.
+        assert 4 < refused < 24
 
 
 def work_without_end(place: Place, begun: Connection) -> None:
