@@ -21,7 +21,7 @@ from anyio.lowlevel import RunVar
 from runtime_repo.database import Queries, finish
 from runtime_repo.errors import ConfigurationError, NotFoundError
 from runtime_repo.records import ApiKey, ApiKeyStatus, api_key_from_row
-from runtime_repo.values import check_count, check_id, instant_ms, is_text
+from runtime_repo.values import check_after, check_count, check_id, instant_ms, is_text
 
 __all__ = ["ApiKeys"]
 
@@ -159,9 +159,7 @@ class ApiKeys:
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
         text may differ between databases.
         """
-        rows = await self._queries.fetch(
-            "api_keys.list", after and check_id("after", after), check_count("limit", limit)
-        )
+        rows = await self._queries.fetch("api_keys.list", check_after(after), check_count("limit", limit))
         return [api_key_from_row(row) for row in rows]
 
 

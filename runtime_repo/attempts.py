@@ -28,7 +28,18 @@ from runtime_repo.records import (
     attempt_from_row,
     stats_from_row,
 )
-from runtime_repo.values import check_count, check_id, instant_ms, new_id, new_ids, queue_names, span_ms, to_json
+from runtime_repo.values import (
+    check_after,
+    check_choice,
+    check_count,
+    check_id,
+    instant_ms,
+    new_id,
+    new_ids,
+    queue_names,
+    span_ms,
+    to_json,
+)
 
 __all__ = ["Attempts"]
 
@@ -99,6 +110,8 @@ class Attempts:
         order = []
         all_new = True
         for new in attempts:
+            if not isinstance(new, NewAttempt):
+                raise ConfigurationError(f"an attempt is {new!r}: expected a NewAttempt")
             all_new = all_new and new.attempt_id is None
             columns = _columns(new, ids.__next__)
             order.append(columns["attempt_id"])
@@ -156,8 +169,8 @@ class Attempts:
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
         text may differ between databases. A run and a status are looked up; a queue alone reads past what is of others.
         """
-        page = (after and check_id("after", after), check_count("limit", limit))
-        wanted = None if status is None else AttemptStatus(status)
+        page = (check_after(after), check_count("limit", limit))
+        wanted = None if status is None else check_choice("status", AttemptStatus, status)
         of_queue = None if queue is None else check_id("queue", queue)
         if run_id is not None:
             rows = await self._queries.fetch(
@@ -298,6 +311,8 @@ class Attempts:
         Raises:
             LeaseLostError: The attempt is no longer this lease's to fail.
         """
+        if not isinstance(error, str):
+            raise ConfigurationError(f"error is {error!r}: expected text")
         delay = retry_in.delay(lease.attempt.attempt_no) if isinstance(retry_in, RetryPolicy) else retry_in
         rows = await self._queries.fetch(
             "attempts.fail",

@@ -8,7 +8,7 @@ from typing import Any
 from runtime_repo.database import Queries
 from runtime_repo.errors import InvalidTransitionError, NotFoundError, PayloadMismatchError
 from runtime_repo.records import Interrupt, InterruptStatus, interrupt_from_row
-from runtime_repo.values import check_choice, check_count, check_id, instant_ms, json_text, new_id
+from runtime_repo.values import check_after, check_choice, check_count, check_id, instant_ms, json_text, new_id
 
 __all__ = ["Interrupts"]
 
@@ -99,7 +99,7 @@ class Interrupts:
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
         text may differ between databases. A thread and a status are looked up, and a page reads all that have it.
         """
-        page = (after and check_id("after", after), check_count("limit", limit))
+        page = (check_after(after), check_count("limit", limit))
         wanted = None if status is None else check_choice("status", InterruptStatus, status)
         if thread_id is not None:
             thread = check_id("thread_id", thread_id)

@@ -6,7 +6,7 @@ from datetime import datetime
 from runtime_repo.database import Queries
 from runtime_repo.errors import NotFoundError
 from runtime_repo.records import Job, job_from_row
-from runtime_repo.values import check_count, check_id, instant_ms
+from runtime_repo.values import check_after, check_count, check_id, instant_ms
 
 __all__ = ["Jobs"]
 
@@ -58,7 +58,7 @@ class Jobs:
         Pass the last thread of a page as *after* to get the next; a page shorter than *limit* is the last. The order
         of text may differ between databases. A status is looked up, and a page reads all that have it.
         """
-        page = (after and check_id("after", after), check_count("limit", limit))
+        page = (check_after(after), check_count("limit", limit))
         if status is None:
             rows = await self._queries.fetch("jobs.list", *page)
         else:

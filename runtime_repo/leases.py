@@ -17,7 +17,17 @@ from runtime_repo.attempts import ended_by, lost
 from runtime_repo.database import Queries, Row, finish
 from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LeaseLostError, RuntimeRepoError
 from runtime_repo.records import DEFAULT_QUEUE, Attempt, AttemptStatus, Lease, attempt_from_row, lease_from_row
-from runtime_repo.values import check_count, check_id, from_ms, instant_ms, new_id, new_ids, queue_names, span_ms
+from runtime_repo.values import (
+    check_after,
+    check_count,
+    check_id,
+    from_ms,
+    instant_ms,
+    new_id,
+    new_ids,
+    queue_names,
+    span_ms,
+)
 
 __all__ = ["DEFAULT_TTL", "Leases"]
 
@@ -260,7 +270,7 @@ class Leases:
 
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last.
         """
-        page = (after and check_id("after", after), check_count("limit", limit))
+        page = (check_after(after), check_count("limit", limit))
         if worker_id is None:
             rows = await self._queries.fetch("leases.list", *page)
         else:

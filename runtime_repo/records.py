@@ -137,9 +137,9 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         span_ms("base", self.base)
         span_ms("cap", self.cap)
-        if not 1 <= self.factor < math.inf:
+        if not isinstance(self.factor, (int, float)) or not 1 <= self.factor < math.inf:
             raise ConfigurationError(f"factor is {self.factor!r}: expected a number from 1 on")
-        if not 0 <= self.jitter <= 1:
+        if not isinstance(self.jitter, (int, float)) or not 0 <= self.jitter <= 1:
             raise ConfigurationError(f"jitter is {self.jitter!r}: expected a fraction from 0 to 1")
         if self.max_attempts is not None:
             check_count("max_attempts", self.max_attempts)

@@ -10,7 +10,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from runtime_repo.errors import ConfigurationError, RuntimeRepoError
 
 __all__ = [
+    "check_after",
     "check_choice",
     "check_count",
     "check_id",
@@ -42,6 +43,7 @@ MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 S = TypeVar("S", bound=StrEnum)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EARLIEST, _LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 # Made once: json.dumps makes one for each value, unless it is to write what it writes by default.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -61,13 +63,19 @@ def instant_ms(name: str, value: datetime | None) -> int | None:
     """An aware instant in milliseconds since the epoch; None stays None."""
     if value is None:
         return None
-    if value.tzinfo is None:
+    if not isinstance(value, datetime):
+        raise ConfigurationError(f"{name} is {value!r}: expected an aware datetime")
+    if value.utcoffset() is None:
         raise ConfigurationError(f"{name} is {value!r}, without a time zone: pass an aware datetime, such as UTC")
+    if not _EARLIEST <= value <= _LATEST:
+        raise ConfigurationError(f"{name} is {value!r}: expected an instant of the years 1 to 9999 in UTC")
     return (value - _EPOCH) // timedelta(milliseconds=1)
 
 
 def span_ms(name: str, value: timedelta, *, positive: bool = False) -> int:
     """A duration in milliseconds; never negative, and not zero where it must be positive."""
+    if not isinstance(value, timedelta):
+        raise ConfigurationError(f"{name} is {value!r}: expected a timedelta")
     milliseconds = value // timedelta(milliseconds=1)
     if not (1 if positive else 0) <= milliseconds <= MAX_SPAN_MS:
         raise ConfigurationError(
@@ -86,10 +94,17 @@ def check_id(name: str, value: str) -> str:
 
 def queue_names(queues: str | Sequence[str]) -> Sequence[str]:
     """The queues that are named, each once."""
-    names = list(dict.fromkeys([queues] if isinstance(queues, str) else queues))
+    if not isinstance(queues, Iterable):
+        raise ConfigurationError(f"queues is {queues!r}: expected the name of a queue, or several")
+    names = [check_id("queues", name) for name in ([queues] if isinstance(queues, str) else queues)]
     if not names:
         raise ConfigurationError("queues is empty: expected the name of a queue, or several")
-    return [check_id("queues", name) for name in names]
+    return list(dict.fromkeys(names))
+
+
+def check_after(value: str) -> str:
+    """The id after which a page begins; the first page begins after the empty one."""
+    return value if value == "" else check_id("after", value)
 
 
 def is_text(value: str) -> bool:
@@ -99,7 +114,7 @@ def is_text(value: str) -> bool:
 
 def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1) -> int:
     """A number of things that both databases can store as an integer."""
-    if not isinstance(value, int) or not least <= value <= most:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ConfigurationError(f"{name} is {value!r}: expected a whole number from {least} to {most}")
     return value
 

@@ -92,6 +92,10 @@ class Worker:
         sweep_every: timedelta = timedelta(seconds=10),
         signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
     ) -> None:
+        if not callable(handler):
+            raise ConfigurationError(f"handler is {handler!r}: expected a coroutine function")
+        if retry is not None and not isinstance(retry, RetryPolicy):
+            raise ConfigurationError(f"retry is {retry!r}: expected a RetryPolicy, or None")
         self._repo = repo
         self._handler = handler
         self.worker_id = _unique_id() if worker_id is None else check_id("worker_id", worker_id)
@@ -102,7 +106,10 @@ class Worker:
         self._retry = retry
         self._grace = span_ms("grace", grace) / 1000
         self._sweep_every = span_ms("sweep_every", sweep_every, positive=True) / 1000
-        self._signals = tuple(signals)
+        try:
+            self._signals = tuple(map(signal.Signals, signals))
+        except (TypeError, ValueError):
+            raise ConfigurationError(f"signals is {signals!r}: expected some of signal.Signals") from None
         self._room = asyncio.Semaphore(self._concurrency)
         self._claiming: anyio.CancelScope | None = None
         self._stopped = False

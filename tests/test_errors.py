@@ -6,7 +6,7 @@ import pickle
 import re
 import sqlite3
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,9 @@ def test_an_error_survives_a_round_trip(
 
 Break = Callable[[], Awaitable[object]]
 
+BEYOND = datetime.max.replace(tzinfo=timezone(timedelta(hours=-12)))
+"""An instant that is in the year 10000 by UTC."""
+
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def broken(
@@ -260,6 +263,27 @@ async def test_a_drivers_exception_leaves_a_verb_only_as_a_cause(
         (lambda repo, _: repo.leases.claim("worker", ttl=timedelta.max), "ttl"),
         (lambda repo, lease: repo.leases.heartbeat(lease, ttl=timedelta.max), "ttl"),
         (lambda repo, lease: repo.attempts.fail(lease, "boom", retry_in=timedelta.max), "retry_in"),
+        (lambda repo, _: repo.attempts.enqueue("run", not_before="soon"), "not_before"),
+        (lambda repo, _: repo.attempts.enqueue("run", not_before=date(2030, 1, 1)), "not_before"),
+        (lambda repo, _: repo.attempts.enqueue("run", not_before=BEYOND), "not_before"),
+        (lambda repo, _: repo.attempts.enqueue("run", priority=True), "priority"),
+        (lambda repo, _: repo.attempts.enqueue("run", now=1.5), "now"),
+        (lambda repo, _: repo.attempts.enqueue_many(["run"]), "NewAttempt"),
+        (lambda repo, _: repo.attempts.list(status="nope"), "status"),
+        (lambda repo, _: repo.attempts.list(after=None), "after"),
+        (lambda repo, _: repo.leases.list(after=0), "after"),
+        (lambda repo, _: repo.jobs.list(after=None), "after"),
+        (lambda repo, _: repo.interrupts.list(after=b""), "after"),
+        (lambda repo, _: repo.api_keys.list(after=None), "after"),
+        (lambda repo, _: repo.attempts.wait(timeout=5), "timeout"),
+        (lambda repo, _: repo.attempts.wait(None), "queues"),
+        (lambda repo, _: repo.leases.claim("worker", queues=[["default"]]), "queues"),
+        (lambda repo, _: repo.leases.claim("worker", limit=True), "limit"),
+        (lambda repo, _: repo.leases.claim("worker", ttl=30), "ttl"),
+        (lambda repo, lease: repo.leases.release(lease, delay=1.5), "delay"),
+        (lambda repo, lease: repo.attempts.fail(lease, ValueError("boom")), "error"),
+        (lambda repo, lease: repo.attempts.fail(lease, "boom", retry_in=5), "retry_in"),
+        (lambda repo, _: repo.audit.list(since="yesterday"), "since"),
     ],
 )
 async def test_what_the_database_cannot_store_is_refused_by_name(
@@ -267,7 +291,7 @@ async def test_what_the_database_cannot_store_is_refused_by_name(
     verb: Callable[[RuntimeRepository, Any], Awaitable[object]],
     name: str,
 ) -> None:
-    """Text that is no UTF-8, and a time beyond every calendar, are our error, and nothing was written."""
+    """Text that is no UTF-8, a time beyond every calendar, another type: each is our error, and nothing was written."""
     repo = broken[0]
     async with repo:
         await repo.attempts.enqueue("run", attempt_id="a")

@@ -49,7 +49,11 @@ def test_a_policy_gives_up_after_its_last_try() -> None:
     [
         ({"base": -SECOND}, "base"),
         ({"cap": -SECOND}, "cap"),
+        ({"base": 1}, "base"),
         ({"factor": 0.5}, "factor"),
+        ({"factor": "2"}, "factor"),
+        ({"jitter": None}, "jitter"),
+        ({"max_attempts": True}, "max_attempts"),
         ({"factor": float("nan")}, "factor"),
         ({"factor": float("inf")}, "factor"),
         ({"jitter": 1.5}, "jitter"),

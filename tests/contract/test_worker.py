@@ -317,13 +317,22 @@ async def test_each_has_a_name_of_its_own(repo: RuntimeRepository) -> None:
         {"ttl": timedelta(0)},
         {"grace": timedelta(seconds=-1)},
         {"sweep_every": timedelta(0)},
+        {"retry": timedelta(seconds=1)},
+        {"signals": ["SIGTERM"]},
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
 async def test_bad_input_is_refused(repo: RuntimeRepository, arguments: dict[str, Any]) -> None:
     """When it is constructed, not when the first attempt comes."""
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(ConfigurationError, match=next(iter(arguments))):
         Worker(repo, for_ever, **arguments)
+
+
+async def test_a_handler_is_a_function(repo: RuntimeRepository) -> None:
+    """What it is not is refused as well."""
+    coroutine: Any = None
+    with pytest.raises(ConfigurationError, match="handler"):
+        Worker(repo, coroutine)
 
 
 async def test_signals_are_for_the_main_thread(repo: RuntimeRepository) -> None:
