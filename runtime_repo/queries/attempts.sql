@@ -205,10 +205,15 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
   from done;
 
 -- name: complete @sqlite
--- As above, in two statements of one transaction: SQLite has no data-modifying common table expressions.
+-- As above, in two statements of one transaction: SQLite has no data-modifying common table expressions. What the second
+-- will not finish keeps its lease.
 delete from {schema}.runtime_leases
- where attempt_id = $1
-   and version    = $2;
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id    = $1
+              and lease_version = $2
+              and status in ('leased', 'running'));
 update {schema}.runtime_attempts
    set status         = 'completed',
        result_json    = $3,
@@ -253,10 +258,15 @@ with given as (
 select attempt_id, lease_version from done;
 
 -- name: complete_many @sqlite
--- As above, in two statements of one transaction.
+-- As above, in two statements of one transaction. The plus keeps SQLite from reading all that is leased or running.
 delete from {schema}.runtime_leases
- where (attempt_id, version) in (
-           select json_extract(value, '$.attempt_id'), json_extract(value, '$.token') from json_each($1));
+ where attempt_id in (
+           select a.attempt_id
+             from json_each($1) as given
+             join {schema}.runtime_attempts as a
+               on a.attempt_id    = json_extract(given.value, '$.attempt_id')
+              and a.lease_version = json_extract(given.value, '$.token')
+            where +a.status in ('leased', 'running'));
 update {schema}.runtime_attempts as a
    set status         = 'completed',
        result_json    = given.result_json,
@@ -267,7 +277,7 @@ update {schema}.runtime_attempts as a
           from json_each($1)) as given
  where a.attempt_id    = given.attempt_id
    and a.lease_version = given.token
-   and a.status in ('leased', 'running')
+   and +a.status in ('leased', 'running')
 returning attempt_id, lease_version;
 
 -- name: fail @postgres
@@ -295,8 +305,12 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
 -- name: fail @sqlite
 -- As above, in two statements of one transaction.
 delete from {schema}.runtime_leases
- where attempt_id = $1
-   and version    = $2;
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id    = $1
+              and lease_version = $2
+              and status in ('leased', 'running'));
 update {schema}.runtime_attempts
    set status         = case when $4 is null or attempt_no >= max_attempts then 'failed' else 'retry_backoff' end,
        attempt_no     = case when $4 is null or attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
@@ -327,9 +341,13 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
   from cancelled;
 
 -- name: cancel @sqlite
--- As above, in two statements of one transaction: only what is not final can have a lease.
+-- As above, in two statements of one transaction.
 delete from {schema}.runtime_leases
- where attempt_id = $1;
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id = $1
+              and status in ('queued', 'leased', 'running', 'retry_backoff'));
 update {schema}.runtime_attempts
    set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($2, {now_ms})
  where attempt_id = $1

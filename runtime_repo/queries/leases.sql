@@ -383,8 +383,12 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
 -- name: release @sqlite
 -- As above, in two statements of one transaction.
 delete from {schema}.runtime_leases
- where attempt_id = $1
-   and version    = $2;
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id    = $1
+              and lease_version = $2
+              and status in ('leased', 'running'));
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3
  where attempt_id    = $1
