@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
     Pool = asyncpg.Pool[asyncpg.Record]
-    Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
+    Lent = PoolConnectionProxy[asyncpg.Record]
+    Connection = asyncpg.Connection[asyncpg.Record] | Lent
 
 __all__ = ["PostgresRuntimeRepository"]
 
@@ -163,6 +164,8 @@ class Target:
         self._init = options.get("init")
         self._setup = options.get("setup")
         self._is_tuned = bool(options)
+        self.can_reuse = not isinstance(dsn, asyncpg.Pool) and not options.keys() & {"setup", "reset"}
+        """Whether a connection may be used again before the pool has it back: it is ours, and calls nobody at that."""
         # What we leave behind is no session state, so a connection needs no round trip to be reset.
         self._options: dict[str, Any] = {"min_size": 0, "reset": _nothing_to_reset} | options | {"init": None}
         self._shown = "an existing pool"
@@ -273,6 +276,10 @@ class PostgresDatabase:
         # Boot's own connection. The first verb makes the pool, which takes it over.
         self._own: Connection | None = None
         self._has_booted = False
+        # The pool's connection that was used last, until the event loop's next turn.
+        self._spare: Lent | None = None
+        self._handing_back: asyncio.Future[None] | None = None
+        self._waiting = 0
         has_room = target.pool is None or target.pool.get_max_size() > 1
         self._teller = Teller(self._tell_now)
         self._listener = Listener(self._listening if listen and has_room else None)
@@ -328,6 +335,8 @@ class PostgresDatabase:
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
         self._has_booted = False
+        if pool is not None:
+            self._hand_back(pool)
         if own is not None:
             # The pool, if it is ours, has not been opened.
             await (_closed(own) if self._target.pool is None else _released(self._target.pool, own))
@@ -368,14 +377,35 @@ class PostgresDatabase:
             return
         with self.translated():
             pool = await self._open_pool()
-            connection = await pool.acquire()
+            connection = self._taken_spare() or await self._waited_for(pool)
         try:
             yield connection
         except BaseException:
             # It is back when the server is done with it, whoever does not want to wait for that.
             await finish(_released(pool, connection))
             raise
-        await _released(pool, connection)
+        # To hand it to the pool and have it back costs a tenth of a quick statement. So the pool has to wait until the
+        # event loop's next turn: whoever goes on at once takes it from here, unless others want one.
+        if self._target.can_reuse and self._spare is None and not self._waiting:
+            self._spare = connection
+            asyncio.get_running_loop().call_soon(self._hand_back, pool)
+        else:
+            await _released(pool, connection)
+
+    def _taken_spare(self) -> "Lent | None":
+        spare, self._spare = self._spare, None
+        return spare
+
+    async def _waited_for(self, pool: "Pool") -> "Lent":
+        self._waiting += 1
+        try:
+            return await pool.acquire()
+        finally:
+            self._waiting -= 1
+
+    def _hand_back(self, pool: "Pool") -> None:
+        if (spare := self._taken_spare()) is not None:
+            self._handing_back = asyncio.ensure_future(_released(pool, spare))
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         async with self._acquired() as connection:
@@ -691,7 +721,7 @@ async def _closed(opened: "Pool | Connection") -> None:
 async def _released(pool: "Pool", connection: "Connection") -> None:
     # One that cannot be reset is dropped by its pool.
     with contextlib.suppress(*_DRIVER_ERRORS):
-        await pool.release(cast("PoolConnectionProxy[asyncpg.Record]", connection))
+        await pool.release(cast("Lent", connection))
 
 
 async def _rolled_back(connection: "Connection", rollback: str = "rollback") -> None:

@@ -282,6 +282,24 @@ async def test_an_existing_pool_is_used_and_not_closed(lab: PostgresLab, max_siz
 
 
 @on_postgres
+async def test_who_never_pauses_does_not_keep_the_only_connection(lab: PostgresLab) -> None:
+    """A task whose verbs follow each other at once shares the pool with those who wait for it."""
+    async with lab.repository(max_size=1) as repository, asyncio.timeout(20):
+
+        async def never_pause() -> None:
+            while True:
+                await repository.attempts.find("a")
+
+        busy = asyncio.create_task(never_pause())
+        for _ in range(10):
+            await repository.attempts.find("b")
+            await asyncio.sleep(0.001)
+        busy.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await busy
+
+
+@on_postgres
 async def test_pool_options_pass_through(lab: PostgresLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """What asyncpg's pool understands can be given."""
     create, connect = Mock(wraps=asyncpg.create_pool), Mock(wraps=asyncpg.connect)
