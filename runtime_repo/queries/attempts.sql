@@ -153,13 +153,14 @@ select min(case when exists (
   from json_array_elements_text($1::text::json) as named (queue);
 
 -- name: next @sqlite
--- As above.
-select min(case when exists (
-                     select 1
-                       from {schema}.runtime_attempts
-                      where queue = named.value
-                        and status = 'queued'
-                        and retry_at_ms is null)
+-- As above. For EXISTS, which wants no order, SQLite reads all that is queued anywhere; the order leads it to the queue's.
+select min(case when (select attempt_id
+                        from {schema}.runtime_attempts
+                       where queue = named.value
+                         and status = 'queued'
+                         and retry_at_ms is null
+                       order by priority desc, enqueued_at_ms, attempt_id
+                       limit 1) is not null
                 then 0
                 else (select retry_at_ms
                         from {schema}.runtime_attempts

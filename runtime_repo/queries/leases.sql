@@ -489,5 +489,8 @@ delete from {schema}.runtime_leases
             where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
             order by lease_expires_at_ms
             limit $1)
-   and attempt_id not in (
-           select attempt_id from {schema}.runtime_attempts where status in ('leased', 'running'));
+   and not exists (
+           select 1
+             from {schema}.runtime_attempts as a
+            where a.attempt_id = runtime_leases.attempt_id
+              and a.status in ('leased', 'running'));
