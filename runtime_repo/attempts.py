@@ -29,6 +29,7 @@ from runtime_repo.records import (
     stats_from_row,
 )
 from runtime_repo.values import (
+    as_read,
     check_after,
     check_choice,
     check_count,
@@ -416,14 +417,15 @@ def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
     }
 
 
-def _check_same(stored: Attempt, given: Mapping[str, Any]) -> None:
+def _check_same(stored: Attempt, given: dict[str, Any]) -> None:
     """Refuse an id that is stored with other content."""
+    payload = given["payload_json"]
     found = {
         "run_id": stored.run_id,
         "queue": stored.queue,
         "payload_json": to_json("payload", stored.payload),
     }
-    _check_equal(stored.attempt_id, found, given)
+    _check_equal(stored.attempt_id, found, given | {"payload_json": payload and as_read(payload)})
 
 
 def _check_equal(attempt_id: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from runtime_repo.database import Queries
 from runtime_repo.errors import InvalidTransitionError, NotFoundError, PayloadMismatchError
 from runtime_repo.records import Interrupt, InterruptStatus, interrupt_from_row
-from runtime_repo.values import check_after, check_choice, check_count, check_id, instant_ms, json_text, new_id
+from runtime_repo.values import as_read, check_after, check_choice, check_count, check_id, instant_ms, json_text, new_id
 
 __all__ = ["Interrupts"]
 
@@ -51,7 +51,7 @@ class Interrupts:
             "thread_id": check_id("thread_id", thread_id),
             "run_id": check_id("run_id", run_id),
             "attempt_id": check_id("attempt_id", attempt_id),
-            "value": json_text("value", value),
+            "value": as_read(json_text("value", value)),
         }
         rows = await self._queries.fetch("interrupts.create", interrupt_id, *given.values(), instant_ms("now", now))
         if rows:
@@ -123,7 +123,7 @@ class Interrupts:
             PayloadMismatchError: It was answered with another payload: read the answer that counts.
             InvalidTransitionError: It was cancelled, or an earlier program resumed it and left no answer to compare.
         """
-        text = json_text("payload", payload)
+        text = as_read(json_text("payload", payload))
         digest = hashlib.sha256(text.encode()).hexdigest()
         rows = await self._queries.fetch(
             "interrupts.resume", check_id("interrupt_id", interrupt_id), text, digest, instant_ms("now", now)

@@ -8,7 +8,7 @@ from runtime_repo.attempts import lost
 from runtime_repo.database import Queries
 from runtime_repo.errors import PayloadMismatchError
 from runtime_repo.records import Lease, StepReport, step_report_from_row
-from runtime_repo.values import check_count, check_id, instant_ms, to_json
+from runtime_repo.values import as_read, check_count, check_id, instant_ms, to_json
 
 __all__ = ["StepReports"]
 
@@ -72,6 +72,7 @@ class StepReports:
             "status": stored.status,
             "payload": to_json("payload", stored.payload),
         }
+        given["payload"] = given["payload"] and as_read(given["payload"])
         if differing := [name for name in given if found[name] != given[name]]:
             raise PayloadMismatchError("step report", token, differing)
         return stored

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from runtime_repo.errors import ConfigurationError, RuntimeRepoError
 
 __all__ = [
+    "as_read",
     "check_after",
     "check_choice",
     "check_count",
@@ -144,6 +145,11 @@ def json_text(name: str, value: Any) -> str:
             "and pass a reference"
         )
     return text
+
+
+def as_read(text: str) -> str:
+    """Canonical JSON of what *text* is read as: what Python had under a number comes back under a text."""
+    return json_text("what is stored", from_json(text))
 
 
 def from_json(text: str | None, what: str = "a row") -> Any:

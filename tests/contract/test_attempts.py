@@ -47,6 +47,14 @@ async def test_the_same_id_again_is_the_same_attempt(repo: RuntimeRepository) ->
     assert (again.status, again.result) == (AttemptStatus.COMPLETED, "done")
 
 
+async def test_numbers_as_keys_are_the_same_payload_again(repo: RuntimeRepository) -> None:
+    """They are stored as text, in another order: the very same call must not be a conflict."""
+    for payload in ({2: "x", 10: "y"}, {2: "x", 10: "y"}, {"10": "y", "2": "x"}):
+        await repo.attempts.enqueue("run", attempt_id="a", payload=payload)
+        await repo.attempts.enqueue_many([NewAttempt("run", attempt_id="b", payload=payload)])
+    assert (await repo.attempts.get("a")).payload == (await repo.attempts.get("b")).payload == {"2": "x", "10": "y"}
+
+
 @pytest.mark.parametrize(
     ("change", "differing"),
     [

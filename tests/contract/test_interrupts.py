@@ -70,6 +70,15 @@ async def test_the_same_id_again_is_the_same_question(repo: RuntimeRepository, c
     assert await repo.interrupts.list() == [answered]
 
 
+async def test_numbers_as_keys_are_the_same_question_and_answer_again(repo: RuntimeRepository) -> None:
+    """They are stored as text, in another order: the very same call must not be a conflict."""
+    for value in ({2: "x", 10: "y"}, {2: "x", 10: "y"}, {"10": "y", "2": "x"}):
+        await repo.interrupts.create("thread", "run", "a", value, interrupt_id="i")
+    for value in ({2: "x", 10: "y"}, {2: "x", 10: "y"}, {"10": "y", "2": "x"}):
+        answered = await repo.interrupts.resume("i", value)
+        assert answered.value == answered.resume_payload == {"2": "x", "10": "y"}
+
+
 @pytest.mark.parametrize(
     ("change", "differing"),
     [
