@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field
 
 from runtime_repo import (
     Attempt,
+    ConfigurationError,
     ConflictError,
     DatabaseUnavailableError,
     Lease,
@@ -55,9 +56,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.repo = repo
         worker = Worker(repo, write_report, queues=QUEUE, signals=())  # the server sees to signals
         working = asyncio.create_task(worker.run())
-        yield
-        worker.stop()
-        await working
+        try:
+            yield
+        finally:
+            worker.stop()
+            await working
 
 
 async def write_report(lease: Lease) -> dict[str, Any]:
@@ -106,10 +109,12 @@ async def health(request: Request) -> JSONResponse:
 
 @app.exception_handler(NotFoundError)
 @app.exception_handler(ConflictError)
+@app.exception_handler(ConfigurationError)
 @app.exception_handler(DatabaseUnavailableError)
 async def refuse(_request: Request, error: Exception) -> JSONResponse:
-    """Each error of the store has its status."""
-    code = 404 if isinstance(error, NotFoundError) else 409 if isinstance(error, ConflictError) else 503
+    """Each error of the store has its status; what cannot be meant, such as an empty key, is the client's."""
+    codes = {NotFoundError: 404, ConflictError: 409, ConfigurationError: 422, DatabaseUnavailableError: 503}
+    code = next(code for kind, code in codes.items() if isinstance(error, kind))
     return JSONResponse({"detail": str(error)}, status_code=code)
 
 

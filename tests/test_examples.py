@@ -206,7 +206,7 @@ def ask(url: str, body: object = None, **headers: str) -> tuple[int, Any]:
 
 
 def test_the_service_works_in_the_background(service: str) -> None:
-    """The same key is one report; what differs under the same key, or is unknown, is refused."""
+    """The same key is one report; what differs under the same key, is unknown or cannot be a key is refused."""
     key = {"Idempotency-Key": "a"}
     for _ in range(2):
         status, answer = ask(f"{service}/reports", {"month": "2026-02"}, **key)
@@ -223,6 +223,8 @@ def test_the_service_works_in_the_background(service: str) -> None:
     }
     assert ask(f"{service}/reports", {"month": "2026-03"}, **key)[0] == 409
     assert ask(f"{service}/reports/b")[0] == 404
+    assert ask(f"{service}/reports/{513 * 'c'}")[0] == ask(f"{service}/reports/a%00")[0] == 422
+    assert ask(f"{service}/reports", {"month": "2026-03"}, **{"Idempotency-Key": ""})[0] == 422
     assert ask(f"{service}/health") == (200, {"status": "healthy", "schema_version": 2, "queues": {}})
 
 
