@@ -9,11 +9,13 @@ import secrets
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from runtime_repo.database import finish
@@ -111,6 +113,7 @@ class Worker:
         except (TypeError, ValueError):
             raise ConfigurationError(f"signals is {signals!r}: expected some of signal.Signals") from None
         self._room = asyncio.Semaphore(self._concurrency)
+        self._task: asyncio.Task[Any] | None = None
         self._claiming: anyio.CancelScope | None = None
         self._stopped = False
 
@@ -133,6 +136,7 @@ class Worker:
                 f"worker {self.worker_id} has run before, and a worker runs once: construct another"
             )
         failure: RuntimeRepoError | None = None
+        self._task = asyncio.current_task()
         with self._stopped_by_signals():
             async with anyio.create_task_group() as handlers:
                 with anyio.CancelScope() as self._claiming:
@@ -206,7 +210,7 @@ class Worker:
                 await self._handle(lease)
         except LeaseLostError as error:
             _log.warning("worker %s discards what it did: %s", self.worker_id, error)
-        except RuntimeRepoError as error:
+        except Exception as error:  # noqa: BLE001 - what befalls one attempt is not the end of the worker
             # Its lease expires, and the attempt is made ready again.
             _log.error("worker %s cannot report on attempt %r: %s", self.worker_id, lease.attempt_id, error)
         except asyncio.CancelledError:
@@ -221,21 +225,26 @@ class Worker:
         await self._insist(lambda: attempts.start(lease))
         try:
             result = await self._handler(lease)
+        except (Exception, asyncio.CancelledError, BaseExceptionGroup) as error:
+            if isinstance(error, LeaseLostError) and error.attempt_id == lease.attempt_id:
+                raise
+            # The end of the lease or of the worker goes through; any other cancellation is how this try ended.
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            if self._task is not None and self._task.cancelling():
+                # With all tasks of the event loop, so that it comes to this one first.
+                raise asyncio.CancelledError from error
+            _forget_cancellation()
+            await self._fail(lease, error)
+            return
+        try:
             await self._insist(lambda: attempts.complete(lease, result))
-        except (LeaseLostError, DatabaseUnavailableError) as error:
-            if getattr(error, "attempt_id", lease.attempt_id) == lease.attempt_id:
-                raise
-            await self._fail(lease, error)
-        except asyncio.CancelledError as error:
-            if _is_being_cancelled():
-                raise
-            await self._fail(lease, error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is how this try ended
+        except ConfigurationError as error:
             await self._fail(lease, error)
 
     async def _fail(self, lease: Lease, error: BaseException) -> None:
         _log.warning("attempt %r failed", lease.attempt_id, exc_info=error)
-        words = f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]
+        # It may be one that cannot be shown.
+        words = "".join(traceback.format_exception_only(error)).strip()[:_ERROR_LENGTH]
         await self._insist(lambda: self._repo.attempts.fail(lease, words, retry_in=self._retry))
 
     async def _insist(self, report: Callable[[], Awaitable[object]]) -> None:
@@ -307,10 +316,10 @@ def _catch(loop: asyncio.AbstractEventLoop, number: signal.Signals) -> tuple[Any
     return _stops.setdefault((loop, number), (before, stops))
 
 
-def _is_being_cancelled() -> bool:
-    """Whether somebody wants this task to end, and not only something that its handler awaited."""
+def _forget_cancellation() -> None:
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    while task is not None and task.cancelling():
+        task.uncancel()
 
 
 def _unique_id() -> str:

@@ -15,6 +15,7 @@ from runtime_repo import (
     Attempt,
     AttemptStatus,
     ConfigurationError,
+    DatabaseUnavailableError,
     Lease,
     NewAttempt,
     RepositoryClosedError,
@@ -131,12 +132,52 @@ async def not_json(_lease: Lease) -> object:
     return object()
 
 
-@pytest.mark.parametrize(("handler", "words"), [(cancelled_by_itself, "CancelledError"), (not_json, "JSON")])
+async def cancelling_itself(_lease: Lease) -> None:
+    """Somebody who knows the handler's task cancelled it, but not the worker."""
+    task = asyncio.current_task()
+    assert task
+    task.cancel()
+    await asyncio.sleep(0)
+
+
+async def cancelled_among_others(_lease: Lease) -> None:
+    """What some tasks of the handler's own ended with."""
+    raise BaseExceptionGroup("two of three", [asyncio.CancelledError(), ValueError("no")])
+
+
+async def without_words(_lease: Lease) -> None:
+    """An error that cannot be shown."""
+
+    class WordlessError(Exception):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    raise WordlessError
+
+
+async def without_another_database(_lease: Lease) -> None:
+    """An error of the store's, but not of this one."""
+    raise DatabaseUnavailableError("the archive is away")
+
+
+@pytest.mark.parametrize(
+    ("handler", "words"),
+    [
+        (cancelled_by_itself, "CancelledError"),
+        (cancelling_itself, "CancelledError"),
+        (cancelled_among_others, "two of three"),
+        (without_words, "WordlessError"),
+        (without_another_database, "archive"),
+        (not_json, "JSON"),
+    ],
+)
 async def test_what_cannot_be_a_result_is_a_failure(repo: RuntimeRepository, handler: Any, words: str) -> None:
     """Not a loop of releases, and not the end of the worker."""
     await repo.attempts.enqueue("run", attempt_id="a")
     async with running(Worker(repo, handler, retry=None, signals=())):
         failed = await until(repo, "a", AttemptStatus.FAILED)
+        await repo.attempts.enqueue("run", attempt_id="b")
+        await until(repo, "b", AttemptStatus.FAILED)
     assert words in str(failed.error)
 
 
@@ -183,6 +224,21 @@ async def test_what_does_not_end_is_released(repo: RuntimeRepository, how: str) 
     attempt = await repo.attempts.get("a")
     assert (attempt.status, attempt.attempt_no) == (AttemptStatus.QUEUED, 1)
     assert await repo.leases.list() == []
+
+
+async def test_the_end_of_the_event_loop_is_no_failure(repo: RuntimeRepository) -> None:
+    """``asyncio.run`` cancels all tasks that are left at once, the handlers' before the worker has cancelled them."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    before = asyncio.all_tasks()
+    async with asyncio.timeout(20):
+        asyncio.create_task(Worker(repo, for_ever, retry=None, signals=()).run())  # noqa: RUF006 - as one is forgotten
+        await until(repo, "a", AttemptStatus.RUNNING)
+        left = asyncio.all_tasks() - before
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left)
+    attempt = await repo.attempts.get("a")
+    assert (attempt.status, attempt.attempt_no) == (AttemptStatus.QUEUED, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
