@@ -159,8 +159,9 @@ class RuntimeRepository(Stores):
 
         They are committed when the block ends and rolled back when it raises or is cancelled; a cancelled block may
         still have been committed if it had come to its end. Use the nouns of what it yields: those of the repository
-        are not part of it. On SQLite, which has one writer, the verbs of every other task wait for the block, and a
-        verb of the repository within it is refused; keep it short.
+        are not part of it. Tasks of the block's own may share them, and take turns. On SQLite, which has one writer,
+        the verbs of every other task wait for the block, and a verb of the repository within it is refused; keep it
+        short.
 
         Raises:
             RepositoryClosedError: The repository is not open.
@@ -175,7 +176,7 @@ class RuntimeRepository(Stores):
     ) -> AsyncIterator[RuntimeTransaction]:
         own = self._gate.atomic()
         async with statements or own as opened:
-            gate = _Gate(opened, "the transaction has ended: use what it yields within its block only")
+            gate = _Gate(_OneByOne(opened), "the transaction has ended: use what it yields within its block only")
             gate.is_open = True
             try:
                 yield RuntimeTransaction(gate, opened.connection)
@@ -275,6 +276,26 @@ class _Gate:
         if not self.is_open:
             raise RepositoryClosedError(self._closed)
         return self._queries
+
+
+class _OneByOne:
+    """Queries in one transaction, whichever tasks make them: parts of it that overlap would undo each other."""
+
+    def __init__(self, statements: Statements) -> None:
+        self._statements = statements
+        self._turn = asyncio.Lock()
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        async with self._turn:
+            return await self._statements.fetch(query, *args)
+
+    @contextlib.asynccontextmanager
+    async def atomic(self) -> AsyncIterator[Statements]:
+        async with self._turn, self._statements.atomic() as part:
+            yield part
+
+    def tell(self, queues: Iterable[str]) -> None:
+        self._statements.tell(queues)
 
 
 class _Boot:

@@ -105,6 +105,21 @@ async def test_a_part_that_fails_alone_can_be_caught(repo: RuntimeRepository) ->
     assert await ids(repo) == ["a", "b", "c"]
 
 
+async def test_tasks_of_the_block_take_turns(repo: RuntimeRepository) -> None:
+    """What is refused undoes itself alone, and nothing that another task does at the same time."""
+    await repo.attempts.enqueue("run", attempt_id="taken", payload=1)
+    async with repo.transaction() as transaction:
+        enqueue, enqueue_many = transaction.attempts.enqueue, transaction.attempts.enqueue_many
+        refused, *_ = await asyncio.gather(
+            enqueue_many([NewAttempt("run", "x"), NewAttempt("run", "taken", payload=2)]),
+            enqueue_many([NewAttempt("run", "a")]),
+            *(enqueue("run", attempt_id=name) for name in "bcdef"),
+            return_exceptions=True,
+        )
+        assert isinstance(refused, PayloadMismatchError)
+    assert await ids(repo) == ["a", "b", "c", "d", "e", "f", "taken"]
+
+
 async def test_its_nouns_end_with_it(repo: RuntimeRepository) -> None:
     """What the block yielded can't write outside of any transaction."""
     async with repo.transaction() as transaction:
