@@ -129,7 +129,7 @@ class Worker:
 
         Raises:
             ConfigurationError: It has run before, or a signal cannot be caught here.
-            RuntimeRepoError: The repository was closed, or its tables are not what they were.
+            RepositoryClosedError: The repository was closed.
         """
         if self._claiming is not None:
             raise ConfigurationError(
