@@ -367,7 +367,9 @@ class Attempts:
         """
         Delete final attempts that ended more than *older_than* ago, the oldest first, and return how many.
 
-        At most *limit* in one call, to keep its transaction short: repeat it until it returns fewer.
+        At most *limit* in one call, to keep its transaction short: repeat it until it returns fewer. An attempt's
+        tokens are forgotten with it, and the same id enqueued again begins with the first: let *older_than* be longer
+        than any worker may hold on to a lease that is lost.
         """
         rows = await self._queries.fetch(
             "attempts.prune",

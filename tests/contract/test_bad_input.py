@@ -72,6 +72,8 @@ def held(noun: str, verb: str, **options: Any) -> Callable[[str], Call]:
 
 def enqueue_many(name: str) -> Call:
     """One that is well and one that is not."""
+    if name == "now":
+        return lambda repo, _, value: repo.attempts.enqueue_many([NewAttempt("run", "x")], now=value)
     return lambda repo, _, value: repo.attempts.enqueue_many(
         [NewAttempt("run", "x"), NewAttempt(**{"run_id": "run", name: value})]
     )
@@ -89,32 +91,18 @@ def heartbeat_many(name: str) -> Call:
     return lambda repo, lease, value: repo.leases.heartbeat_many([lease], **{name: value})
 
 
+NEW: dict[str, Sequence[Any]] = {
+    "run_id": IDS,
+    "attempt_id": IDS,
+    "queue": IDS,
+    "priority": NUMBERS,
+    "payload": PAYLOADS,
+    "not_before": INSTANTS,
+    "max_attempts": COUNTS,
+}
 VERBS: dict[str, tuple[Callable[[str], Call], dict[str, Sequence[Any]]]] = {
-    "attempts.enqueue": (
-        attempts("enqueue", run_id="run"),
-        {
-            "run_id": IDS,
-            "attempt_id": IDS,
-            "queue": IDS,
-            "priority": NUMBERS,
-            "payload": PAYLOADS,
-            "not_before": INSTANTS,
-            "max_attempts": COUNTS,
-            "now": INSTANTS,
-        },
-    ),
-    "attempts.enqueue_many": (
-        enqueue_many,
-        {
-            "run_id": IDS,
-            "attempt_id": IDS,
-            "queue": IDS,
-            "priority": NUMBERS,
-            "payload": PAYLOADS,
-            "not_before": INSTANTS,
-            "max_attempts": COUNTS,
-        },
-    ),
+    "attempts.enqueue": (attempts("enqueue", run_id="run"), NEW | {"now": INSTANTS}),
+    "attempts.enqueue_many": (enqueue_many, NEW | {"now": INSTANTS}),
     "attempts.get": (attempts("get"), {"attempt_id": IDS}),
     "attempts.find": (attempts("find"), {"attempt_id": IDS}),
     "attempts.list": (

@@ -3,13 +3,11 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
 
 import pytest
 
 from runtime_repo import (
     AttemptStatus,
-    ConfigurationError,
     LeaseLostError,
     NewAttempt,
     RuntimeRepoError,
@@ -235,26 +233,6 @@ async def test_a_claim_that_had_happened_when_it_was_cancelled_is_given_back(
     assert claimed
     (lease,) = await repo.leases.claim("other")
     assert lease.version == attempt.lease_version + 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ({"limit": 0}, "limit"),
-        ({"ttl": timedelta(0)}, "ttl"),
-        ({"ttl": -MINUTE}, "ttl"),
-        ({"worker_id": ""}, "worker_id"),
-        ({"queues": "a\0"}, "queues"),
-        ({"queues": []}, "queues"),
-        ({"queues": ["a", ""]}, "queues"),
-    ],
-)
-async def test_bad_input_is_refused(repo: RuntimeRepository, arguments: dict[str, Any], word: str) -> None:
-    """The error names the argument, and nothing is claimed."""
-    await repo.attempts.enqueue("run", attempt_id="a")
-    with pytest.raises(ConfigurationError, match=word):
-        await repo.leases.claim(**({"worker_id": "worker"} | arguments))
-    assert (await repo.attempts.get("a")).lease_version == 0
 
 
 async def test_a_claim_goes_across_the_queues_named(repo: RuntimeRepository, clock: Clock) -> None:
