@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def postgres_server() -> Iterator[str]:
+def postgres_server(**settings: str) -> Iterator[str]:
     """Yield the URL of the server to use: of ORIS_TEST_POSTGRES_URL, else a private one."""
     given = os.environ.get("ORIS_TEST_POSTGRES_URL")
     if given:
         yield given
         return
-    with PostgresServer(durable=True) as server:
+    with PostgresServer(durable=True, settings=settings) as server:
         # As a service connects: over TCP, with SCRAM.
         yield server.url()
 
