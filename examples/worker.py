@@ -35,14 +35,14 @@ QUEUE = "gzip"
 async def compress(lease: Lease) -> dict[str, int]:
     """The handler. It may run again for the same attempt, so it writes the whole file or nothing."""
     path = Path(lease.attempt.payload)
-    sizes = await asyncio.to_thread(compress_file, path)  # the event loop stays free for the heartbeat
+    # In a thread, so that the event loop stays free for the heartbeat; under a name that nobody else writes to.
+    sizes = await asyncio.to_thread(compress_file, path, path.with_name(f".{path.name}.{lease.lease_id}.partial"))
     print(f"{path}: {sizes['before']} -> {sizes['after']} bytes", flush=True)
     return sizes
 
 
-def compress_file(path: Path) -> dict[str, int]:
+def compress_file(path: Path, partial: Path) -> dict[str, int]:
     target = path.with_name(f"{path.name}.gz")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with path.open("rb") as plain, gzip.open(partial, "wb") as packed:
             shutil.copyfileobj(plain, packed)

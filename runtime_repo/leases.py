@@ -34,6 +34,7 @@ __all__ = ["DEFAULT_TTL", "Leases"]
 _log = logging.getLogger("runtime_repo")
 
 DEFAULT_TTL = timedelta(seconds=30)
+MAX_CLAIM = 10_000
 
 
 class Leases:
@@ -56,8 +57,8 @@ class Leases:
         now: datetime | None = None,
     ) -> Sequence[Lease]:
         """
-        Take up to *limit* attempts of one or several queues that are ready: the highest priority first, then the
-        oldest, across the queues named.
+        Take up to *limit* attempts, at most 10,000, of one or several queues that are ready: the highest priority
+        first, then the oldest, across the queues named.
 
         Eligible is an attempt that is queued, and one whose ``retry_at`` has come; of the latter the longest due, in
         each queue at most *limit*, so that a backlog of them does not make a claim slow. Rows that a rival is claiming
@@ -72,7 +73,7 @@ class Leases:
         if len(names) > 1:
             query, wanted = "leases.claim_from_several", json.dumps(names)
         length = span_ms("ttl", ttl, positive=True)
-        ids = json.dumps(list(itertools.islice(new_ids(), check_count("limit", limit))))
+        ids = json.dumps(list(itertools.islice(new_ids(), check_count("limit", limit, most=MAX_CLAIM))))
         given = (wanted, worker_id, length, ids, instant_ms("now", now))
         asked_at = time.monotonic()
         leases = []
@@ -225,8 +226,9 @@ class Leases:
                     lease.attempt_id, token=lease.version, current=lease.version, status="out of reach", worker_id=None
                 ) from None
             except LeaseLostError:
-                if await self._ended_by_its_holder(lease):
-                    return
+                with anyio.move_on_after(max(until - time.monotonic(), 0)):
+                    if await self._ended_by_its_holder(lease):
+                        return
                 raise
             except DatabaseUnavailableError as error:
                 _log.warning("a heartbeat failed and is tried again: %s", error)

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -171,6 +171,10 @@ class Lease:
     """The attempt as it was when it was claimed."""
     asked_at: float | None = field(default=None, compare=False, repr=False)
     """When this process asked for it or last renewed it, by its monotonic clock; ``leases.hold`` counts from there."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the last field: on another machine that clock tells another time.
+        return type(self), tuple(getattr(self, part.name) for part in fields(self)[:-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,9 @@
 """Records: what can be said of them without a database."""
 
-from datetime import timedelta
+import copy
+import dataclasses
+import pickle
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime_repo import ConfigurationError, RetryPolicy
+from runtime_repo import ConfigurationError, Lease, RetryPolicy
 from runtime_repo.values import new_ids
 
 SECOND = timedelta(seconds=1)
@@ -72,3 +75,14 @@ def test_ids_made_together_are_in_order() -> None:
     ids = list(islice(new_ids(), 10_000))
     assert ids == sorted(set(ids))
     assert {(name[14], name[19] in "89ab", len(name)) for name in ids} == {("7", True, 36)}
+
+
+def test_a_lease_that_travels_is_not_proved_by_another_clock() -> None:
+    """It arrives as it was, but for what only this process's clock could say."""
+    moment = datetime(2030, 1, 1, tzinfo=UTC)
+    attempt: Any = None
+    lease = Lease("l", "a", "worker", 1, moment, moment, moment, attempt, asked_at=1e9)
+    for travelled in (pickle.loads(pickle.dumps(lease)), copy.copy(lease)):  # noqa: S301 - made here
+        assert travelled == lease
+        assert travelled.asked_at is None
+    assert dataclasses.replace(lease, worker_id="b").asked_at == 1e9
