@@ -127,7 +127,7 @@ VERBS: dict[str, tuple[Callable[[str], Call], dict[str, Sequence[Any]]]] = {
         {
             "worker_id": IDS,
             "queues": [*IDS[:-2], [], ["default", ""], ["default", 7], ["a\0"]],
-            "limit": COUNTS,
+            "limit": [*COUNTS, 10_001],
             "ttl": TTLS,
             "now": INSTANTS,
         },
