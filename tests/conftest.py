@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,10 @@ from tests.privileges import reachable_folder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+# A shell that starts us in the background has us ignore Ctrl-C, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Whoever holds something in the schema: a lock on one of its relations, or on the schema because an object in it is
 # being created. The schema's name is the test's own, so they can only be the test's connections.
