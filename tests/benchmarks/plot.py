@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from .race import Limit, Line
 
-_WIDTH, _LEFT, _RIGHT = 980, 480, 140
+_WIDTH, _LEFT, _RIGHT = 1040, 540, 140
 _ROW, _BAR, _HEAD = 22, 12, 58
 # The scale is logarithmic: half of what was asked for is as far from the limit as twice as much.
 _LEAST, _MOST = 0.5, 8.0

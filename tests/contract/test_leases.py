@@ -216,10 +216,14 @@ async def test_a_claim_that_had_happened_when_it_was_cancelled_is_given_back(
         return False
 
     attempt = await repo.attempts.enqueue("run", attempt_id="a")
-    for turns in range(2, 40):
+    for turns in [*range(1, 10)] * 5:
         claim = asyncio.create_task(repo.leases.claim("worker"))
         for _ in range(turns):
             await asyncio.sleep(0)
+        if claim.done():
+            # The moment has passed: it is looked for again.
+            attempt = await repo.leases.release(claim.result()[0])
+            continue
         # This loop stands still meanwhile, so the claim's answer waits unread.
         with ThreadPoolExecutor() as threads:
             claimed = threads.submit(asyncio.run, until_claimed(attempt.lease_version)).result()
