@@ -144,12 +144,12 @@ class Teller:
         if self._untold and self._task is None:
             self._task = asyncio.create_task(self._run(), name="runtime_repo teller")
 
-    async def close(self) -> None:
-        """Tell what is untold, and leave no task."""
+    async def close(self, within: float) -> None:
+        """Tell what is untold, in so many seconds at most, and leave no task."""
         task = self._task
         if task is not None:
             try:
-                await asyncio.wait([task])
+                await asyncio.wait([task], timeout=within)
             finally:
                 task.cancel()
 

@@ -269,9 +269,10 @@ class PostgresDatabase:
         }
         self.queries = load_queries("postgres", **self.tokens)
         # A hash that is the same in every release, process and machine, as a signed integer.
-        self._lock_key = zlib.crc32(schema.encode()) - 2**31
+        number = zlib.crc32(schema.encode())
+        self._lock_key = number - 2**31
         # The name of a schema may be too long for one.
-        self._channel = f"runtime_repo_{zlib.crc32(schema.encode()):08x}"
+        self._channel = f"runtime_repo_{number:08x}"
         self._pool: Pool | None = None
         # Boot's own connection. The first verb makes the pool, which takes it over.
         self._own: Connection | None = None
@@ -329,9 +330,7 @@ class PostgresDatabase:
 
     async def _close(self) -> None:
         await self._listener.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_TIMEOUT):
-                await self._teller.close()
+        await self._teller.close(_CLOSE_TIMEOUT)
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
         self._has_booted = False

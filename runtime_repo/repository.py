@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, get_args
 from runtime_repo.api_keys import ApiKeys
 from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
-from runtime_repo.database import Backend, Database, Queries, Row, Source, Statements, Watch, finish
+from runtime_repo.database import Backend, Database, Row, Source, Statements, Watch, finish
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
@@ -90,8 +90,7 @@ class RuntimeRepository(Stores):
         self._boot: _Boot | None = None
         self._report: SchemaReport | None = None
         self._closed = False
-        closed = "the repository is not open: await it first, and do not use it after close()"
-        self._gate = _Gate(database, closed, database)
+        self._gate = _Gate(database, "the repository is not open: await it first, and do not use it after close()")
         super().__init__(self._gate)
 
     def __repr__(self) -> str:
@@ -249,9 +248,8 @@ class RuntimeRepository(Stores):
 class _Gate:
     """What the nouns query, while that is open."""
 
-    def __init__(self, queries: Queries, closed: str, database: Database | None = None) -> None:
+    def __init__(self, queries: Source, closed: str) -> None:
         self._queries = queries
-        self._database = database
         self._closed = closed
         self.is_open = False
 
@@ -267,12 +265,9 @@ class _Gate:
             self._queries.tell(queues)
 
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:
-        self._opened()
-        if self._database is None:
-            raise ConfigurationError("a transaction cannot wait for work, it sees none that comes: wait outside of it")
-        return self._database.watch(queues)
+        return self._opened().watch(queues)
 
-    def _opened(self) -> Queries:
+    def _opened(self) -> Source:
         if not self.is_open:
             raise RepositoryClosedError(self._closed)
         return self._queries
@@ -296,6 +291,9 @@ class _OneByOne:
 
     def tell(self, queues: Iterable[str]) -> None:
         self._statements.tell(queues)
+
+    def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:  # noqa: ARG002
+        raise ConfigurationError("a transaction cannot wait for work, it sees none that comes: wait outside of it")
 
 
 class _Boot:
