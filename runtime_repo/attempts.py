@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -14,7 +13,6 @@ from runtime_repo.errors import (
     InvalidTransitionError,
     LeaseLostError,
     NotFoundError,
-    PayloadMismatchError,
 )
 from runtime_repo.records import (
     DEFAULT_MAX_ATTEMPTS,
@@ -34,11 +32,13 @@ from runtime_repo.values import (
     check_choice,
     check_count,
     check_id,
+    check_same,
     instant_ms,
     new_id,
     new_ids,
     queue_names,
     span_ms,
+    storable,
     to_json,
 )
 
@@ -118,7 +118,7 @@ class Attempts:
             order.append(columns["attempt_id"])
             before = given.setdefault(columns["attempt_id"], columns)
             if before is not columns:
-                _check_equal(columns["attempt_id"], before, columns)
+                check_same("attempt", columns["attempt_id"], {name: before[name] for name in _IDENTITY}, columns)
         size = sum(len(columns["payload_json"] or "") for columns in given.values())
         if size > MAX_BATCH_BYTES:
             raise ConfigurationError(
@@ -261,7 +261,7 @@ class Attempts:
         rows = await self._queries.fetch(
             "attempts.complete", lease.attempt_id, lease.version, to_json("result", result), instant_ms("now", now)
         )
-        return attempt_from_row(rows[0]) if rows else await self._done_before(lease, "complete")
+        return attempt_from_row(rows[0]) if rows else await repeated(self._queries, lease, "complete")
 
     async def complete_many(
         self, results: Iterable[tuple[Lease, Any]], *, now: datetime | None = None
@@ -319,7 +319,7 @@ class Attempts:
             "attempts.fail",
             lease.attempt_id,
             lease.version,
-            re.sub("[\0\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", error),
+            storable(error),
             None if delay is None else span_ms("retry_in", delay),
             instant_ms("now", now),
         )
@@ -328,7 +328,7 @@ class Attempts:
             if attempt.retry_at is not None:
                 self._queries.tell([attempt.queue])
             return attempt
-        return await self._done_before(lease, "fail")
+        return await repeated(self._queries, lease, "fail")
 
     async def cancel(self, attempt_id: str, *, now: datetime | None = None) -> Attempt:
         """
@@ -379,12 +379,14 @@ class Attempts:
         )
         return len(rows)
 
-    async def _done_before(self, lease: Lease, verb: str) -> Attempt:
-        """The attempt, if *verb* has already ended this lease; otherwise the lease is lost."""
-        attempt = await self.get(lease.attempt_id)
-        if ended_by(lease, attempt) == verb:
-            return attempt
-        raise await lost(self._queries, lease)
+
+async def repeated(queries: Queries, lease: Lease, verb: str) -> Attempt:
+    """The attempt, if *verb* has already ended this lease; otherwise the lease is lost."""
+    rows = await queries.fetch("attempts.find", lease.attempt_id)
+    attempt = attempt_from_row(rows[0]) if rows else None
+    if attempt is not None and ended_by(lease, attempt) == verb:
+        return attempt
+    raise await lost(queries, lease)
 
 
 def ended_by(lease: Lease, attempt: Attempt) -> str | None:
@@ -427,12 +429,7 @@ def _check_same(stored: Attempt, given: dict[str, Any]) -> None:
         "queue": stored.queue,
         "payload_json": to_json("payload", stored.payload),
     }
-    _check_equal(stored.attempt_id, found, given | {"payload_json": payload and as_read(payload)})
-
-
-def _check_equal(attempt_id: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    if differing := [name.removesuffix("_json") for name in _IDENTITY if found[name] != given[name]]:
-        raise PayloadMismatchError("attempt", attempt_id, differing)
+    check_same("attempt", stored.attempt_id, found, given | {"payload_json": payload and as_read(payload)})
 
 
 def _array(records: Iterable[Mapping[str, Any]]) -> str:

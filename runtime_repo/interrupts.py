@@ -8,7 +8,17 @@ from typing import Any
 from runtime_repo.database import Queries
 from runtime_repo.errors import InvalidTransitionError, NotFoundError, PayloadMismatchError
 from runtime_repo.records import Interrupt, InterruptStatus, interrupt_from_row
-from runtime_repo.values import as_read, check_after, check_choice, check_count, check_id, instant_ms, json_text, new_id
+from runtime_repo.values import (
+    as_read,
+    check_after,
+    check_choice,
+    check_count,
+    check_id,
+    check_same,
+    instant_ms,
+    json_text,
+    new_id,
+)
 
 __all__ = ["Interrupts"]
 
@@ -64,8 +74,7 @@ class Interrupts:
             # An earlier program may have spelt it differently.
             "value": json_text("value", stored.value),
         }
-        if differing := [name for name in given if found[name] != given[name]]:
-            raise PayloadMismatchError("interrupt", interrupt_id, differing)
+        check_same("interrupt", interrupt_id, found, given)
         return stored
 
     async def get(self, interrupt_id: str) -> Interrupt:

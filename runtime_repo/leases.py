@@ -13,7 +13,7 @@ from typing import cast
 
 import anyio
 
-from runtime_repo.attempts import ended_by, lost
+from runtime_repo.attempts import ended_by, lost, repeated
 from runtime_repo.database import Queries, Row, finish
 from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LeaseLostError, RuntimeRepoError
 from runtime_repo.records import DEFAULT_QUEUE, Attempt, AttemptStatus, Lease, attempt_from_row, lease_from_row
@@ -258,11 +258,7 @@ class Leases:
             None if delay is None else span_ms("delay", delay),
             instant_ms("now", now),
         )
-        is_repeated = not rows
-        rows = rows or await self._queries.fetch("attempts.find", lease.attempt_id)
-        if not rows or (is_repeated and ended_by(lease, attempt_from_row(rows[0])) != "release"):
-            raise await lost(self._queries, lease)
-        attempt = attempt_from_row(rows[0])
+        attempt = attempt_from_row(rows[0]) if rows else await repeated(self._queries, lease, "release")
         self._queries.tell([attempt.queue])
         return attempt
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from runtime_repo.attempts import lost
 from runtime_repo.database import Queries
-from runtime_repo.errors import PayloadMismatchError
 from runtime_repo.records import Lease, StepReport, step_report_from_row
-from runtime_repo.values import as_read, check_count, check_id, instant_ms, to_json
+from runtime_repo.values import as_read, check_count, check_id, check_same, instant_ms, to_json
 
 __all__ = ["StepReports"]
 
@@ -73,8 +72,7 @@ class StepReports:
             "payload": to_json("payload", stored.payload),
         }
         given["payload"] = given["payload"] and as_read(given["payload"])
-        if differing := [name for name in given if found[name] != given[name]]:
-            raise PayloadMismatchError("step report", token, differing)
+        check_same("step report", token, found, given)
         return stored
 
     async def list(self, attempt_id: str, *, after: int = 0, limit: int = 100) -> Sequence[StepReport]:

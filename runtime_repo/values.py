@@ -10,13 +10,13 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from runtime_repo.errors import ConfigurationError, RuntimeRepoError
+from runtime_repo.errors import ConfigurationError, PayloadMismatchError, RuntimeRepoError
 
 __all__ = [
     "as_read",
@@ -24,6 +24,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_id",
+    "check_same",
     "from_json",
     "from_ms",
     "instant_ms",
@@ -34,6 +35,7 @@ __all__ = [
     "new_ids",
     "queue_names",
     "span_ms",
+    "storable",
     "to_json",
 ]
 
@@ -113,6 +115,11 @@ def is_text(value: str) -> bool:
     return _NO_TEXT.search(value) is None
 
 
+def storable(value: str) -> str:
+    """Text with what no database can store replaced."""
+    return _NO_TEXT.sub("\N{REPLACEMENT CHARACTER}", value)
+
+
 def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1) -> int:
     """A number of things that both databases can store as an integer."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -126,6 +133,12 @@ def check_choice(name: str, kind: type[S], value: str) -> S:
         return kind(value)
     except ValueError:
         raise ConfigurationError(f"{name} is {value!r}: expected one of {', '.join(kind)}") from None
+
+
+def check_same(kind: str, key: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse what is *given* under a key that was *found* with other content; what is found says what counts."""
+    if differing := [name.removesuffix("_json") for name in found if found[name] != given[name]]:
+        raise PayloadMismatchError(kind, key, differing)
 
 
 def to_json(name: str, value: Any) -> str | None:
