@@ -11,7 +11,9 @@ from runtime_repo.errors import (
     LockHolder,
     MigrationError,
     NotFoundError,
+    OverloadedError,
     PayloadMismatchError,
+    RefusedError,
     RepositoryClosedError,
     RuntimeRepoError,
     SchemaDriftError,
@@ -20,6 +22,8 @@ from runtime_repo.errors import (
     SchemaLockTimeoutError,
     SchemaOutOfDateError,
     SchemaTooNewError,
+    UnreadableRowError,
+    UnsuitableDatabaseError,
 )
 from runtime_repo.postgres import PostgresRuntimeRepository
 from runtime_repo.records import (
@@ -66,9 +70,11 @@ __all__ = [
     "MigrationError",
     "NewAttempt",
     "NotFoundError",
+    "OverloadedError",
     "PayloadMismatchError",
     "PostgresRuntimeRepository",
     "QueueStats",
+    "RefusedError",
     "RepositoryClosedError",
     "RetryPolicy",
     "RuntimeRepoError",
@@ -83,6 +89,8 @@ __all__ = [
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
     "StepReport",
+    "UnreadableRowError",
+    "UnsuitableDatabaseError",
     "Worker",
     "repository_from_url",
 ]

@@ -5,6 +5,7 @@ A secret is hashed by scrypt, which takes 66 ms and 16 MiB: in threads, a few at
 stored nowhere, and while it is here it is in an object whose repr is redacted, since a traceback may show its locals.
 """
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -18,9 +19,10 @@ from typing import Self
 import anyio
 from anyio.lowlevel import RunVar
 
-from runtime_repo.database import Queries, finish
+from runtime_repo.database import Queries
 from runtime_repo.errors import ConfigurationError, NotFoundError
 from runtime_repo.records import ApiKey, ApiKeyStatus, api_key_from_row
+from runtime_repo.shielding import settle
 from runtime_repo.values import check_after, check_count, check_id, instant_ms, is_text
 
 __all__ = ["ApiKeys"]
@@ -38,6 +40,9 @@ cheaper than ours is as unknown as one so expensive that a damaged row could sto
 
 _AT_ONCE = 4
 """How many hashes an event loop's threads compute at once."""
+
+_LONGEST = 60.0
+"""Seconds after which a hash is given up."""
 
 _turns: RunVar[anyio.CapacityLimiter] = RunVar("runtime_repo.api_keys")
 
@@ -231,4 +236,5 @@ async def _in_turn(work: partial[bytes]) -> bytes:
         _turns.set(turns := anyio.CapacityLimiter(_AT_ONCE))
     async with turns:
         # A thread can't be stopped: whoever is cancelled waits for it, or those that began next would be too many.
-        return await finish(anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1)))
+        hashing = asyncio.ensure_future(anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1)))
+        return await settle(hashing, within=_LONGEST)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from runtime_repo.database import Queries, Source
+from runtime_repo.database import Gate, Queries
 from runtime_repo.errors import (
     ConfigurationError,
     InvalidTransitionError,
@@ -60,7 +60,7 @@ class Attempts:
     *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
     """
 
-    def __init__(self, queries: Source) -> None:
+    def __init__(self, queries: Gate) -> None:
         self._queries = queries
 
     async def enqueue(

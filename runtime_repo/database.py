@@ -1,18 +1,14 @@
 """
-The port between what is written once and the two databases: two small protocols, and what both sides need to speak.
+The port between what is written once and the two databases: small protocols, and what both sides need to speak.
 
 A *query* is the name of a statement in ``queries/``; its text, its dialect and its tokens are the database's business.
 Nothing here knows a driver. Nothing above here knows a dialect.
 """
 
-import asyncio
-import contextlib
-from collections.abc import Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
-
-import anyio
+from typing import Any, Literal, Protocol
 
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.errors import LockHolder
@@ -21,19 +17,17 @@ __all__ = [
     "Backend",
     "Busy",
     "Database",
+    "Gate",
+    "Lost",
     "Queries",
     "Row",
     "Source",
     "Statements",
     "Transaction",
     "Watch",
-    "finish",
-    "settle",
 ]
 
 Backend = Literal["sqlite", "postgres"]
-
-T = TypeVar("T")
 
 
 class Row(Protocol):
@@ -72,6 +66,30 @@ class Source(Queries, Protocol):
 
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager["Watch"]:
         """Notice from now on when something of *queues* may have become claimable, whoever brought it."""
+        ...
+
+    async def heartbeats(self) -> Queries:
+        """
+        What to renew leases by: it does not wait behind the work of this process, however many transactions are open.
+
+        On PostgreSQL a connection of its own, kept for all of them. On SQLite, which has one writer, the next in turn:
+        it waits for the transaction that is open and for no other.
+
+        Raises:
+            ConfigurationError: The pool that was given can have no connection for them.
+        """
+        ...
+
+
+class Gate(Source, Protocol):
+    """What a noun of the repository's, or of a transaction, queries."""
+
+    def after_commit(self, do: Callable[[], None]) -> None:
+        """
+        Call *do* as soon as what was done is committed: at once, or when the transaction's block has ended well.
+
+        It is not called where that is rolled back, nor in a transaction of the application's own: its end is not seen.
+        """
         ...
 
 
@@ -132,6 +150,18 @@ class Database(Source, Protocol):
 
         Raises:
             Busy: SQLite's file is locked at this instant.
+            Lost: The connection went away meanwhile.
+            DatabaseUnavailableError: It cannot be reached, opened or read.
+        """
+        ...
+
+    async def inspect(self, shipped: Sequence[Catalog]) -> Look:
+        """
+        As ``look``, but without getting ready to serve: on what is open, or on a connection for this alone.
+
+        Nothing is created or written, and no file is made, whatever the boot may do.
+
+        Raises:
             DatabaseUnavailableError: It cannot be reached, opened or read.
         """
         ...
@@ -142,6 +172,7 @@ class Database(Source, Protocol):
 
         Raises:
             Busy: Somebody holds the lock, or a table that the block needed. Everything was rolled back.
+            Lost: The connection went away meanwhile. Everything was rolled back.
         """
         ...
 
@@ -158,30 +189,13 @@ class Database(Source, Protocol):
         ...
 
 
+class Lost(Exception):  # noqa: N818 - as Busy
+    """
+    The connection was lost, or the server fell silent, during a look or under the lock; everything was rolled back.
+
+    Its cause is the error of ours that says so. The whole try may be repeated on another connection.
+    """
+
+
 class Busy(Exception):  # noqa: N818 - an answer between the port and boot; it never leaves the package
     """Somebody else holds what this try needed."""
-
-
-async def finish(work: Coroutine[Any, Any, T]) -> T:
-    """
-    Run *work* to its end whatever happens to the caller, then let a cancellation through.
-
-    A shielded cancel scope stops anyio's cancellation but not a native ``task.cancel()``, and a native shield stops
-    only that: work that must finish is owned by a task of its own, under both.
-    """
-    return await settle(asyncio.ensure_future(work))
-
-
-async def settle(future: "asyncio.Future[T]") -> T:
-    """Wait for *future* whatever happens to the caller, then let a cancellation through."""
-    try:
-        await asyncio.wait([future])
-    except asyncio.CancelledError:
-        with anyio.CancelScope(shield=True):
-            while not future.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([future])
-        if not future.cancelled():
-            future.exception()
-        raise
-    return future.result()

@@ -9,6 +9,7 @@ Every error that leaves this package.
     │   ├── SchemaDriftError           the live structure is not the one of its version
     │   ├── SchemaOutOfDateError       a verify-only boot found migrations pending
     │   ├── SchemaLockTimeoutError     somebody else held the lock for too long
+    │   ├── UnsuitableDatabaseError    its encoding, search path, owner or row security would break a promise
     │   └── MigrationError             a migration failed and was rolled back
     ├── NotFoundError(LookupError)
     ├── ConflictError
@@ -17,7 +18,10 @@ Every error that leaves this package.
     │   └── PayloadMismatchError
     ├── RepositoryClosedError
     ├── ConfigurationError(ValueError)
-    └── DatabaseUnavailableError       cannot be reached, opened or read
+    ├── UnreadableRowError             a row holds what this release cannot read
+    ├── RefusedError                   the database understood and said no: to insist is no use
+    ├── OverloadedError                too many callers wait already: try again later
+    └── DatabaseUnavailableError       cannot be reached, opened or read: try again later
 
 Numbers and names are attributes; the message says what was found, what was expected and what to do next.
 A driver's exception leaves only as a ``__cause__``, and no text here ever contains a password.
@@ -38,7 +42,9 @@ __all__ = [
     "LockHolder",
     "MigrationError",
     "NotFoundError",
+    "OverloadedError",
     "PayloadMismatchError",
+    "RefusedError",
     "RepositoryClosedError",
     "RuntimeRepoError",
     "SchemaDriftError",
@@ -47,6 +53,8 @@ __all__ = [
     "SchemaLockTimeoutError",
     "SchemaOutOfDateError",
     "SchemaTooNewError",
+    "UnreadableRowError",
+    "UnsuitableDatabaseError",
 ]
 
 
@@ -189,6 +197,18 @@ class MigrationError(SchemaError):
         super().__init__(f"migration {version} ({name}) failed and was rolled back: {reason}, then boot again")
 
 
+class UnsuitableDatabaseError(SchemaError):
+    """
+    The database or the session has a property under which a promise could not be kept. Nothing was changed.
+
+    *problems* are sentences, each with what was found, what was expected and what to do.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("the database cannot be served as it is: " + "; ".join(self.problems))
+
+
 class NotFoundError(RuntimeRepoError, LookupError):
     """No row has this id."""
 
@@ -206,19 +226,25 @@ class LeaseLostError(ConflictError):
     """
     The lease is no longer yours to act on: stop working and discard what you have.
 
-    *token* is the fencing token you hold, *current* the last one given out, *status* the attempt's
-    status and *worker_id* who holds it now (None when nobody does).
+    *token* is the fencing token you hold, *current* the last one given out, *status* the attempt's status and
+    *worker_id* who holds it now (None when nobody does). All three are None where the database did not answer in time
+    to prove the lease: then nothing is known but that it can no longer be relied on.
     """
 
-    def __init__(self, attempt_id: str, *, token: int, current: int, status: str, worker_id: str | None) -> None:
+    def __init__(
+        self, attempt_id: str, *, token: int, current: int | None, status: str | None, worker_id: str | None
+    ) -> None:
         self.attempt_id = attempt_id
         self.token = token
         self.current = current
         self.status = status
         self.worker_id = worker_id
+        if current is None:
+            what = "can no longer be proved: the database did not answer in time, so who holds the attempt is unknown"
+        else:
+            what = f"is lost: the attempt is {status}, its current token is {current}, held by {worker_id or 'nobody'}"
         super().__init__(
-            f"the lease on attempt {attempt_id!r} with token {token} is lost: the attempt is {status}, its current "
-            f"token is {current}, held by {worker_id or 'nobody'}: stop working on it and discard the result"
+            f"the lease on attempt {attempt_id!r} with token {token} {what}: stop working on it and discard the result"
         )
 
 
@@ -254,5 +280,34 @@ class ConfigurationError(RuntimeRepoError, ValueError):
     """An argument cannot be meant: nothing was opened or written."""
 
 
+class UnreadableRowError(RuntimeRepoError):
+    """
+    A row holds what this release cannot read: another program wrote it, or a newer release.
+
+    *table* and *key* say which, *reason* why. Whoever meets one among others goes on with the others.
+    """
+
+    def __init__(self, table: str, key: str, reason: str) -> None:
+        self.table = table
+        self.key = key
+        self.reason = reason
+        super().__init__(
+            f"the row {key} of {table} cannot be read: {reason}: another program or a newer release wrote it; "
+            "correct or delete it"
+        )
+
+
+class RefusedError(RuntimeRepoError):
+    """
+    The database understood the statement and refused it: a constraint, a trigger, a privilege, a size, an encoding.
+
+    Nothing was written, and to repeat the call is of no use until what the message names has been mended.
+    """
+
+
+class OverloadedError(RuntimeRepoError):
+    """Too many callers wait for the same thing already. Nothing was done: try again later."""
+
+
 class DatabaseUnavailableError(RuntimeRepoError):
-    """The database cannot be reached, opened or read."""
+    """The database cannot be reached, opened or read, or did not answer in time: try again later."""

@@ -14,9 +14,10 @@ from typing import cast
 import anyio
 
 from runtime_repo.attempts import ended_by, lost, repeated
-from runtime_repo.database import Queries, Row, finish
+from runtime_repo.database import Gate, Row
 from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LeaseLostError, RuntimeRepoError
 from runtime_repo.records import DEFAULT_QUEUE, Attempt, AttemptStatus, Lease, attempt_from_row, lease_from_row
+from runtime_repo.shielding import finish
 from runtime_repo.values import (
     check_after,
     check_count,
@@ -44,7 +45,7 @@ class Leases:
     *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
     """
 
-    def __init__(self, queries: Queries) -> None:
+    def __init__(self, queries: Gate) -> None:
         self._queries = queries
 
     async def claim(
@@ -223,7 +224,7 @@ class Leases:
                     lease = await self.heartbeat(lease, ttl=ttl)
             except TimeoutError:
                 raise LeaseLostError(
-                    lease.attempt_id, token=lease.version, current=lease.version, status="out of reach", worker_id=None
+                    lease.attempt_id, token=lease.version, current=None, status=None, worker_id=None
                 ) from None
             except LeaseLostError:
                 with anyio.move_on_after(max(until - time.monotonic(), 0)):

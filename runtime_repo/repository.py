@@ -16,12 +16,13 @@ from typing import Any, Literal, Self, get_args
 from runtime_repo.api_keys import ApiKeys
 from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
-from runtime_repo.database import Backend, Database, Row, Source, Statements, Watch, finish
+from runtime_repo.database import Backend, Database, Gate, Queries, Row, Source, Statements, Watch
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
 from runtime_repo.schema import Policy, SchemaReport, ensure_schema, load_migrations
+from runtime_repo.shielding import finish
 from runtime_repo.step_reports import StepReports
 
 __all__ = ["RuntimeRepository", "RuntimeTransaction"]
@@ -41,7 +42,7 @@ class Stores:
         step_reports: What was done within an attempt: record, list.
     """
 
-    def __init__(self, queries: Source) -> None:
+    def __init__(self, queries: Gate) -> None:
         self.api_keys = ApiKeys(queries)
         self.attempts = Attempts(queries)
         self.audit = Audit(queries)
@@ -175,12 +176,13 @@ class RuntimeRepository(Stores):
     ) -> AsyncIterator[RuntimeTransaction]:
         own = self._gate.atomic()
         async with statements or own as opened:
-            gate = _Gate(_OneByOne(opened), "the transaction has ended: use what it yields within its block only")
-            gate.is_open = True
+            gate = _TransactionGate(_OneByOne(opened))
             try:
                 yield RuntimeTransaction(gate, opened.connection)
             finally:
                 gate.is_open = False
+        if statements is None:
+            gate.committed()
 
     async def close(self) -> None:
         """Close it for good and leave no connection, thread or task. May be repeated; a boot under way is given up."""
@@ -264,13 +266,35 @@ class _Gate:
         if self.is_open:
             self._queries.tell(queues)
 
+    def after_commit(self, do: Callable[[], None]) -> None:
+        do()
+
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:
         return self._opened().watch(queues)
+
+    async def heartbeats(self) -> Queries:
+        return await self._opened().heartbeats()
 
     def _opened(self) -> Source:
         if not self.is_open:
             raise RepositoryClosedError(self._closed)
         return self._queries
+
+
+class _TransactionGate(_Gate):
+    """What the nouns of a transaction query, until it ends."""
+
+    def __init__(self, queries: Source) -> None:
+        super().__init__(queries, "the transaction has ended: use what it yields within its block only")
+        self.is_open = True
+        self._undone: list[Callable[[], None]] = []
+
+    def after_commit(self, do: Callable[[], None]) -> None:
+        self._undone.append(do)
+
+    def committed(self) -> None:
+        for do in self._undone:
+            do()
 
 
 class _OneByOne:
@@ -294,6 +318,9 @@ class _OneByOne:
 
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:  # noqa: ARG002
         raise ConfigurationError("a transaction cannot wait for work, it sees none that comes: wait outside of it")
+
+    async def heartbeats(self) -> Queries:
+        raise ConfigurationError("a transaction cannot hold a lease, it commits too late: hold it outside of it")
 
 
 class _Boot:

@@ -18,11 +18,11 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from runtime_repo.database import finish
 from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LeaseLostError, RuntimeRepoError
 from runtime_repo.leases import DEFAULT_TTL
 from runtime_repo.records import DEFAULT_QUEUE, Lease, RetryPolicy
 from runtime_repo.repository import RuntimeRepository
+from runtime_repo.shielding import finish
 from runtime_repo.values import check_count, check_id, queue_names, span_ms
 
 __all__ = ["Handler", "Worker"]

@@ -25,8 +25,10 @@ from runtime_repo import (
     LockHolder,
     MigrationError,
     NotFoundError,
+    OverloadedError,
     PayloadMismatchError,
     PostgresRuntimeRepository,
+    RefusedError,
     RepositoryClosedError,
     RuntimeRepoError,
     RuntimeRepository,
@@ -37,6 +39,8 @@ from runtime_repo import (
     SchemaOutOfDateError,
     SchemaTooNewError,
     SqliteRuntimeRepository,
+    UnreadableRowError,
+    UnsuitableDatabaseError,
     errors,
 )
 
@@ -106,6 +110,11 @@ EXAMPLES: list[tuple[RuntimeRepoError, dict[str, Any], list[str]]] = [
         ["nobody", "queued"],
     ),
     (
+        LeaseLostError("a-1", token=3, current=None, status=None, worker_id=None),
+        {"attempt_id": "a-1", "token": 3, "current": None, "status": None, "worker_id": None},
+        ["'a-1'", "token 3", "can no longer be proved", "unknown", "discard the result"],
+    ),
+    (
         InvalidTransitionError("attempt", "a-1", status="failed", verb="cancel"),
         {"what": "attempt", "key": "a-1", "status": "failed", "verb": "cancel"},
         ["cannot cancel", "'a-1'", "failed"],
@@ -118,6 +127,18 @@ EXAMPLES: list[tuple[RuntimeRepoError, dict[str, Any], list[str]]] = [
     (RepositoryClosedError("words"), {}, ["words"]),
     (ConfigurationError("words"), {}, ["words"]),
     (DatabaseUnavailableError("words"), {}, ["words"]),
+    (RefusedError("words"), {}, ["words"]),
+    (OverloadedError("words"), {}, ["words"]),
+    (
+        UnreadableRowError("runtime_attempts", "'a-1'", "enqueued_at_ms is 10**16"),
+        {"table": "runtime_attempts", "key": "'a-1'", "reason": "enqueued_at_ms is 10**16"},
+        ["'a-1'", "runtime_attempts", "enqueued_at_ms is 10**16", "correct or delete it"],
+    ),
+    (
+        UnsuitableDatabaseError(["its encoding is LATIN1: create it as UTF8", "two"]),
+        {"problems": ("its encoding is LATIN1: create it as UTF8", "two")},
+        ["LATIN1", "UTF8", "two"],
+    ),
 ]
 EACH = pytest.mark.parametrize(
     ("error", "attributes", "words"), EXAMPLES, ids=[f"{n}-{type(e).__name__}" for n, (e, _, _) in enumerate(EXAMPLES)]

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 import asyncpg
 import pytest
 
-from runtime_repo import PostgresRuntimeRepository, notifications
+from runtime_repo import PostgresRuntimeRepository
+from runtime_repo.postgres import notifications
 from tests.contract.conftest import Clock
 from tests.contract.test_wait import BRINGS, waiting
 
@@ -135,7 +136,7 @@ async def test_a_connection_that_hangs_is_noticed(
     postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network that is cut tells nobody: the connection is asked now and then, and one that is silent is replaced."""
-    monkeypatch.setattr("runtime_repo.postgres._LISTEN_CHECK", 0.1)
+    monkeypatch.setattr("runtime_repo.postgres.database._LISTEN_CHECK", 0.1)
     silent = False
     execute: Callable[..., Awaitable[str]] = asyncpg.Connection.execute
 

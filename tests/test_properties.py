@@ -31,9 +31,9 @@ from runtime_repo.catalog import (
     catalog_to_json,
     compare,
 )
-from runtime_repo.catalog_sqlite import catalog_from_rows
 from runtime_repo.queries import fill, split_statements
 from runtime_repo.schema import Migrate, Migration, Policy, Refuse, Serve, decide, load_migrations
+from runtime_repo.sqlite.catalog import catalog_from_rows
 from runtime_repo.values import from_json, new_id, to_json
 
 settings.register_profile("runtime_repo", deadline=None, max_examples=100, derandomize=True, database=None)

@@ -201,7 +201,7 @@ def test_every_header_is_read() -> None:
 
 def test_every_query_is_used_and_every_name_in_the_code_exists() -> None:
     """The code names only queries that exist, and there is none that nobody runs."""
-    code = "".join(path.read_text(encoding="utf-8") for path in FOLDER.glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in FOLDER.rglob("*.py"))
     nouns = "|".join({name.split(".")[0] for name in HEADERS})
     used = set(re.findall(rf'"((?:{nouns})\.[a-z_]+)"', code))
     assert used == SQLITE.keys() | POSTGRES.keys()

@@ -18,7 +18,7 @@ import asyncpg
 
 from runtime_repo import NewAttempt, PostgresRuntimeRepository, SqliteRuntimeRepository
 from runtime_repo.queries import load_queries, split_statements
-from runtime_repo.sqlite import _TOKENS as SQLITE_TOKENS
+from runtime_repo.sqlite.database import _TOKENS as SQLITE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from runtime_repo import SchemaLockTimeoutError
-from runtime_repo.sqlite import _Connection, _Hop
+from runtime_repo.sqlite.connection import Connection, Hop
 from tests.faults.conftest import Lab, SqliteLab
 from tests.faults.processes import Place
 
@@ -42,14 +42,14 @@ async def rival(place: Place) -> None:
 
 def intrude_on_sqlite(patch: pytest.MonkeyPatch, gap: Gap, place: Place) -> None:
     """Let the rival boot on the connection's own thread, which waits for it meanwhile."""
-    run = _Connection.execute
+    run = Connection.execute
 
-    def execute(connection: _Connection, sql: str, parameters: Any = (), /) -> Any:
-        if not isinstance(parameters, _Hop) and gap.due():
+    def execute(connection: Connection, sql: str, parameters: Any = (), /) -> Any:
+        if not isinstance(parameters, Hop) and gap.due():
             asyncio.run(rival(place))
         return run(connection, sql, parameters)
 
-    patch.setattr(_Connection, "execute", execute)
+    patch.setattr(Connection, "execute", execute)
 
 
 def intrude_on_postgres(patch: pytest.MonkeyPatch, gap: Gap, place: Place) -> None:

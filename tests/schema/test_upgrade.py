@@ -25,6 +25,8 @@ ADDED: Mapping[str, Row] = {
         "finished_at_ms": None,
         "result_json": None,
         "error": None,
+        "lease_id": None,
+        "ended_by": None,
     },
     "runtime_leases": {"claimed_at_ms": 0},
     "runtime_jobs": {},
@@ -34,7 +36,10 @@ ADDED: Mapping[str, Row] = {
     "runtime_api_keys": {"role": "operator"},
 }
 FINAL = ("cancelled", "completed", "failed")
-TOKENS = {"leased": 7, "running": 5_000_000_000}
+HELD = {
+    "leased": {"lease_version": 7, "lease_id": "lease-1"},
+    "running": {"lease_version": 5_000_000_000, "lease_id": "lease-2"},
+}
 
 
 async def test_every_row_of_version_1_survives_the_upgrade(lab: Lab) -> None:
@@ -60,13 +65,8 @@ async def test_every_row_of_version_1_survives_the_upgrade(lab: Lab) -> None:
             if row.get("status") in FINAL and table == "runtime_attempts":
                 assert started <= row["finished_at_ms"] <= ended
                 row["finished_at_ms"] = None
-        tokens = TOKENS if table == "runtime_attempts" else {}
-        assert rows == [
-            old
-            | ADDED[table]
-            | ({"lease_version": tokens[old["attempt_id"]]} if old.get("attempt_id") in tokens else {})
-            for old in before[table]
-        ]
+        held = HELD if table == "runtime_attempts" else {}
+        assert rows == [old | ADDED[table] | held.get(old.get("attempt_id", ""), {}) for old in before[table]]
 
 
 async def test_a_row_written_as_by_version_1_gets_the_defaults(lab: Lab) -> None:
@@ -173,6 +173,8 @@ async def test_what_version_1_left_ambiguous_is_repaired(lab: Lab, case: Ambiguo
     finished_at = repaired.pop("finished_at_ms")
     assert (started <= finished_at <= ended) if case.finished else finished_at is None
     expected: dict[str, Any] = attempt | ADDED["runtime_attempts"] | case.expected
+    if case.lease is not None:
+        expected["lease_id"] = "its"
     del expected["finished_at_ms"]
     assert repaired == expected
     assert await lab.all("runtime_leases") == [

@@ -221,7 +221,7 @@ async def errors_carry_their_numbers(repo: RuntimeRepository) -> Mapping[str, ob
     except MigrationError as error:
         assert_type((error.version, error.name), tuple[int, str])
     except LeaseLostError as error:
-        assert_type((error.token, error.current), tuple[int, int])
+        assert_type((error.token, error.current), tuple[int, int | None])
         assert_type(error.worker_id, str | None)
     except PayloadMismatchError as error:
         assert_type(error.differing, tuple[str, ...])

@@ -12,6 +12,8 @@ alter table {schema}.runtime_attempts add column started_at_ms integer;
 alter table {schema}.runtime_attempts add column finished_at_ms integer;
 alter table {schema}.runtime_attempts add column result_json text;
 alter table {schema}.runtime_attempts add column error text;
+alter table {schema}.runtime_attempts add column lease_id text;
+alter table {schema}.runtime_attempts add column ended_by text;
 
 alter table {schema}.runtime_leases add column claimed_at_ms integer not null default 0;
 
@@ -36,8 +38,9 @@ drop index if exists {schema}.idx_runtime_attempts_status_retry;
 
 -- What version 1 left ambiguous. Tokens go on from the lease that lives, so that no token is given out twice.
 update {schema}.runtime_attempts
-   set lease_version = (select version from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
- where attempt_id in (select attempt_id from {schema}.runtime_leases);
+   set lease_version = l.version, lease_id = l.lease_id
+  from {schema}.runtime_leases as l
+ where l.attempt_id = runtime_attempts.attempt_id;
 
 -- A lease on a final or missing attempt owns nothing.
 delete from {schema}.runtime_leases
@@ -74,4 +77,5 @@ create index {schema}.idx_runtime_attempts_final on runtime_attempts (finished_a
  where finished_at_ms is not null;
 create index {schema}.idx_runtime_attempts_run on runtime_attempts (run_id, attempt_id);
 create index {schema}.idx_runtime_attempts_status on runtime_attempts (status, attempt_id);
+create index {schema}.idx_runtime_interrupts_attempt on runtime_interrupts (attempt_id);
 create index {schema}.idx_runtime_leases_worker on runtime_leases (worker_id, lease_id);

@@ -1,35 +1,35 @@
 """
-SQLite: the repository class, and the database it runs on. The only file that imports aiosqlite.
+One SQLite file behind the port.
 
-One connection, whose thread does one *hop* at a time: a function that runs a whole transaction and ends it, so that a
-caller who is cancelled leaves no lock behind. Only boot keeps a transaction open between hops.
+Work is sent to the connection's thread as a *hop*: one function that normally opens and ends its own transaction, so
+that a cancelled caller leaves no lock. Boot and ``atomic()`` keep one open across hops; both roll back in a shielded
+hop.
 """
 
 import asyncio
 import contextlib
-import json
 import os
 import random
-import shutil
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import aiosqlite
 
-from runtime_repo.catalog import LEDGER, Catalog, Look
-from runtime_repo.catalog_sqlite import catalog_from_rows, fingerprint, ledger_from_rows
-from runtime_repo.database import Backend, Busy, Row, finish, settle
+from runtime_repo.catalog import Catalog, Look
+from runtime_repo.database import Backend, Busy, Queries, Row
 from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LockHolder, RepositoryClosedError
 from runtime_repo.queries import fill, load_queries, split_statements
-from runtime_repo.repository import RuntimeRepository
+from runtime_repo.shielding import finish
+from runtime_repo.sqlite.backup import back_up
+from runtime_repo.sqlite.connection import Connection, Hop
+from runtime_repo.sqlite.look import looking
 
-__all__ = ["SqliteRuntimeRepository"]
+__all__ = ["SqliteDatabase"]
 
 T = TypeVar("T")
 
@@ -40,79 +40,6 @@ _BUSY_TIMEOUT = 0.05
 
 _LOOK = 0.03
 """Seconds between two looks of a caller that waits, whether anybody has committed: 0.1 ms of the processor each."""
-
-
-class SqliteRuntimeRepository(RuntimeRepository):
-    """
-    The store on SQLite: embedded, one machine, any number of processes.
-
-    Construction does no I/O. ``await`` it, or enter it with ``async with``: either brings the file to the schema that
-    this release knows before anything can be queried. The file is switched to WAL, which does not work on network
-    file systems, and keeps SQLite's default of a synchronous commit.
-
-    Args:
-        path: The database file; it is created when it is missing, its folder is not. ``:memory:`` is one private
-            database without backup.
-        migrate: False is verify-only: nothing is created or written, and pending migrations refuse the boot.
-        on_drift: ``"warn"`` serves although the structure has drifted, and logs every difference.
-        backup: Copy the file beside itself before an upgrade, named ``<file>.v<version>-<time>.backup``.
-        before_migrate: A coroutine function that runs once, under the lock, before the first migration is applied.
-        lock_timeout: Seconds to wait for another process's migration or write.
-
-    Raises:
-        ConfigurationError: An argument cannot be meant.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        migrate: bool = True,
-        on_drift: Literal["refuse", "warn"] = "refuse",
-        backup: bool = True,
-        before_migrate: Callable[[], Awaitable[object]] | None = None,
-        lock_timeout: float = 60.0,
-    ) -> None:
-        super().__init__(
-            SqliteDatabase(path, writes=migrate, backup=backup, lock_timeout=lock_timeout),
-            migrate=migrate,
-            on_drift=on_drift,
-            before_migrate=before_migrate,
-            lock_timeout=lock_timeout,
-        )
-
-
-class _Hop:
-    """A function to run on the connection's thread, dressed as what aiosqlite lets through: parameters and cursor."""
-
-    def __init__(self, work: Callable[["_Connection"], Any]) -> None:
-        self._work = work
-        self._result: Any = None
-        self.connection: _Connection | None = None
-
-    def run(self, connection: "_Connection") -> Self:
-        self.connection = connection
-        self._result = self._work(connection)
-        return self
-
-    def fetchall(self) -> Any:
-        return self._result
-
-
-class _Connection(sqlite3.Connection):
-    """aiosqlite has no public way to do several statements in one hop, at 90 µs a hop; this is the way."""
-
-    def __init__(self, *args: Any, first: _Hop, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.row_factory = sqlite3.Row
-        try:
-            first.run(self)
-        except BaseException:
-            self.close()
-            raise
-
-    def execute(self, sql: str, parameters: Any = (), /) -> Any:
-        return parameters.run(self) if isinstance(parameters, _Hop) else super().execute(sql, parameters)
 
 
 class SqliteDatabase:
@@ -232,7 +159,7 @@ class SqliteDatabase:
         statements = self._queries[query]
         parameters = {str(number): value for number, value in enumerate(args, 1)}
 
-        def work(connection: _Connection) -> Sequence[Row]:
+        def work(connection: Connection) -> Sequence[Row]:
             # A single statement is a transaction of its own; several need one, unless boot has opened it.
             own = len(statements) > 1 and not connection.in_transaction
             if own:
@@ -257,6 +184,9 @@ class SqliteDatabase:
     async def watch(self, queues: Collection[str]) -> AsyncIterator["_Watch"]:  # noqa: ARG002 - any commit is a hint
         yield _Watch(self, await self.stamp())
 
+    async def heartbeats(self) -> Queries:
+        return self
+
     def tell(self, queues: Iterable[str]) -> None:
         """Nobody needs to be told: who waits looks whether anybody has committed."""
 
@@ -271,17 +201,17 @@ class SqliteDatabase:
             raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
         return self._connection
 
-    async def hop(self, work: Callable[[_Connection], T], connection: aiosqlite.Connection | None = None) -> T:
+    async def hop(self, work: Callable[[Connection], T], connection: aiosqlite.Connection | None = None) -> T:
         with self._translated():
-            result = await (connection or self.connection).execute_fetchall("a hop", cast(Iterable[Any], _Hop(work)))
+            result = await (connection or self.connection).execute_fetchall("a hop", cast(Iterable[Any], Hop(work)))
         return cast(T, result)
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         if self._connection is not None:
             self._refuse_the_holder()
             async with self._turn:
-                return await self.hop(self._looking(shipped))
-        first = _Hop(self._looking(shipped))
+                return await self.hop(looking(self._queries, shipped))
+        first = Hop(looking(self._queries, shipped))
         try:
             await self._open("rw", first)
         except DatabaseUnavailableError:
@@ -294,16 +224,16 @@ class SqliteDatabase:
             await self._open("rwc" if self._writes else "rw", first)
         return cast(Look, first.fetchall())
 
-    async def _open(self, mode: str, first: _Hop) -> None:
+    async def _open(self, mode: str, first: Hop) -> None:
         self._turn = asyncio.Lock()
         self._connection = await self._connect(mode, first)
 
-    async def _connect(self, mode: str, first: _Hop) -> aiosqlite.Connection:
+    async def _connect(self, mode: str, first: Hop) -> aiosqlite.Connection:
         """Connect, and run *first* in the same hop."""
         connection = aiosqlite.connect(
             ":memory:" if self._path is None else f"{self._path.as_uri()}?mode={mode}",
             uri=self._path is not None,
-            factory=partial(_Connection, first=first),
+            factory=partial(Connection, first=first),
             isolation_level=None,
             timeout=_BUSY_TIMEOUT,
             check_same_thread=False,  # aiosqlite sees to that; see _forsaken
@@ -327,47 +257,9 @@ class SqliteDatabase:
                 raise Busy from error
             raise self._unavailable(error) from error
 
-    def _looking(self, shipped: Sequence[Catalog]) -> Callable[[_Connection], Look]:
-        ours = [LEDGER, *shipped[-1].tables]
-        span = {"1": min(ours), "2": max(ours)}
-        known: dict[str | None, Catalog] = {catalog.fingerprint: catalog for catalog in shipped if catalog.fingerprint}
-
-        def glance(connection: _Connection) -> Look:
-            try:
-                rows = connection.execute(self._queries["schema.look"][0], span).fetchall()
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-                    raise
-                return Look(None, Catalog())  # a ledger that is missing, or not ours, is not even parsed
-            text = fingerprint(rows)
-            return Look(ledger_from_rows(rows), known.get(text, Catalog(fingerprint=text)))
-
-        def work(connection: _Connection) -> Look:
-            look = glance(connection)
-            if look.catalog.tables:
-                return look
-            # The text is unknown. Several statements must see one state, or a migration that commits between them
-            # would look like drift.
-            names = {"1": json.dumps(ours)}
-            own = not connection.in_transaction
-            if own:
-                connection.execute("begin")
-            try:
-                columns = connection.execute(self._queries["schema.columns"][0], names).fetchall()
-                indexes = connection.execute(self._queries["schema.indexes"][0], names).fetchall()
-                # Last, for the first statement that succeeds fixes the state, and this one may fail.
-                look = glance(connection)
-            finally:
-                if own:
-                    connection.rollback()
-            catalog = replace(catalog_from_rows(columns, indexes, shipped[-1]), fingerprint=look.catalog.fingerprint)
-            return Look(look.ledger if catalog.has_ledger else None, catalog)
-
-        return work
-
     async def look_now(self, shipped: Sequence[Catalog]) -> Look:
         """Look from within a transaction, whose owner has the connection to itself."""
-        return await self.hop(self._looking(shipped))
+        return await self.hop(looking(self._queries, shipped))
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator["_BootTransaction"]:
@@ -393,6 +285,9 @@ class SqliteDatabase:
             await self.close()
             raise Busy from error.__cause__
 
+    async def inspect(self, shipped: Sequence[Catalog]) -> Look:
+        return await self.look(shipped)
+
     async def lock_holder(self) -> LockHolder | None:
         return None
 
@@ -410,7 +305,12 @@ class SqliteDatabase:
         moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
         target = self._path.with_name(f"{self._path.name}.v{from_version}-{moment}.backup")
         try:
-            await self._copy(target)
+            # A second connection: from the one that holds the write transaction the backup would hang.
+            reader = await self._connect("rw", Hop(lambda _: None))
+            try:
+                await back_up(self._path, target, lambda work: self.hop(work, reader))
+            finally:
+                await _closed(reader)
         except (sqlite3.Error, OSError, DatabaseUnavailableError) as error:
             cause = error.__cause__ or error
             raise DatabaseUnavailableError(
@@ -418,38 +318,6 @@ class SqliteDatabase:
                 "or boot with backup=False after taking one yourself"
             ) from cause
         return target
-
-    async def _copy(self, target: Path) -> None:
-        """Copy the database online; what stands under *target*'s name is always a whole copy."""
-        partial = target.with_name(target.name + ".partial")
-        cancelled = False
-
-        def work(connection: _Connection) -> None:
-            def check(_status: int, _remaining: int, _total: int) -> None:
-                if cancelled:
-                    raise InterruptedError
-
-            # An API key's hash must not become readable in the copy.
-            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            with contextlib.closing(sqlite3.connect(partial)) as copy:
-                copy.execute("pragma journal_mode = off")  # half a copy is thrown away, not rolled back
-                connection.backup(copy, pages=1024, progress=check)
-            shutil.copymode(cast(Path, self._path), partial)
-            partial.replace(target)
-            _sync_folder(target.parent)
-
-        # A second connection: from the one that holds the write transaction the backup would hang.
-        reader = await self._connect("rw", _Hop(lambda _: None))
-        try:
-            await asyncio.shield(copying := asyncio.ensure_future(self.hop(work, reader)))
-        except BaseException:
-            cancelled = True
-            with contextlib.suppress(Busy, DatabaseUnavailableError, OSError):
-                await settle(copying)
-            partial.unlink(missing_ok=True)
-            raise
-        finally:
-            await _closed(reader)
 
     def _locked(self) -> DatabaseUnavailableError:
         return DatabaseUnavailableError(
@@ -532,7 +400,7 @@ class _BootTransaction:
     async def script(self, text: str) -> None:
         statements = tuple(split_statements(fill(text, _TOKENS)))
 
-        def work(connection: _Connection) -> None:
+        def work(connection: Connection) -> None:
             for statement in statements:
                 connection.execute(statement)
 
@@ -548,7 +416,7 @@ def _queries() -> dict[str, tuple[str, ...]]:
     return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", **_TOKENS).items()}
 
 
-def _begin(connection: _Connection) -> None:
+def _begin(connection: Connection) -> None:
     # A new file first: in WAL its many readers do not keep the one writer from committing. An old one stays as it is
     # until its upgrade has succeeded.
     if connection.execute("pragma main.page_count").fetchone()[0] == 0:
@@ -556,16 +424,16 @@ def _begin(connection: _Connection) -> None:
     connection.execute("begin immediate")
 
 
-def _stamp(connection: _Connection) -> tuple[int, int]:
+def _stamp(connection: Connection) -> tuple[int, int]:
     return connection.execute("pragma main.data_version").fetchone()[0], connection.total_changes
 
 
-def _roll_back_part(connection: _Connection) -> None:
+def _roll_back_part(connection: Connection) -> None:
     connection.execute("rollback to savepoint runtime_repo")
     connection.execute("release savepoint runtime_repo")
 
 
-def _switch_to_wal(connection: _Connection) -> None:
+def _switch_to_wal(connection: Connection) -> None:
     # Write-ahead logging, or what a database without a file has instead.
     if connection.execute("pragma main.journal_mode").fetchone()[0] not in ("wal", "memory"):
         connection.execute("pragma main.journal_mode = wal").fetchone()
@@ -581,7 +449,7 @@ async def _closed(connection: aiosqlite.Connection) -> None:
     connection._thread.join()
 
 
-async def _forsaken(connection: aiosqlite.Connection, first: _Hop) -> None:
+async def _forsaken(connection: aiosqlite.Connection, first: Hop) -> None:
     """See off the thread of a connection that failed or was cancelled, and close what aiosqlite has lost sight of."""
     await asyncio.to_thread(connection._thread.join)
     if first.connection is not None:
@@ -609,13 +477,3 @@ def _is_absent(path: Path) -> bool:
     except OSError:
         pass
     return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in *folder* durable, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,0 +1,103 @@
+"""The repository class of PostgreSQL."""
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import asyncpg
+
+from runtime_repo.errors import ConfigurationError
+from runtime_repo.postgres.connections import Target
+from runtime_repo.postgres.database import PostgresDatabase
+from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
+
+if TYPE_CHECKING:
+    from runtime_repo.postgres.connections import Connection, Pool
+
+__all__ = ["PostgresRuntimeRepository"]
+
+
+class PostgresRuntimeRepository(RuntimeRepository):
+    """
+    The store on PostgreSQL 14 and newer: any number of machines.
+
+    Construction does no I/O. ``await`` it, or enter it with ``async with``: either brings the runtime schema to what
+    this release knows before anything can be queried. Any number of workers may do so at once, also under a role that
+    may only read when nothing is pending, and behind a transaction-pooling pgbouncer (with ``statement_cache_size=0``).
+
+    Args:
+        dsn: ``postgresql://user:password@host:port/database``, as asyncpg reads it, or an asyncpg pool that is open:
+            it is used and never closed.
+        schema: The namespace that holds the ledger and every table. Two of them in one database are independent.
+        migrate: False is verify-only: nothing is written, and pending migrations refuse the boot.
+        on_drift: ``"warn"`` serves although the structure has drifted, and logs every difference.
+        before_migrate: A coroutine function that runs once, under the lock, before the first migration is applied:
+            the place for a backup.
+        lock_timeout: Seconds to wait for another process's migration, or for the locks of live traffic.
+        startup_timeout: Seconds for connecting. A server that refuses connections, is starting or is full, and a name
+            that does not resolve yet, are tried again until then; a wrong password or a missing database fail at once.
+        listen: Whether ``attempts.wait`` and ``Worker`` are told of new work by the server, on one connection of their
+            own from the first wait on (of a pool that is given, one of its connections, if it may have more than one).
+            False looks once a second instead: behind a transaction-pooling pgbouncer nobody can listen.
+        pool_options: Passed to ``asyncpg.create_pool``. ``min_size`` is 0 unless given.
+
+    Raises:
+        ConfigurationError: An argument cannot be meant.
+    """
+
+    def __init__(
+        self,
+        dsn: "str | Pool",
+        *,
+        schema: str = "runtime",
+        migrate: bool = True,
+        on_drift: Literal["refuse", "warn"] = "refuse",
+        before_migrate: Callable[[], Awaitable[object]] | None = None,
+        lock_timeout: float = 60.0,
+        startup_timeout: float = 30.0,
+        listen: bool = True,
+        **pool_options: Any,
+    ) -> None:
+        try:
+            target = Target(dsn, pool_options)
+        finally:
+            # From here on no frame of ours holds a password that a traceback with locals could show.
+            dsn, pool_options = "", {}
+        self._postgres = PostgresDatabase(target, schema=schema, startup_timeout=startup_timeout, listen=listen)
+        super().__init__(
+            self._postgres,
+            migrate=migrate,
+            on_drift=on_drift,
+            before_migrate=before_migrate,
+            lock_timeout=lock_timeout,
+        )
+
+    @contextlib.asynccontextmanager
+    async def transaction(self, connection: "Connection | None" = None) -> AsyncIterator[RuntimeTransaction]:
+        """
+        Let several verbs, and the application's own statements, take effect together.
+
+        With a *connection* of the application's own to the same database, on which a transaction is open, they are a
+        part of that transaction: they are committed or rolled back with it, and when the block raises they alone are
+        undone (a savepoint). Otherwise as in ``RuntimeRepository.transaction``.
+
+        Raises:
+            ConfigurationError: No transaction is open on *connection*.
+            RepositoryClosedError: The repository is not open.
+            DatabaseUnavailableError: The database cannot be reached, or does not commit.
+        """
+        if connection is not None and not _is_in_transaction(connection):
+            raise ConfigurationError(
+                "no transaction is open on the connection: begin one first (async with connection.transaction()), "
+                "or leave the connection out"
+            )
+        part = None if connection is None else self._postgres.part_of_theirs(connection)
+        async with self._transaction(part) as transaction:
+            yield transaction
+
+
+def _is_in_transaction(connection: "Connection") -> bool:
+    # One that was given back to its pool does not even answer.
+    with contextlib.suppress(asyncpg.InterfaceError):
+        return connection.is_in_transaction()
+    return False
