@@ -38,6 +38,8 @@ class Table:
     primary_key: tuple[str, ...] = ()
     indexes: Mapping[str, str] = field(default_factory=dict)
     kind: str = "table"
+    attached: Mapping[str, str] = field(default_factory=dict)
+    """What else hangs on it, such as ``trigger audit``, and its text. Nothing does on what we create."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,35 @@ class Look:
     catalog: Catalog
     namespace: bool = True
     """Whether the runtime schema itself exists; always true on SQLite."""
+    names: frozenset[str] = frozenset()
+    """Which names of the newest version's tables and indexes are in use, by whatever it may be. It may be empty where
+    the catalog is that of the newest version."""
+    problems: tuple[str, ...] = ()
+    """Why the database cannot be served as it is, each a sentence."""
+    reservations: tuple[Difference, ...] = ()
+    """What keeps it from being migrated, but not from being served."""
+
+
+_CHANGES_MEANING = ("trigger", "rule", "unlogged storage", "child table", "conflict clause")
+"""Of what hangs on a table, that which makes a statement of ours do something else than it says."""
 
 
 def compare(expected: Catalog, live: Catalog) -> tuple[list[Difference], list[Difference]]:
-    """Return what is missing or changed, and what is extra and tolerated."""
+    """
+    Return what is drift, and what is extra and tolerated.
+
+    - Drift is whatever changes what our statements mean: a table, column, key, unique constraint or index that is
+      missing or another; a collation by which two ids may be equal that are not the same (on SQLite any but BINARY);
+      a table that a crash empties (UNLOGGED); a trigger, a rule, a child table, a conflict clause of SQLite's; an extra
+      column that is NOT NULL and has no default, for it makes every insert fail.
+    - Tolerated is what may refuse or speed up a statement, but not change it: extra columns and indexes, CHECK and
+      exclusion constraints, foreign keys in either direction, a deterministic collation, row security that does not
+      apply to this role, STRICT and WITHOUT ROWID.
+    - Neither are other tables, constraints' names, storage parameters, statistics, comments, privileges.
+
+    What cannot be served even with ``on_drift="warn"``, such as row security that applies, is no drift but a problem of
+    the look.
+    """
     drift: list[Difference] = []
     extra: list[Difference] = []
     if expected.tables == live.tables:
@@ -98,6 +125,10 @@ def compare(expected: Catalog, live: Catalog) -> tuple[list[Difference], list[Di
         if table.primary_key != found.primary_key:
             drift.append(Difference(f"primary key of {name}", _key(table.primary_key), _key(found.primary_key)))
         _compare_indexes(name, table, found, drift, extra)
+        for attached, line in found.attached.items():
+            refused = attached.startswith(_CHANGES_MEANING)
+            difference = Difference(f"{attached} on {name}", "none" if refused else None, line)
+            (drift if refused else extra).append(difference)
     return drift, extra
 
 
@@ -112,7 +143,11 @@ def _compare_columns(
         if found.columns.get(column) != line:
             drift.append(Difference(f"column {name}.{column}", line, found.columns.get(column)))
     for column, line in found.columns.items():
-        if column not in expected.columns:
+        if column in expected.columns:
+            continue
+        if " not null" in line and not re.search(" (default|auto|generated)", line):
+            drift.append(Difference(f"column {name}.{column}", "none, or one with a default", line))
+        else:
             extra.append(Difference(f"column {name}.{column}", None, line))
 
 

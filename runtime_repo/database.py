@@ -125,6 +125,10 @@ class Transaction(Protocol):
         """Run the statements of a migration, in order."""
         ...
 
+    async def ask(self, text: str) -> Sequence[Row]:
+        """Run a migration's own query, with its tokens, and return its rows."""
+        ...
+
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         """Read the ledger and the live catalog, as this transaction sees them."""
         ...

@@ -108,7 +108,10 @@ class SchemaHistoryError(SchemaError):
 
 
 class ForeignSchemaError(SchemaError):
-    """Tables with our names exist that no ledger accounts for. Nothing is ever adopted."""
+    """
+    Objects exist that bear our names and that no ledger accounts for, or the names of what is pending: nothing is ever
+    adopted. *tables* names them all; what is not a table says what it is, as in ``column runtime_attempts.queue``.
+    """
 
     def __init__(self, tables: Sequence[str]) -> None:
         self.tables = tuple(tables)
@@ -166,13 +169,16 @@ class LockHolder:
     pid: int
     application_name: str
     client_address: str | None
-    transaction_age: float
-    """Seconds since the holder's transaction began."""
+    """An IP address, or ``local`` for a Unix socket; None where this role may not see it."""
+    transaction_age: float | None
+    """Seconds since the holder's transaction began; None where this role may not see it."""
+    user: str | None = None
 
     def __str__(self) -> str:
+        age = "unknown age" if self.transaction_age is None else f"{self.transaction_age:.1f} s"
         return (
-            f"process {self.pid} (application {self.application_name!r}, client {self.client_address or 'local'}, "
-            f"in a transaction for {self.transaction_age:.1f} s)"
+            f"process {self.pid} (user {self.user or 'unknown'}, application {self.application_name!r}, "
+            f"client {self.client_address or 'unknown'}, in a transaction of {age})"
         )
 
 

@@ -12,26 +12,27 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-from runtime_repo.catalog import LEDGER, Catalog, LedgerRow, Look, catalog_from_json, compare
-from runtime_repo.database import Busy, Database, Transaction
+from runtime_repo.catalog import LEDGER, Catalog, Look, Table, catalog_from_json, compare
+from runtime_repo.database import Busy, Database, Lost, Transaction
 from runtime_repo.errors import (
     ConfigurationError,
-    DatabaseUnavailableError,
     Difference,
     ForeignSchemaError,
     MigrationError,
+    RuntimeRepoError,
     SchemaDriftError,
     SchemaError,
     SchemaHistoryError,
     SchemaLockTimeoutError,
     SchemaOutOfDateError,
     SchemaTooNewError,
+    UnsuitableDatabaseError,
 )
 from runtime_repo.queries import split_statements
 
@@ -43,9 +44,11 @@ __all__ = [
     "Policy",
     "Refuse",
     "SchemaReport",
+    "SchemaStatus",
     "Serve",
     "decide",
     "ensure_schema",
+    "inspect_schema",
     "load_migrations",
 ]
 
@@ -53,6 +56,9 @@ _log = logging.getLogger("runtime_repo")
 
 _POLL_FIRST = 0.05
 _POLL_LAST = 0.25
+
+_LOSSES = 5
+"""How many connections may be lost during one boot: more is no accident."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,11 @@ class Migration:
     name: str
     sql: str
     catalog: Catalog
+    check: str = ""
+    """
+    A query, with tokens, for what no database may hold that is to be migrated: *what* it is, the *number* of rows, and
+    the key of one of them as *example*. It runs before anything is done.
+    """
 
     def __post_init__(self) -> None:
         for statement in split_statements(self.sql):
@@ -138,30 +149,65 @@ class Refuse:
 Decision = Serve | Migrate | Refuse
 
 
+@dataclass(frozen=True)
+class SchemaStatus:
+    """What a read-only look at a database finds."""
+
+    found: int
+    """The version recorded; 0 is a database that holds nothing of ours."""
+    supported: int
+    """The newest version that this release knows."""
+    pending: tuple[str, ...]
+    """The names of the migrations that lie between the two, in order."""
+    differences: tuple[Difference, ...]
+    """Every drift from the version recorded, and everything extra."""
+    refusal: str | None
+    """Why a boot with this policy would be refused; None if it would serve, or migrate and serve."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return asdict(self)
+
+
 @cache
 def load_migrations(backend: str) -> tuple[Migration, ...]:
-    """The migrations that this release ships for *backend*, oldest first."""
+    """
+    The migrations that this release ships for *backend*, oldest first.
+
+    ``NNNN_name.sql`` is the migration, ``NNNN_name.catalog.json`` what it leads to, and ``checks/NNNN_name.sql``, if
+    there is one, the query for what it could not migrate.
+    """
     folder = files("runtime_repo") / "migrations" / backend
     texts = {file.name: file for file in folder.iterdir()}
+    checks = {file.name: file for file in texts["checks"].iterdir()}
     migrations = []
     for filename in sorted(name for name in texts if name.endswith(".sql")):
         stem = filename.removesuffix(".sql")
         version, _, name = stem.partition("_")
         catalog = catalog_from_json(texts[f"{stem}.catalog.json"].read_text(encoding="utf-8"))
-        migrations.append(Migration(int(version), name, texts[filename].read_text(encoding="utf-8"), catalog))
+        check = checks[filename].read_text(encoding="utf-8") if filename in checks else ""
+        sql = texts[filename].read_text(encoding="utf-8")
+        migrations.append(Migration(int(version), name, sql, catalog, check))
     return tuple(migrations)
 
 
-def decide(
-    ledger: Sequence[LedgerRow] | None, catalog: Catalog, migrations: Sequence[Migration], policy: Policy
-) -> Decision:
-    """Serve, migrate these, or refuse because: foreign, too new, a gap or another name, drift, pending."""
+def decide(look: Look, migrations: Sequence[Migration], policy: Policy) -> Decision:
+    """
+    Serve, migrate these, or refuse because: unsuitable, foreign, too new, a gap or another name, drift, pending.
+
+    What only stands in the way of a migration is served, and told of, but not migrated: a name that is taken, a schema
+    whose owner may be anybody.
+    """
+    ledger, catalog = look.ledger, look.catalog
     supported = migrations[-1].version
     recorded = {row.version: row.name for row in ledger or ()}
     version = max(recorded, default=0)
     shipped = {migration.version: migration for migration in migrations}
+    pending = tuple(m for m in migrations if m.version > version)
 
-    if foreign := _foreign(ledger, catalog, shipped.get(min(version, supported)), migrations[-1]):
+    if look.problems:
+        return Refuse(UnsuitableDatabaseError(look.problems))
+    if foreign := _foreign(look, shipped.get(min(version, supported)), migrations[-1]):
         return Refuse(ForeignSchemaError(foreign))
     if version > supported:
         return Refuse(SchemaTooNewError(version, supported))
@@ -173,18 +219,21 @@ def decide(
     drift, extra = compare(shipped[version].catalog, catalog) if version else ([], [])
     if drift and policy.on_drift == "refuse":
         return Refuse(SchemaDriftError(version, drift))
-    tolerated = (*drift, *extra)
+    tolerated = (*drift, *extra, *look.reservations)
     if version == supported:
         return Serve(version, tolerated)
     if not policy.migrate:
         return Refuse(SchemaOutOfDateError(version, supported))
-    return Migrate(version, tuple(m for m in migrations if m.version > version), tolerated)
+    if taken := _taken(look, shipped.get(version), pending):
+        return Refuse(ForeignSchemaError(taken))
+    if look.reservations:
+        return Refuse(UnsuitableDatabaseError([str(reservation) for reservation in look.reservations]))
+    return Migrate(version, pending, tolerated)
 
 
-def _foreign(
-    ledger: Sequence[LedgerRow] | None, catalog: Catalog, recorded: Migration | None, newest: Migration
-) -> list[str]:
+def _foreign(look: Look, recorded: Migration | None, newest: Migration) -> list[str]:
     """Our names on what our migrations did not create."""
+    ledger, catalog = look.ledger, look.catalog
     if ledger and recorded and catalog is recorded.catalog:
         return []  # recognized: a look answers with the very catalog that it was given
     ours = newest.catalog.tables.keys() | {LEDGER}
@@ -193,6 +242,23 @@ def _foreign(
         return taken
     expected = {LEDGER, *(recorded.catalog.tables if recorded else ours)}
     return [name for name in taken if catalog.tables[name].kind != "table" or name not in expected]
+
+
+def _taken(look: Look, recorded: Migration | None, pending: Sequence[Migration]) -> list[str]:
+    """The names of what the pending migrations create, where something has them already: they would fail half-way."""
+    tables = dict(recorded.catalog.tables) if recorded else {}
+    taken: set[str] = set()
+    for migration in pending:
+        for name, table in migration.catalog.tables.items():
+            before = tables.get(name, Table({}))
+            # An index whose name the migration leaves to the database gets one that is free.
+            indexes = {index for index in table.indexes if re.search(rf"\b{index}\b", migration.sql)}
+            created = {name} - tables.keys() | indexes - before.indexes.keys()
+            taken |= created & look.names
+            live = look.catalog.tables[name].columns if name in tables and name in look.catalog.tables else ()
+            taken |= {f"column {name}.{new}" for new in table.columns.keys() - before.columns.keys() if new in live}
+        tables = dict(migration.catalog.tables)
+    return sorted(taken)
 
 
 async def ensure_schema(database: Database, migrations: Sequence[Migration], policy: Policy) -> SchemaReport:
@@ -211,10 +277,11 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
     preparation: _Preparation | None = None
     look: Look | None = None
     found: int | None = None
+    losses = 0
     while True:
         try:
             look = look or await database.look(catalogs)
-            decision = decide(look.ledger, look.catalog, migrations, policy)
+            decision = decide(look, migrations, policy)
             if isinstance(decision, Refuse):
                 raise decision.error
             found = decision.from_version if found is None else found
@@ -224,9 +291,10 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
             patience.begin()
             async with database.lock() as transaction:
                 look = await transaction.look(catalogs)
-                decision = decide(look.ledger, look.catalog, migrations, policy)
+                decision = decide(look, migrations, policy)
                 if not isinstance(decision, Migrate):
                     continue
+                await _check(transaction, decision)
                 preparation = preparation or await _prepare(database, decision, policy)
                 applied = await _apply(transaction, look, decision)
                 verified = _verify(await transaction.look(catalogs), migrations, policy)
@@ -242,6 +310,56 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
                 raise SchemaLockTimeoutError(patience.waited, await database.lock_holder()) from busy.__cause__
             await patience.wait()
             look = None
+        except Lost as lost:
+            # As while connecting: the next look connects anew, and says whether a commit got through.
+            losses += 1
+            if losses == _LOSSES or patience.exhausted:
+                raise (error := _behind(lost)) from error.__cause__
+            await patience.wait()
+            look = None
+
+
+async def inspect_schema(database: Database, migrations: Sequence[Migration], policy: Policy) -> SchemaStatus:
+    """
+    Look at *database* and say what a boot with this *policy* would make of it. Nothing is created or written.
+
+    Raises:
+        DatabaseUnavailableError: The database cannot be read.
+        SchemaLockTimeoutError: It was locked for longer than ``lock_timeout``.
+    """
+    look = await _inspected(database, [migration.catalog for migration in migrations], _Patience(policy.lock_timeout))
+    found = max((row.version for row in look.ledger or ()), default=0)
+    recorded = next((migration for migration in migrations if migration.version == found), None)
+    drift, extra = compare(recorded.catalog, look.catalog) if recorded else ([], [])
+    decision = decide(look, migrations, policy)
+    return SchemaStatus(
+        found,
+        migrations[-1].version,
+        tuple(migration.name for migration in migrations if migration.version > found),
+        (*drift, *extra, *look.reservations),
+        str(decision.error) if isinstance(decision, Refuse) else None,
+    )
+
+
+async def _inspected(database: Database, catalogs: Sequence[Catalog], patience: "_Patience") -> Look:
+    patience.begin()
+    losses = 0
+    while True:
+        try:
+            return await database.inspect(catalogs)
+        except Busy as busy:
+            if patience.exhausted:
+                raise SchemaLockTimeoutError(patience.waited, None) from busy.__cause__
+        except Lost as lost:
+            losses += 1
+            if losses == _LOSSES or patience.exhausted:
+                raise (error := _behind(lost)) from error.__cause__
+        await patience.wait()
+
+
+def _behind(lost: Lost) -> BaseException:
+    """The error of ours that says what was lost."""
+    return lost.__cause__ or lost
 
 
 class _Patience:
@@ -283,13 +401,30 @@ class _Preparation:
     backup: Path | None
 
 
+async def _check(transaction: Transaction, decision: Migrate) -> None:
+    """Find what the migrations would fail for, before anything is done."""
+    problems = []
+    for migration in decision.pending if decision.from_version else ():
+        try:
+            rows = await transaction.ask(migration.check) if migration.check else ()
+        except RuntimeRepoError as error:
+            raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
+        problems += [
+            f"{row['number']} rows have {row['what']}, such as the one of {row['example']!r}: shorten or delete them"
+            for row in rows
+            if row["number"]
+        ]
+    if problems:
+        raise UnsuitableDatabaseError(problems)
+
+
 async def _prepare(database: Database, decision: Migrate, policy: Policy) -> _Preparation:
     """What happens once, under the lock, before the first change."""
     backup = None
     if decision.from_version:
         try:
             backup = await database.take_backup(decision.from_version)
-        except DatabaseUnavailableError as error:
+        except RuntimeRepoError as error:
             first = decision.pending[0]
             raise MigrationError(first.version, first.name, str(error)) from error.__cause__
     if policy.before_migrate is not None:
@@ -310,7 +445,9 @@ async def _apply(transaction: Transaction, look: Look, decision: Migrate) -> tup
                     await transaction.execute("schema.create_ledger")
             await transaction.script(migration.sql)
             await transaction.fetch("schema.record", migration.version, migration.name)
-        except DatabaseUnavailableError as error:
+        except ConfigurationError:
+            raise
+        except RuntimeRepoError as error:
             raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
         applied.append(AppliedMigration(migration.version, migration.name, time.monotonic() - started))
     return tuple(applied)
@@ -319,7 +456,7 @@ async def _apply(transaction: Transaction, look: Look, decision: Migrate) -> tup
 def _verify(look: Look, migrations: Sequence[Migration], policy: Policy) -> Serve:
     """Prove, before the commit, that the migrations led where they should."""
     newest = migrations[-1]
-    match decide(look.ledger, look.catalog, migrations, policy):
+    match decide(look, migrations, policy):
         case Serve() as verified:
             return verified
         case Refuse(error=error):

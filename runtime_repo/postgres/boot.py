@@ -1,14 +1,16 @@
 """What boot reads of a PostgreSQL database, and what it does under the advisory lock."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import asyncpg
 
 from runtime_repo.catalog import LEDGER, Catalog, Ledger, Look
 from runtime_repo.database import Busy, Row
+from runtime_repo.errors import Difference
 from runtime_repo.postgres.catalog import fingerprint, ledger_from_lines, tables_from_rows
 from runtime_repo.postgres.connections import rolled_back
 from runtime_repo.queries import fill
@@ -22,6 +24,9 @@ __all__ = ["LOCK_TIMEOUT", "BootTransaction", "Looks", "begin"]
 LOCK_TIMEOUT = "100ms"
 """How long one try may queue live traffic behind it while it waits for a table."""
 
+_BOUNDED = f"set local lock_timeout = '{LOCK_TIMEOUT}'; set local quote_all_identifiers = off;"
+"""How the server is told to spell names must not look like drift."""
+
 
 class Looks:
     """Reads the ledger and the live catalog of one runtime schema."""
@@ -32,33 +37,55 @@ class Looks:
         self.queries = queries
 
     async def look(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
-        with contextlib.suppress(asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-            if look := await self.recognize(connection, shipped):
+        if problem := _encoding_problem(connection):
+            return Look(None, Catalog(), problems=(problem,))
+        if await connection.execute(self.queries["schema.plain"]) == "SELECT 1":
+            look = await self.recognize(connection, shipped)
+            if look is not None and look.catalog is shipped[-1]:
                 return look
-        # The catalog is unknown, or the ledger is missing or not ours, and then not even parsed.
-        if look := await self.find_nothing(connection, shipped):
+        look = await self.look_around(connection, shipped)
+        if look.problems or not look.names:
             return look
         # Several statements must see one state, or a migration that commits between them would look like drift.
         try:
-            await connection.execute(
-                f"begin isolation level repeatable read read only; set local lock_timeout = '{LOCK_TIMEOUT}'"
-            )
-            return await self.look_closely(connection, shipped)
+            await connection.execute(f"begin isolation level repeatable read read only; {_BOUNDED}")
+            return await self.look_closely(connection, shipped, look)
         finally:
             await finish(rolled_back(connection))
 
     async def recognize(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look | None:
-        """The look, in one statement, if the catalog's text is that of a version shipped. It names the ledger."""
-        ledger, text = await self._glance(connection, shipped)
+        """
+        The look, in one statement, if the catalog's text is that of a version shipped.
+
+        It names the ledger, which must be a table. In a transaction it must have our columns, too.
+        """
+        try:
+            ledger, text = await self._glance(connection, shipped)
+        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.WrongObjectTypeError):
+            return None
         return next((Look(ledger, catalog) for catalog in shipped if catalog.fingerprint == text), None)
 
-    async def find_nothing(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look | None:
-        """The look, in one cheap statement, if nothing bears one of our names."""
-        names = self._qualified([LEDGER, *shipped[-1].tables])
-        (row,) = await connection.fetch(self.queries["schema.taken"], self.tokens["schema"], names)
-        return None if row["taken"] else Look(None, Catalog(), namespace=row["namespace"])
+    async def look_around(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
+        """What stands in the way, and which names are taken: in one statement that reads nothing of a stranger's."""
+        newest = shipped[-1].tables
+        names = [LEDGER, *newest, *(index for table in newest.values() for index in table.indexes)]
+        qualified = self._qualified(names)
+        row, *_ = await connection.fetch(self.queries["schema.surroundings"], self.tokens["schema"], qualified)
+        stranger = Difference(
+            f"schema {self._schema}",
+            f"owned by {row['role']}, a role that it belongs to, the database's owner or a superuser",
+            f"owned by {row['stranger']}, who may change it at any time: migrate as that role, or change the owner",
+        )
+        return Look(
+            None,
+            Catalog(),
+            namespace=row["namespace"],
+            names=frozenset(name for name, full in zip(names, qualified, strict=True) if full in row["taken"]),
+            problems=tuple(_problems(row)),
+            reservations=(stranger,) if row["stranger"] else (),
+        )
 
-    async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
+    async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog], around: Look) -> Look:
         """
         The catalog first, then the ledger if there is one: naming a missing one would abort the transaction.
 
@@ -68,14 +95,16 @@ class Looks:
         """
         names = [LEDGER, *shipped[-1].tables]
         rows = await connection.fetch(self.queries["schema.catalog"], self._schema, names)
-        tables = tables_from_rows([row for row in rows if row["relname"] is not None])
+        attached = await connection.fetch(self.queries["schema.attached"], self._schema, names)
+        tables = tables_from_rows([row for row in rows if row["relname"] is not None], attached)
         if tables is None:
             raise Busy
         catalog = Catalog(tables)
         if not catalog.has_ledger:
-            return Look(None, catalog, namespace=bool(rows))
+            return replace(around, catalog=catalog, namespace=bool(rows))
         ledger, text = await self._glance(connection, shipped)
-        return Look(ledger, Catalog(tables, text))
+        known = next((catalog for catalog in shipped if catalog.fingerprint == text), Catalog(tables, text))
+        return replace(around, ledger=ledger, catalog=known)
 
     async def _glance(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Ledger | None, str]:
         (row,) = await connection.fetch(self.queries["schema.look"], self._qualified(sorted(shipped[-1].tables)))
@@ -83,6 +112,31 @@ class Looks:
 
     def _qualified(self, names: Iterable[str]) -> list[str]:
         return [f"{self.tokens['schema']}.{name}" for name in names]
+
+
+def _encoding_problem(connection: "Connection") -> str | None:
+    encoding = connection.get_settings().server_encoding
+    if encoding == "UTF8":
+        return None
+    return (
+        f"its encoding is {encoding}, expected UTF8, since ids and payloads may hold any character: create a database "
+        "with encoding 'UTF8' and template template0, and restore into that"
+    )
+
+
+def _problems(row: Row) -> Iterator[str]:
+    path = re.sub(r"^pg_temp_\d+(, |$)", "", row["path"])
+    if not re.match("pg_catalog(,|$)", path):
+        yield (
+            f"the session's search_path puts another schema before pg_catalog ({row['path']}), where functions may be "
+            f"planted that run as {row['role']}: remove pg_catalog from the role's or database's search_path, or let "
+            "it come first"
+        )
+    if row["hidden"]:
+        yield (
+            f"row-level security hides rows of {', '.join(row['hidden'])} from {row['role']}: disable it, or exempt "
+            "the role (alter role ... bypassrls)"
+        )
 
 
 class BootTransaction:
@@ -111,11 +165,19 @@ class BootTransaction:
         with self._translated():
             await self._connection.execute(fill(text, self._looks.tokens))
 
+    async def ask(self, text: str) -> Sequence[Row]:
+        with self._translated():
+            return await self._connection.fetch(fill(text, self._looks.tokens))
+
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         with self._translated():
             # A ledger that took a row is there, and may be named without risk to the transaction.
-            first = self._looks.recognize if self._has_recorded else self._looks.find_nothing
-            return await first(self._connection, shipped) or await self._looks.look_closely(self._connection, shipped)
+            if self._has_recorded and (look := await self._looks.recognize(self._connection, shipped)):
+                return look
+            look = await self._looks.look_around(self._connection, shipped)
+            if look.problems or not look.names:
+                return look
+            return await self._looks.look_closely(self._connection, shipped, look)
 
 
 def begin(server: int) -> str:
@@ -127,4 +189,4 @@ def begin(server: int) -> str:
     if server >= 17:
         unlimited.append("transaction_timeout")
     settings = "".join(f"set local {name} = 0;" for name in unlimited)
-    return f"begin isolation level read committed; set local lock_timeout = '{LOCK_TIMEOUT}'; {settings}"
+    return f"begin isolation level read committed; {_BOUNDED} {settings}"

@@ -33,30 +33,42 @@ def ledger_from_lines(lines: Iterable[str]) -> Ledger | None:
 
 def fingerprint(row: Row, schema: str) -> str:
     """Identify the raw text of our relations, in whatever order PostgreSQL keeps it and whatever their *schema* is."""
-    text = "\n\n".join("\n".join(sorted(row[part])) for part in ("columns", "defaults", "indexes"))
+    text = "\n\n".join("\n".join(sorted(row[part])) for part in ("relations", "columns", "defaults", "indexes"))
     # An index is named with its schema, quoted where need be, unless that is in the search path.
     quoted = schema.replace('"', '""')
     text = text.replace(f"\n{schema}.", "\n").replace(f'\n"{quoted}".', "\n")
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tables_from_rows(rows: Sequence[Row]) -> Mapping[str, Table] | None:
-    """The live relations, column by column and index by index; None when an index has lost its definition meanwhile."""
+def tables_from_rows(rows: Sequence[Row], attached: Sequence[Row]) -> Mapping[str, Table] | None:
+    """
+    The live relations, column by column and index by index, and what hangs on them; None when an index has lost its
+    definition meanwhile.
+    """
     indexes = {row["relname"]: json.loads(row["indexes"] or "[]") for row in rows}
     if any(definition is None for found in indexes.values() for *_, definition in found):
         return None
-    return {row["relname"]: _table(row, indexes[row["relname"]]) for row in rows}
+    return {
+        row["relname"]: _table(
+            row,
+            indexes[row["relname"]],
+            {other["what"]: other["line"] for other in attached if other["relname"] == row["relname"]},
+        )
+        for row in rows
+    }
 
 
-def _table(row: Row, found: Sequence[Sequence[Any]]) -> Table:
+def _table(row: Row, found: Sequence[Sequence[Any]], attached: Mapping[str, str]) -> Table:
     name = row["relname"]
     names: dict[int, str] = {}
     columns: dict[str, str] = {}
-    for number, column, kind, not_null, generated, auto, default in json.loads(row["columns"] or "[]"):
+    for number, column, kind, not_null, generated, auto, default, loose in json.loads(row["columns"] or "[]"):
         names[number] = column
         line = str(kind)
         if name == LEDGER and column == "version" and kind in ("smallint", "bigint"):
             line = "integer"  # an earlier program's ledger may have any of them
+        if loose:
+            line += f" collate {loose} (nondeterministic)"
         if not_null:
             line += " not null"
         if auto:
@@ -74,7 +86,7 @@ def _table(row: Row, found: Sequence[Sequence[Any]]) -> Table:
         else:
             indexes[index] = _index(*facts)
     letter = row["relkind"].decode() if isinstance(row["relkind"], bytes) else row["relkind"]
-    return Table(columns, primary_key, indexes, _KINDS.get(letter, "relation"))
+    return Table(columns, primary_key, indexes, _KINDS.get(letter, "relation"), attached)
 
 
 def _index(unique: bool, immediate: bool, valid: bool, _key: Any, definition: str) -> str:  # noqa: FBT001

@@ -80,7 +80,7 @@ class PostgresDatabase:
         self._startup_timeout = startup_timeout
         self.tokens = {
             "schema": '"' + schema.replace('"', '""') + '"',
-            "now_ms": "(extract(epoch from statement_timestamp()) * 1000)::bigint",
+            "now_ms": "(extract(epoch from pg_catalog.statement_timestamp()) * 1000::numeric)::bigint",
         }
         self.queries = load_queries("postgres", **self.tokens)
         self._looks = Looks(schema, self.tokens, self.queries)
@@ -381,7 +381,9 @@ class PostgresDatabase:
         if not rows:
             return None
         row = rows[0]
-        return LockHolder(row["pid"], row["application_name"], row["client_address"], row["transaction_age"])
+        return LockHolder(
+            row["pid"], row["application_name"], row["client_address"], row["transaction_age"], row["user_name"]
+        )
 
     async def ready(self) -> None:
         self._has_booted = True

@@ -33,8 +33,13 @@ def fill(text: str, tokens: Mapping[str, str]) -> str:
 
 @lru_cache(maxsize=16)
 def load_queries(backend: str, *, schema: str, now_ms: str) -> Mapping[str, str]:
-    """Every query of *backend*, as ``noun.verb``; its tokens are filled in when it is first asked for."""
-    return _Filled(_TEXTS[backend], {"schema": schema, "now_ms": now_ms})
+    """
+    Every query of *backend*, as ``noun.verb``; its tokens are filled in when it is first asked for.
+
+    ``{schema_text}`` is the schema's quoted name, to stand within E'…': where arguments can't be bound.
+    """
+    text = schema.replace("\\", "\\\\").replace("'", "\\'")
+    return _Filled(_TEXTS[backend], {"schema": schema, "schema_text": text, "now_ms": now_ms})
 
 
 class _Filled(Mapping[str, str]):

@@ -29,8 +29,25 @@ values ($1, $2, {now_ms});
 select version, name, applied_at_ms,
        (select group_concat(sql, char(10))
           from {schema}.sqlite_schema
-         where tbl_name between $1 and $2) as text
+         where tbl_name collate nocase between $1 and $2) as text
   from {schema}.runtime_schema_migrations;
+
+-- name: is_table @sqlite
+-- Whether the ledger's name ($1) is a table's, so that it may be read: a view runs whatever its author wrote, without end.
+select exists (select 1 from {schema}.sqlite_schema
+                where type = 'table' and name = $1 collate nocase and rootpage > 0) as is_table;
+
+-- name: names @sqlite
+-- Which names ($1, a JSON array) tables, views and indexes have already.
+select lower(name) as name
+  from {schema}.sqlite_schema
+ where type <> 'trigger' and lower(name) in (select value from json_each($1));
+
+-- name: triggers @sqlite
+-- Every trigger on a table of ours.
+select tbl_name as "table", name, sql
+  from {schema}.sqlite_schema
+ where type = 'trigger' and instr($1, '"' || lower(tbl_name) || '"');
 
 -- name: columns @sqlite
 -- Every column of ours, for a catalog whose text is not known. An index takes a table's name.
@@ -53,84 +70,188 @@ select t.name as "table", i.name, i."unique", i.origin, i.partial, k.name as "co
    and k.key
  order by t.name, i.name, k.seqno;
 
+-- name: plain @postgres
+-- Whether the look may name the ledger and need not look around: it answers with one row or none, unprepared, for that
+-- costs a quarter of a prepared statement. To plan a statement that names a view may run what its owner has planted; only
+-- what has a file of its own is none. A role that may write into the session's path, or that owns the schema, may plant
+-- triggers and the like later, so the owner has to be this role, one that it belongs to (of a superuser pg_has_role would
+-- say that of every role), the database's owner or a superuser.
+select
+ where pg_catalog.pg_relation_filenode(pg_catalog.to_regclass(E'{schema_text}.runtime_schema_migrations')) is not null
+   and not pg_catalog.row_security_active(
+               pg_catalog.to_regclass(E'{schema_text}.runtime_schema_migrations')::pg_catalog.oid)
+   and (pg_catalog.current_schemas(true))[1] operator(pg_catalog.=) 'pg_catalog'::pg_catalog.name
+   and (select pg_catalog.pg_get_userbyid(nspowner) operator(pg_catalog.=) current_user
+               or pg_catalog.pg_has_role(
+                      nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
+               or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
+                   and pg_catalog.pg_has_role(nspowner, 'member'::pg_catalog.text))
+          from pg_catalog.pg_namespace
+         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(E'{schema_text}')::pg_catalog.oid);
+
+-- name: surroundings @postgres
+-- The same in detail: whether the schema is there ($1, its quoted name), its owner if that is a stranger, which of our
+-- names are taken in it ($2, all qualified), what row security hides from this role, and the session's path. To ask by
+-- name needs no plan, which halves the cost on a fresh connection.
+select pg_catalog.to_regnamespace($1::pg_catalog.text) is not null as namespace,
+       array(select x from pg_catalog.unnest($2::pg_catalog.text[]) as x
+              where pg_catalog.to_regclass(x) is not null or pg_catalog.to_regtype(x) is not null) as taken,
+       array(select x from pg_catalog.unnest($2::pg_catalog.text[]) as x
+              where pg_catalog.row_security_active(pg_catalog.to_regclass(x)::pg_catalog.oid)) as hidden,
+       pg_catalog.array_to_string(pg_catalog.current_schemas(true), ', ') as path,
+       current_user::pg_catalog.text as role,
+       (select pg_catalog.pg_get_userbyid(n.nspowner)::pg_catalog.text
+          from pg_catalog.pg_namespace as n
+         where n.oid operator(pg_catalog.=) pg_catalog.to_regnamespace($1::pg_catalog.text)::pg_catalog.oid
+           and pg_catalog.pg_get_userbyid(n.nspowner) operator(pg_catalog.<>) current_user
+           and not pg_catalog.pg_has_role(
+                       n.nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
+           and not n.nspowner operator(pg_catalog.=) any (array(
+                       with recursive groups (id) as (
+                           select m.roleid
+                             from pg_catalog.pg_auth_members as m
+                             join pg_catalog.pg_roles as r on r.oid operator(pg_catalog.=) m.member
+                            where r.rolname operator(pg_catalog.=) current_user
+                            union
+                           select m.roleid
+                             from pg_catalog.pg_auth_members as m
+                             join groups as g on g.id operator(pg_catalog.=) m.member)
+                       select id from groups))) as stranger;
+
 -- name: look @postgres
 -- The ledger and the raw catalog text of our relations ($1, qualified names), by which a warm boot recognizes it: one
 -- statement. Its cost is planning and page faults on a fresh connection, so it has no joins and makes no records, and
 -- every operator and type is the one that an index of the catalogs has (an oid compared to a regclass costs 0.2 ms).
--- pg_get_expr locks the table that it is about, so while somebody changes that table the statement gives up soon.
-select array(select concat_ws(' ', version, applied_at_ms, name) from {schema}.runtime_schema_migrations) as ledger,
-       array(select concat_ws(' ', array_position(o, attrelid), attnum, attname, atttypid, atttypmod, attnotnull,
-                              attidentity, attgenerated)
-               from pg_catalog.pg_attribute where attrelid = any (o) and attnum > 0) as columns,
-       array(select concat_ws(' ', array_position(o, adrelid), adnum, pg_get_expr(adbin, adrelid))
-               from pg_catalog.pg_attrdef where adrelid = any (o)) as defaults,
-       array(select concat_ws(' ', indexrelid::regclass, array_position(o, indrelid), indisunique, indisprimary,
-                              indisvalid, indisready, indislive, indimmediate, indnkeyatts, indkey, indoption, indclass,
-                              indcollation, pg_get_expr(indexprs, indrelid), pg_get_expr(indpred, indrelid))
-               from pg_catalog.pg_index where indrelid = any (o)) as indexes
-  from (select array(select to_regclass(x)::oid from unnest($1::text[]) as x) as o,
-               set_config('lock_timeout', '100ms', true) offset 0) as bounded;
-
--- name: taken @postgres
--- Whether the schema is there ($1, its quoted name), and whether anything in it bears one of our names ($2, all
--- qualified). To ask by name needs no plan, which halves the cost on a fresh connection.
-select to_regnamespace($1) is not null as namespace,
-       exists (select from unnest($2::text[]) as x where to_regclass(x) is not null or to_regtype(x) is not null) as taken;
+-- pg_get_expr locks the table that it is about, so while somebody changes that table the statement gives up soon. How the
+-- server is told to spell names must not matter.
+select array(select pg_catalog.concat_ws(' ', version, applied_at_ms, name)
+               from only {schema}.runtime_schema_migrations) as ledger,
+       array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, oid), relkind, relpersistence, relhasrules,
+                                         relhastriggers, relrowsecurity, relchecks, relhassubclass)
+               from pg_catalog.pg_class where oid operator(pg_catalog.=) any (o)) as relations,
+       array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, attrelid), attnum, attname, atttypid,
+                                         atttypmod, attnotnull, attidentity, attgenerated, attcollation)
+               from pg_catalog.pg_attribute
+              where attrelid operator(pg_catalog.=) any (o) and attnum operator(pg_catalog.>) 0) as columns,
+       array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, adrelid), adnum,
+                                         pg_catalog.pg_get_expr(adbin, adrelid))
+               from pg_catalog.pg_attrdef where adrelid operator(pg_catalog.=) any (o)) as defaults,
+       array(select pg_catalog.concat_ws(' ', indexrelid::pg_catalog.regclass, pg_catalog.array_position(o, indrelid),
+                                         indisunique, indisprimary, indisvalid, indisready, indislive, indimmediate,
+                                         indnkeyatts, indkey, indoption, indclass, indcollation,
+                                         pg_catalog.pg_get_expr(indexprs, indrelid),
+                                         pg_catalog.pg_get_expr(indpred, indrelid))
+               from pg_catalog.pg_index where indrelid operator(pg_catalog.=) any (o)) as indexes
+  from (select array(select pg_catalog.to_regclass(x)::pg_catalog.oid
+                       from pg_catalog.unnest($1::pg_catalog.text[]) as x) as o,
+               pg_catalog.set_config('lock_timeout', '100ms', true),
+               pg_catalog.set_config('quote_all_identifiers', 'off', true) offset 0) as bounded;
 
 -- name: catalog @postgres
 -- Every relation of the schema $1 that bears one of our names ($2), column by column and index by index, for a catalog
 -- whose text is not known. A table takes a type's name too, so types count. A number that a column's own sequence
 -- provides is as good as an identity. One row without a name is a schema that holds nothing of ours; no row is none.
 select c.relname, c.relkind,
-       (select json_agg(json_build_array(
-                   a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated <> '',
+       (select pg_catalog.json_agg(pg_catalog.json_build_array(
+                   a.attnum, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull,
+                   a.attgenerated <> '',
                    a.attidentity <> ''
-                   or pg_get_expr(d.adbin, d.adrelid) = format('nextval(%L::regclass)', pg_get_serial_sequence(
-                          quote_ident(n.nspname) || '.' || quote_ident(c.relname), a.attname)::regclass),
-                   pg_get_expr(d.adbin, d.adrelid)) order by a.attnum)
+                   or pg_catalog.pg_get_expr(d.adbin, d.adrelid)
+                      = pg_catalog.format('nextval(%L::regclass)', pg_catalog.pg_get_serial_sequence(
+                            pg_catalog.quote_ident(n.nspname::pg_catalog.text) || '.'
+                            || pg_catalog.quote_ident(c.relname::pg_catalog.text),
+                            a.attname::pg_catalog.text)::pg_catalog.regclass),
+                   pg_catalog.pg_get_expr(d.adbin, d.adrelid),
+                   (select l.collname from pg_catalog.pg_collation as l
+                     where l.oid = a.attcollation and not l.collisdeterministic)) order by a.attnum)
           from pg_catalog.pg_attribute as a
           left join pg_catalog.pg_attrdef as d on d.adrelid = a.attrelid and d.adnum = a.attnum
-         where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped)::text as columns,
-       (select json_agg(json_build_array(
+         where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped)::pg_catalog.text as columns,
+       (select pg_catalog.json_agg(pg_catalog.json_build_array(
                    x.relname, i.indisprimary, i.indisunique, i.indimmediate,
-                   i.indisvalid and i.indisready and i.indislive, i.indkey::int2[], pg_get_indexdef(i.indexrelid)))
+                   i.indisvalid and i.indisready and i.indislive, i.indkey::pg_catalog.int2[],
+                   pg_catalog.pg_get_indexdef(i.indexrelid)))
           from pg_catalog.pg_index as i
           join pg_catalog.pg_class as x on x.oid = i.indexrelid
-         where i.indrelid = c.oid)::text as indexes
+         where i.indrelid = c.oid)::pg_catalog.text as indexes
   from pg_catalog.pg_namespace as n
-  left join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = any ($2::text[])
+  left join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = any ($2::pg_catalog.text[])
  where n.nspname = $1
  union all
 select t.typname, 't', null, null
   from pg_catalog.pg_namespace as n
-  join pg_catalog.pg_type as t on t.typnamespace = n.oid and t.typrelid = 0 and t.typname = any ($2::text[])
+  join pg_catalog.pg_type as t
+    on t.typnamespace = n.oid and t.typrelid = 0::pg_catalog.oid and t.typname = any ($2::pg_catalog.text[])
  where n.nspname = $1;
+
+-- name: attached @postgres
+-- What hangs on the tables of the schema $1 that bear one of our names ($2): the kind and name, and its text. An
+-- internal trigger belongs to a foreign key, and a NOT NULL is told with its column.
+  with ours as (
+       select c.oid, c.relname, c.relpersistence, c.relrowsecurity, c.relforcerowsecurity
+         from pg_catalog.pg_namespace as n
+         join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relname = any ($2::pg_catalog.text[])
+        where n.nspname = $1
+          and c.relkind = 'r')
+select o.relname, 'trigger ' || t.tgname::pg_catalog.text as what, pg_catalog.pg_get_triggerdef(t.oid) as line
+  from ours as o join pg_catalog.pg_trigger as t on t.tgrelid = o.oid and not t.tgisinternal
+ union all
+select o.relname, 'rule ' || r.rulename::pg_catalog.text, pg_catalog.pg_get_ruledef(r.oid)
+  from ours as o join pg_catalog.pg_rewrite as r on r.ev_class = o.oid
+ union all
+select o.relname, 'unlogged storage', 'a crash empties the table' from ours as o where o.relpersistence = 'u'
+ union all
+select o.relname, 'child table ' || i.inhrelid::pg_catalog.regclass::pg_catalog.text, 'it inherits the table'
+  from ours as o join pg_catalog.pg_inherits as i on i.inhparent = o.oid
+ union all
+select o.relname,
+       case k.contype when 'c' then 'check constraint ' when 'f' then 'foreign key ' else 'exclusion constraint ' end
+       || k.conname::pg_catalog.text,
+       pg_catalog.pg_get_constraintdef(k.oid)
+  from ours as o join pg_catalog.pg_constraint as k on k.conrelid = o.oid and k.contype in ('c', 'f', 'x')
+ union all
+select o.relname, 'foreign key ' || k.conname::pg_catalog.text || ' of ' || k.conrelid::pg_catalog.regclass::pg_catalog.text,
+       pg_catalog.pg_get_constraintdef(k.oid)
+  from ours as o join pg_catalog.pg_constraint as k on k.confrelid = o.oid and k.conrelid <> o.oid
+ union all
+select o.relname, 'collation of ' || a.attname::pg_catalog.text, l.collname::pg_catalog.text
+  from ours as o
+  join pg_catalog.pg_attribute as a on a.attrelid = o.oid and a.attnum > 0
+  join pg_catalog.pg_collation as l on l.oid = a.attcollation and l.collname <> 'default' and l.collisdeterministic
+ union all
+select o.relname, 'row security', 'it does not apply to this role'
+  from ours as o where o.relrowsecurity
+ order by 1, 2;
 
 -- name: lock_holder @postgres
 -- Who is in the way: a migration that has been running for a while, otherwise the oldest transaction that holds a lock
--- on one of our tables, or on the migration lock. An advisory key is the same in every database.
-select a.pid, coalesce(a.application_name, '') as application_name, host(a.client_addr) as client_address,
-       extract(epoch from clock_timestamp() - coalesce(a.xact_start, a.backend_start, clock_timestamp()))::float8
+-- on one of our tables, or on the migration lock. An advisory key is the same in every database. Of another user's session
+-- a role without pg_read_all_stats sees neither address nor times; a Unix socket has the port -1.
+select a.pid, coalesce(a.application_name, '') as application_name, a.usename::pg_catalog.text as user_name,
+       case when a.client_port = -1 then 'local' else pg_catalog.host(a.client_addr) end as client_address,
+       extract(epoch from pg_catalog.clock_timestamp() - coalesce(a.xact_start, a.backend_start))::double precision
            as transaction_age
   from pg_catalog.pg_locks as l
   join pg_catalog.pg_stat_activity as a on a.pid = l.pid
  where l.granted
-   and l.pid <> pg_backend_pid()
-   and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
-   and (   (l.locktype = 'advisory' and l.classid::bigint = $1::int and l.objsubid = 2
-            and l.objid::bigint = $2::int & 4294967295::bigint)
+   and l.pid <> pg_catalog.pg_backend_pid()
+   and l.database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
+   and (   (l.locktype = 'advisory' and l.classid::bigint = $1::bigint and l.objsubid = 2
+            and l.objid::bigint = $2::bigint & 4294967295::bigint)
         or (l.locktype = 'relation' and l.relation in (
                select c.oid from pg_catalog.pg_class as c
                 where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = $3))))
- order by l.locktype = 'advisory' and a.xact_start < clock_timestamp() - interval '1 second' desc, a.xact_start
+ order by l.locktype = 'advisory' and a.xact_start < pg_catalog.clock_timestamp() - interval '1 second' desc,
+          a.xact_start
  limit 1;
 
 -- name: tell @postgres
 -- Tell of queues ($2, a JSON array) on a channel ($1), at the commit of this transaction.
-select pg_notify($1, named.queue) as told
-  from json_array_elements_text($2::text::json) as named (queue);
+select pg_catalog.pg_notify($1, named.queue) as told
+  from pg_catalog.json_array_elements_text($2::pg_catalog.text::pg_catalog.json) as named (queue);
 
 -- name: tell_now @postgres
 -- As above, in a transaction of its own, whose commit need not outlive a crash.
-select pg_notify($1, named.queue) as told, set_config('synchronous_commit', 'off', true) as forgetful
-  from json_array_elements_text($2::text::json) as named (queue);
+select pg_catalog.pg_notify($1, named.queue) as told,
+       pg_catalog.set_config('synchronous_commit', 'off', true) as forgetful
+  from pg_catalog.json_array_elements_text($2::pg_catalog.text::pg_catalog.json) as named (queue);

@@ -33,43 +33,116 @@ def fingerprint(rows: Sequence[Row]) -> str | None:
     return hashlib.sha256(rows[0]["text"].encode("utf-8", "surrogatepass")).hexdigest() if rows else None
 
 
-def catalog_from_rows(columns: Iterable[Row], indexes: Iterable[Row], shipped: Catalog) -> Catalog:
+def catalog_from_rows(
+    columns: Iterable[Row], indexes: Iterable[Row], shipped: Catalog, triggers: Iterable[Row] = ()
+) -> Catalog:
     """The live catalog; names are SQLite's, which compares them without regard to case."""
     spelling = {name.lower(): name for name in shipped.tables}
+
+    def spelt(name: str) -> str:
+        return spelling.get(name.lower(), name.lower())
+
     lines: dict[str, dict[str, str]] = defaultdict(dict)
     keys: dict[str, list[tuple[int, str]]] = defaultdict(list)
     kinds: dict[str, str] = {}
+    texts: dict[str, _Text] = {}
     for row in columns:
-        table = spelling.get(row["table"].lower(), row["table"].lower())
-        words = _tokens(row["sql"] or "")
-        kinds[table] = "virtual table" if words[1:2] == ["virtual"] else row["kind"]
+        table = spelt(row["table"])
+        if table not in kinds:
+            words = _tokens(row["sql"] or "")
+            texts[table] = _Text(words)
+            kinds[table] = "virtual table" if words[1:2] == ["virtual"] else row["kind"]
         if row["name"] is not None:
-            lines[table][row["name"].lower()] = _column(row, words)
+            lines[table][row["name"].lower()] = _column(row, texts[table])
             if row["pk"]:
                 keys[table].append((row["pk"], row["name"].lower()))
     parts: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    collated: dict[tuple[str, str], str] = {}
     for row in indexes:
+        table = spelt(row["table"])
         if row["origin"] != "pk":
-            parts[spelling.get(row["table"].lower(), row["table"].lower()), row["name"]].append(row)
+            parts[table, row["name"]].append(row)
+        elif row["coll"] != "BINARY":
+            collated[table, row["column"].lower()] = f" collate {row['coll'].lower()}"
     definitions: dict[str, dict[str, str]] = defaultdict(dict)
     for (table, index), key in parts.items():
         definitions[table][index] = _index(key)
+    attached = {table: dict(text.attached) for table, text in texts.items() if kinds[table] == "table"}
+    for row in triggers:
+        attached.get(spelt(row["table"]), {})[f"trigger {row['name']}"] = " ".join(row["sql"].split())
     return Catalog(
         {
-            table: Table(lines[table], tuple(name for _, name in sorted(keys[table])), definitions[table], kind)
+            table: Table(
+                lines[table],
+                tuple(name + collated.get((table, name), "") for _, name in sorted(keys[table])),
+                definitions[table],
+                kind,
+                attached.get(table, {}),
+            )
             for table, kind in kinds.items()
         }
     )
 
 
-def _column(row: Row, table: Sequence[str]) -> str:
+class _Text:
+    """What is only to be read in a table's text: the columns' collations, and what hangs on the table."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.collations: dict[str, str] = {}
+        self.attached: dict[str, str] = {}
+        self.is_automatic = "autoincrement" in words
+        definitions, options = _definitions(words)
+        for number, definition in enumerate(definitions, 1):
+            self._read(definition, number)
+        if "strict" in options:
+            self.attached["strict types"] = "a value of another type is refused"
+        if "rowid" in options:
+            self.attached["storage without rowid"] = "the primary key is the table"
+
+    def _read(self, definition: Sequence[str], number: int) -> None:
+        is_constraint = definition[:1] and definition[0] in ("constraint", "primary", "unique", "check", "foreign")
+        owner = f"in definition {number}" if is_constraint else f"of {definition[0]}" if definition else ""
+        depth = 0
+        for position, word in enumerate(definition):
+            depth += (word == "(") - (word == ")")
+            rest = definition[position + 1 :]
+            if depth or not rest:
+                continue
+            if word == "collate" and rest[0] != "binary" and not is_constraint:
+                self.collations[definition[0]] = rest[0]
+            elif word == "check":
+                self.attached[f"check constraint {owner}"] = _expression(rest[: _closes(rest) + 1])
+            elif word == "references":
+                self.attached[f"foreign key {owner}"] = _expression(definition[position:])
+            elif word == "conflict" and rest[0] != "abort":
+                self.attached[f"conflict clause {owner}"] = f"on conflict {rest[0]}"
+
+
+def _definitions(words: Sequence[str]) -> tuple[list[Sequence[str]], Sequence[str]]:
+    """The columns and constraints of a table's text, and the words after them."""
+    if "(" not in words:
+        return [], []
+    words = words[words.index("(") :]
+    end = min(_closes(words), len(words) - 1)
+    definitions, start, depth = [], 1, 0
+    for position, word in enumerate(words[: end + 1]):
+        depth += (word == "(") - (word == ")")
+        if position == end or (word == "," and depth == 1):
+            definitions.append(words[start:position])
+            start = position + 1
+    return definitions, words[end + 1 :]
+
+
+def _column(row: Row, table: _Text) -> str:
     """One line for a column. A primary key counts as NOT NULL, although SQLite accepts a NULL in one of text."""
     line = _affinity(row["type"])
+    if collation := table.collations.get(row["name"].lower()):
+        line += f" collate {collation}"
     if row["notnull"] or row["pk"]:
         line += " not null"
     if row["dflt_value"] is not None:
         line += f" default {_expression(_tokens(row['dflt_value']))}"
-    if row["pk"] and "autoincrement" in table:
+    if row["pk"] and table.is_automatic:
         line += " auto"
     return line + (" generated" if row["hidden"] in (2, 3) else "")
 

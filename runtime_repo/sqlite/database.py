@@ -406,6 +406,11 @@ class _BootTransaction:
 
         await self._database.hop(work)
 
+    async def ask(self, text: str) -> Sequence[Row]:
+        query = fill(text, _TOKENS)
+        rows: Sequence[Row] = await self._database.hop(lambda connection: connection.execute(query).fetchall())
+        return rows
+
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         return await self._database.look_now(shipped)
 

@@ -14,39 +14,49 @@ __all__ = ["looking"]
 
 def looking(queries: Mapping[str, Sequence[str]], shipped: Sequence[Catalog]) -> Callable[[Connection], Look]:
     """The look: the ledger and the live catalog."""
-    ours = [LEDGER, *shipped[-1].tables]
+    newest = shipped[-1].tables
+    ours = [LEDGER, *newest]
     span = {"1": min(ours), "2": max(ours)}
+    every = {"1": json.dumps([*ours, *(index for table in newest.values() for index in table.indexes)])}
     known: dict[str | None, Catalog] = {catalog.fingerprint: catalog for catalog in shipped if catalog.fingerprint}
 
     def glance(connection: Connection) -> Look:
+        # To plan a view that bears the ledger's name costs nothing, but to read it may never end.
+        if not connection.execute(queries["schema.is_table"][0], {"1": LEDGER}).fetchone()[0]:
+            return Look(None, Catalog())
         try:
             rows = connection.execute(queries["schema.look"][0], span).fetchall()
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
                 raise
-            return Look(None, Catalog())  # a ledger that is missing, or not ours, is not even parsed
+            return Look(None, Catalog())  # a ledger that is not ours is not even parsed
         text = fingerprint(rows)
         return Look(ledger_from_rows(rows), known.get(text, Catalog(fingerprint=text)))
 
     def work(connection: Connection) -> Look:
         look = glance(connection)
-        if look.catalog.tables:
+        if look.catalog is shipped[-1]:
             return look
-        # The text is unknown. Several statements must see one state, or a migration that commits between them
-        # would look like drift.
+        # Several statements must see one state, or a migration that commits between them would look like drift.
         names = {"1": json.dumps(ours)}
         own = not connection.in_transaction
         if own:
             connection.execute("begin")
         try:
+            taken = connection.execute(queries["schema.names"][0], every).fetchall()
             columns = connection.execute(queries["schema.columns"][0], names).fetchall()
             indexes = connection.execute(queries["schema.indexes"][0], names).fetchall()
+            triggers = connection.execute(queries["schema.triggers"][0], names).fetchall()
             # Last, for the first statement that succeeds fixes the state, and this one may fail.
             look = glance(connection)
         finally:
             if own:
                 connection.rollback()
-        catalog = replace(catalog_from_rows(columns, indexes, shipped[-1]), fingerprint=look.catalog.fingerprint)
-        return Look(look.ledger if catalog.has_ledger else None, catalog)
+        look = replace(look, names=frozenset(row["name"] for row in taken))
+        if look.catalog.tables:
+            return look
+        catalog = catalog_from_rows(columns, indexes, shipped[-1], triggers)
+        catalog = replace(catalog, fingerprint=look.catalog.fingerprint)
+        return replace(look, ledger=look.ledger if catalog.has_ledger else None, catalog=catalog)
 
     return work

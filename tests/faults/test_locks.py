@@ -84,6 +84,7 @@ async def test_the_error_names_who_is_in_the_way(lab: PostgresLab, what: str) ->
         assert isinstance(holder, LockHolder)
         named = (holder.pid, holder.application_name, holder.client_address)
         assert named == await described(session, lab.admin)
+        assert holder.transaction_age is not None
         assert 0.3 <= holder.transaction_age <= time.monotonic() - began + 1
         assert all(str(part) in str(holder) for part in (holder.pid, "holder"))
 

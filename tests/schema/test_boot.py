@@ -15,7 +15,7 @@ VERSION_2 = {
     LEDGER: ("version name applied_at_ms", {}),
     "runtime_attempts": (
         "attempt_id run_id attempt_no status retry_at_ms queue priority payload_json max_attempts lease_version "
-        "worker_id enqueued_at_ms started_at_ms finished_at_ms result_json error",
+        "worker_id enqueued_at_ms started_at_ms finished_at_ms result_json error lease_id ended_by",
         {
             "idx_runtime_attempts_ready": "(queue, priority desc, enqueued_at_ms, attempt_id)",
             "idx_runtime_attempts_due": "(queue, retry_at_ms, attempt_id)",
@@ -36,7 +36,11 @@ VERSION_2 = {
     "runtime_interrupts": (
         "interrupt_id thread_id run_id attempt_id value_json status created_at_ms resume_payload_json "
         "resume_payload_hash resumed_at_ms",
-        {"idx_runtime_interrupts_status": "(status)", "idx_runtime_interrupts_thread": "(thread_id)"},
+        {
+            "idx_runtime_interrupts_status": "(status)",
+            "idx_runtime_interrupts_thread": "(thread_id)",
+            "idx_runtime_interrupts_attempt": "(attempt_id)",
+        },
     ),
     "runtime_step_reports": (
         "report_id worker_id attempt_id action_id status dedupe_token created_at_ms payload_json lease_version",

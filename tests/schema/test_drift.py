@@ -16,6 +16,7 @@ JOBS_INDEX = "index idx_runtime_jobs_status on runtime_jobs"
 JOBS_STATUS = "column runtime_jobs.status"
 ATTEMPT_NO = "column runtime_attempts.attempt_no"
 REPORT_ID = "column runtime_step_reports.report_id"
+WITH_DEFAULT = "none, or one with a default"
 READY = "index idx_runtime_attempts_ready on runtime_attempts"
 UNIQUE_REPORT = Difference("unique constraint on runtime_step_reports", "unique (attempt_id, dedupe_token)", None)
 UNIQUE_LEASE = Difference("unique constraint on runtime_leases", "unique (attempt_id)", None)
@@ -59,11 +60,18 @@ DRIFT = {
     ),
     "column renamed": Drift(
         "alter table runtime_jobs rename column updated_at_ms to changed_at_ms",
-        lambda lab: (Difference("column runtime_jobs.updated_at_ms", f"{lab.milliseconds} not null", None),),
+        lambda lab: (
+            Difference("column runtime_jobs.updated_at_ms", f"{lab.milliseconds} not null", None),
+            Difference("column runtime_jobs.changed_at_ms", WITH_DEFAULT, f"{lab.milliseconds} not null"),
+        ),
     ),
     "indexed column renamed": Drift(
         "alter table runtime_jobs rename column status to state",
-        (Difference(JOBS_STATUS, "text not null", None), Difference(JOBS_INDEX, "(status)", "(state)")),
+        (
+            Difference(JOBS_STATUS, "text not null", None),
+            Difference("column runtime_jobs.state", WITH_DEFAULT, "text not null"),
+            Difference(JOBS_INDEX, "(status)", "(state)"),
+        ),
     ),
     "not null added": drift(
         rebuilt(

@@ -65,9 +65,9 @@ update {schema}.runtime_attempts
  where status = 'retry_backoff'
    and retry_at_ms is null;
 
--- Whatever was tried more often than the default allows has one try left.
+-- Whatever was tried more often than the default allows has one try left, as long as that is a number.
 update {schema}.runtime_attempts
-   set max_attempts = attempt_no + 1
+   set max_attempts = least(attempt_no, 2147483646) + 1
  where attempt_no >= max_attempts;
 
 update {schema}.runtime_attempts

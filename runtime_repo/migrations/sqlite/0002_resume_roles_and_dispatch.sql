@@ -36,6 +36,13 @@ create table {schema}.runtime_control (
 -- It would cost a third of the claims.
 drop index if exists {schema}.idx_runtime_attempts_status_retry;
 
+-- SQLite accepts a NULL in a text primary key, and no verb could name such a row: it gets an id that nothing else has.
+update {schema}.runtime_attempts set attempt_id = 'without-id-' || lower(hex(randomblob(16))) where attempt_id is null;
+update {schema}.runtime_leases set lease_id = 'without-id-' || lower(hex(randomblob(16))) where lease_id is null;
+update {schema}.runtime_jobs set thread_id = 'without-id-' || lower(hex(randomblob(16))) where thread_id is null;
+update {schema}.runtime_interrupts set interrupt_id = 'without-id-' || lower(hex(randomblob(16))) where interrupt_id is null;
+update {schema}.runtime_api_keys set key_id = 'without-id-' || lower(hex(randomblob(16))) where key_id is null;
+
 -- What version 1 left ambiguous. Tokens go on from the lease that lives, so that no token is given out twice.
 update {schema}.runtime_attempts
    set lease_version = l.version, lease_id = l.lease_id
@@ -60,9 +67,9 @@ update {schema}.runtime_attempts
  where status = 'retry_backoff'
    and retry_at_ms is null;
 
--- Whatever was tried more often than the default allows has one try left.
+-- Whatever was tried more often than the default allows has one try left, as long as that is a number.
 update {schema}.runtime_attempts
-   set max_attempts = attempt_no + 1
+   set max_attempts = min(attempt_no, 2147483646) + 1
  where attempt_no >= max_attempts;
 
 update {schema}.runtime_attempts

@@ -1,0 +1,43 @@
+-- What version 1 may hold and version 2 cannot: one row for each kind, with the number of rows and the key of one of them.
+-- Ids are keys of indexes, and PostgreSQL refuses an index row of more than 2,704 bytes: an id has 512 at most, on both
+-- databases.
+
+select 'attempt_id, run_id or status of more than 512 bytes in runtime_attempts' as what,
+       pg_catalog.count(*) as number, pg_catalog.min(pg_catalog.left(attempt_id, 60)) as example
+  from {schema}.runtime_attempts
+ where pg_catalog.octet_length(attempt_id) > 512
+    or pg_catalog.octet_length(run_id) > 512
+    or pg_catalog.octet_length(status) > 512
+ union all
+select 'lease_id, attempt_id or worker_id of more than 512 bytes in runtime_leases' as what,
+       pg_catalog.count(*) as number, pg_catalog.min(pg_catalog.left(lease_id, 60)) as example
+  from {schema}.runtime_leases
+ where pg_catalog.octet_length(lease_id) > 512
+    or pg_catalog.octet_length(attempt_id) > 512
+    or pg_catalog.octet_length(worker_id) > 512
+ union all
+select 'thread_id of more than 512 bytes in runtime_jobs' as what,
+       pg_catalog.count(*) as number, pg_catalog.min(pg_catalog.left(thread_id, 60)) as example
+  from {schema}.runtime_jobs
+ where pg_catalog.octet_length(thread_id) > 512
+ union all
+select 'interrupt_id, thread_id, run_id or attempt_id of more than 512 bytes in runtime_interrupts' as what,
+       pg_catalog.count(*) as number, pg_catalog.min(pg_catalog.left(interrupt_id, 60)) as example
+  from {schema}.runtime_interrupts
+ where pg_catalog.octet_length(interrupt_id) > 512
+    or pg_catalog.octet_length(thread_id) > 512
+    or pg_catalog.octet_length(run_id) > 512
+    or pg_catalog.octet_length(attempt_id) > 512
+ union all
+select 'worker_id, attempt_id, action_id or dedupe_token of more than 512 bytes in runtime_step_reports' as what,
+       pg_catalog.count(*) as number, pg_catalog.min(report_id)::pg_catalog.text as example
+  from {schema}.runtime_step_reports
+ where pg_catalog.octet_length(worker_id) > 512
+    or pg_catalog.octet_length(attempt_id) > 512
+    or pg_catalog.octet_length(action_id) > 512
+    or pg_catalog.octet_length(dedupe_token) > 512
+ union all
+select 'key_id of more than 512 bytes in runtime_api_keys' as what,
+       pg_catalog.count(*) as number, pg_catalog.min(pg_catalog.left(key_id, 60)) as example
+  from {schema}.runtime_api_keys
+ where pg_catalog.octet_length(key_id) > 512;
