@@ -108,7 +108,7 @@ class Looks:
 
     async def _glance(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Ledger | None, str]:
         (row,) = await connection.fetch(self.queries["schema.look"], self._qualified(sorted(shipped[-1].tables)))
-        return ledger_from_lines(row["ledger"]), fingerprint(row, self._schema)
+        return ledger_from_lines(row["ledger"]), fingerprint(row)
 
     def _qualified(self, names: Iterable[str]) -> list[str]:
         return [f"{self.tokens['schema']}.{name}" for name in names]

@@ -31,12 +31,10 @@ def ledger_from_lines(lines: Iterable[str]) -> Ledger | None:
     return tuple(sorted(rows, key=lambda row: row.version)) if len(rows) == len(matches) else None
 
 
-def fingerprint(row: Row, schema: str) -> str:
-    """Identify the raw text of our relations, in whatever order PostgreSQL keeps it and whatever their *schema* is."""
-    text = "\n\n".join("\n".join(sorted(row[part])) for part in ("relations", "columns", "defaults", "indexes"))
-    # An index is named with its schema, quoted where need be, unless that is in the search path.
-    quoted = schema.replace('"', '""')
-    text = text.replace(f"\n{schema}.", "\n").replace(f'\n"{quoted}".', "\n")
+def fingerprint(row: Row) -> str:
+    """Identify the raw text of our relations, in whatever order PostgreSQL keeps it."""
+    parts = ("relations", "columns", "defaults", "indexes")
+    text = "\n\n".join("\n".join(sorted(row[part])) for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

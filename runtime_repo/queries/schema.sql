@@ -81,6 +81,7 @@ select
    and not pg_catalog.row_security_active(
                pg_catalog.to_regclass(E'{schema_text}.runtime_schema_migrations')::pg_catalog.oid)
    and (pg_catalog.current_schemas(true))[1] operator(pg_catalog.=) 'pg_catalog'::pg_catalog.name
+   and pg_catalog.current_setting('quote_all_identifiers') operator(pg_catalog.=) 'off'::pg_catalog.text
    and (select pg_catalog.pg_get_userbyid(nspowner) operator(pg_catalog.=) current_user
                or pg_catalog.pg_has_role(
                       nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
@@ -120,10 +121,10 @@ select pg_catalog.to_regnamespace($1::pg_catalog.text) is not null as namespace,
 
 -- name: look @postgres
 -- The ledger and the raw catalog text of our relations ($1, qualified names), by which a warm boot recognizes it: one
--- statement. Its cost is planning and page faults on a fresh connection, so it has no joins and makes no records, and
--- every operator and type is the one that an index of the catalogs has (an oid compared to a regclass costs 0.2 ms).
--- pg_get_expr locks the table that it is about, so while somebody changes that table the statement gives up soon. How the
--- server is told to spell names must not matter.
+-- statement. Its cost is planning and page faults on a fresh connection, so it has no joins and makes no records, every
+-- operator and type is the one that an index of the catalogs has (an oid compared to a regclass costs 0.2 ms), and an
+-- index is not named (0.3 ms): an equal one under another name serves. pg_get_expr locks the table that it is about, so
+-- while somebody changes that table the statement gives up soon.
 select array(select pg_catalog.concat_ws(' ', version, applied_at_ms, name)
                from only {schema}.runtime_schema_migrations) as ledger,
        array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, oid), relkind, relpersistence, relhasrules,
@@ -136,16 +137,14 @@ select array(select pg_catalog.concat_ws(' ', version, applied_at_ms, name)
        array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, adrelid), adnum,
                                          pg_catalog.pg_get_expr(adbin, adrelid))
                from pg_catalog.pg_attrdef where adrelid operator(pg_catalog.=) any (o)) as defaults,
-       array(select pg_catalog.concat_ws(' ', indexrelid::pg_catalog.regclass, pg_catalog.array_position(o, indrelid),
-                                         indisunique, indisprimary, indisvalid, indisready, indislive, indimmediate,
-                                         indnkeyatts, indkey, indoption, indclass, indcollation,
-                                         pg_catalog.pg_get_expr(indexprs, indrelid),
+       array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, indrelid), indisunique, indisprimary,
+                                         indisvalid, indisready, indislive, indimmediate, indnkeyatts, indkey,
+                                         indoption, indclass, indcollation, pg_catalog.pg_get_expr(indexprs, indrelid),
                                          pg_catalog.pg_get_expr(indpred, indrelid))
                from pg_catalog.pg_index where indrelid operator(pg_catalog.=) any (o)) as indexes
   from (select array(select pg_catalog.to_regclass(x)::pg_catalog.oid
                        from pg_catalog.unnest($1::pg_catalog.text[]) as x) as o,
-               pg_catalog.set_config('lock_timeout', '100ms', true),
-               pg_catalog.set_config('quote_all_identifiers', 'off', true) offset 0) as bounded;
+               pg_catalog.set_config('lock_timeout', '100ms', true) offset 0) as bounded;
 
 -- name: catalog @postgres
 -- Every relation of the schema $1 that bears one of our names ($2), column by column and index by index, for a catalog
@@ -196,7 +195,8 @@ select t.typname, 't', null, null
 select o.relname, 'trigger ' || t.tgname::pg_catalog.text as what, pg_catalog.pg_get_triggerdef(t.oid) as line
   from ours as o join pg_catalog.pg_trigger as t on t.tgrelid = o.oid and not t.tgisinternal
  union all
-select o.relname, 'rule ' || r.rulename::pg_catalog.text, pg_catalog.pg_get_ruledef(r.oid)
+select o.relname, 'rule ' || r.rulename::pg_catalog.text,
+       pg_catalog.regexp_replace(pg_catalog.pg_get_ruledef(r.oid), E'\\s+', ' ', 'g')
   from ours as o join pg_catalog.pg_rewrite as r on r.ev_class = o.oid
  union all
 select o.relname, 'unlogged storage', 'a crash empties the table' from ours as o where o.relpersistence = 'u'

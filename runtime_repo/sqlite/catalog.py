@@ -62,7 +62,7 @@ def catalog_from_rows(
         table = spelt(row["table"])
         if row["origin"] != "pk":
             parts[table, row["name"]].append(row)
-        elif row["coll"] != "BINARY":
+        elif row["coll"].lower() != texts[table].collations.get(row["column"].lower(), "binary"):
             collated[table, row["column"].lower()] = f" collate {row['coll'].lower()}"
     definitions: dict[str, dict[str, str]] = defaultdict(dict)
     for (table, index), key in parts.items():
@@ -100,8 +100,10 @@ class _Text:
             self.attached["storage without rowid"] = "the primary key is the table"
 
     def _read(self, definition: Sequence[str], number: int) -> None:
-        is_constraint = definition[:1] and definition[0] in ("constraint", "primary", "unique", "check", "foreign")
-        owner = f"in definition {number}" if is_constraint else f"of {definition[0]}" if definition else ""
+        is_constraint = definition[0] in ("constraint", "primary", "unique", "check", "foreign")
+        owner = f"of {definition[0]}"
+        if is_constraint:
+            owner = definition[1] if definition[0] == "constraint" else f"in definition {number}"
         depth = 0
         for position, word in enumerate(definition):
             depth += (word == "(") - (word == ")")
@@ -127,7 +129,7 @@ def _definitions(words: Sequence[str]) -> tuple[list[Sequence[str]], Sequence[st
     definitions, start, depth = [], 1, 0
     for position, word in enumerate(words[: end + 1]):
         depth += (word == "(") - (word == ")")
-        if position == end or (word == "," and depth == 1):
+        if (position == end or (word == "," and depth == 1)) and start < position:
             definitions.append(words[start:position])
             start = position + 1
     return definitions, words[end + 1 :]
