@@ -280,18 +280,22 @@ class PostgresLab(Lab):
 
     def __init__(self, url: str, schema: str, connection: asyncpg.Connection) -> None:
         self.schema = schema
-        self._url = url
+        self.url = url
         self._connection = connection
 
     def repository(self, **options: Any) -> RuntimeRepository:
-        return PostgresRuntimeRepository(self._url, schema=self.schema, **options)
+        return PostgresRuntimeRepository(self.url, schema=self.schema, **options)
 
     def database(self) -> Database:
-        return PostgresDatabase(Target(self._url, {}), schema=self.schema, startup_timeout=5)
+        return PostgresDatabase(Target(self.url, {}), schema=self.schema, startup_timeout=5)
 
     async def execute(self, sql: str) -> None:
         if not await self._connection.fetchval("select to_regnamespace($1) is not null", self.schema):
             await self._connection.execute(f"create schema {self.schema}")
+        await self._connection.execute(sql)
+
+    async def run_outside(self, sql: str) -> None:
+        """Run what is about no runtime schema: databases and roles."""
         await self._connection.execute(sql)
 
     async def rows(self, sql: str) -> list[Row]:

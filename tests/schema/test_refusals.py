@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from runtime_repo import ForeignSchemaError, SchemaHistoryError, SchemaTooNewError
+from runtime_repo import ForeignSchemaError, SchemaHistoryError, SchemaOutOfDateError, SchemaTooNewError
 from tests.schema.lab import LEDGER, ONE, TWO, Change, Lab, Words, changes
 
 POLICIES: list[dict[str, Any]] = [{}, {"migrate": False}, {"on_drift": "warn"}]
@@ -159,3 +159,53 @@ async def test_history_is_said_before_drift_and_drift_before_pending(lab: Lab) -
     await lab.execute("drop index idx_runtime_jobs_status")
     await lab.record((1, "someone_elses"))
     assert (await lab.refused(SchemaHistoryError, migrate=False)).recorded == "someone_elses"
+
+
+# What is there at a version, and the names that the pending migrations find taken.
+TAKEN = {
+    "an index's name on another table": Foreign(
+        "create table jobs (x text); create index idx_runtime_attempts_run on jobs (x)",
+        ("idx_runtime_attempts_run",),
+        1,
+    ),
+    "an index's name in a fresh database": Foreign(
+        "create table jobs (x text); create index idx_runtime_jobs_status on jobs (x)", ("idx_runtime_jobs_status",)
+    ),
+    "a table under an index's name": Foreign(
+        "create table idx_runtime_attempts_due (x text)", ("idx_runtime_attempts_due",), 1
+    ),
+    "an index built in advance": Foreign(
+        "create index idx_runtime_attempts_run on runtime_attempts (run_id, attempt_id)",
+        ("idx_runtime_attempts_run",),
+        1,
+    ),
+    "a type under a new table's name": Foreign(
+        Words(None, "create type runtime_control as enum ('x')"), ("runtime_control",), 1
+    ),
+    "new columns": Foreign(
+        "alter table runtime_attempts add column queue text; alter table runtime_api_keys add column role text",
+        ("column runtime_api_keys.role", "column runtime_attempts.queue"),
+        1,
+    ),
+    "an index and a column": Foreign(
+        "create index idx_runtime_leases_worker on runtime_jobs (status);"
+        "alter table runtime_attempts add column priority integer",
+        ("column runtime_attempts.priority", "idx_runtime_leases_worker"),
+        1,
+    ),
+}
+
+
+@changes(TAKEN)
+async def test_the_names_of_what_is_pending_are_found_taken_before_anything_is_done(lab: Lab, case: Foreign) -> None:
+    """Otherwise the migration would fail half-way, after a backup and the operator's own step."""
+    await lab.reach(case.version)
+    await lab.change(case.change)
+
+    async def step() -> None:
+        pytest.fail("it was to be refused before that")
+
+    error = await lab.refused(ForeignSchemaError, before_migrate=step)
+    assert error.tables == case.tables
+    if not isinstance(case.change, Words):
+        assert (await lab.refused(SchemaOutOfDateError, migrate=False)).found == case.version

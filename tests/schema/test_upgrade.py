@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from runtime_repo import AttemptStatus
-from tests.schema.lab import LEDGER, ONE, TWO, Lab, Row
+from runtime_repo import AttemptStatus, UnsuitableDatabaseError
+from tests.schema.lab import LEDGER, ONE, TWO, Lab, Rebuild, Row, SqliteLab, Words, on_sqlite
 from tests.schema.version_1 import SOON, TABLES
 
 # What version 2 adds to each table, and what it finds there in a row of version 1.
@@ -228,3 +228,87 @@ async def test_an_empty_version_1_is_upgraded_too(lab: Lab) -> None:
         await lab.execute(f"delete from {table}")
     assert (await lab.boot()).to_version == 2
     assert await lab.recorded() == [ONE, TWO]
+
+
+LONG = "ü" * 256 + "x"  # 513 bytes
+FITS = "ü" * 256
+
+# Columns that are ids or in a new index, which row gets too long a one, and the key by which the error names that row.
+TOO_LONG = {
+    "runtime_attempts.attempt_id": ("attempt_id = 'queued'", LONG[:60]),
+    "runtime_attempts.run_id": ("attempt_id = 'queued'", "queued"),
+    "runtime_attempts.status": ("attempt_id = 'queued'", "queued"),
+    "runtime_leases.lease_id": ("lease_id = 'lease-1'", LONG[:60]),
+    "runtime_leases.worker_id": ("lease_id = 'lease-1'", "lease-1"),
+    "runtime_jobs.thread_id": ("thread_id = 'thread-1'", LONG[:60]),
+    "runtime_interrupts.attempt_id": ("interrupt_id = 'interrupt-1'", "interrupt-1"),
+    "runtime_step_reports.dedupe_token": ("report_id = 2", "2"),
+    "runtime_api_keys.key_id": ("key_id = 'key-1'", LONG[:60]),
+}
+
+
+@pytest.mark.parametrize(("place", "case"), TOO_LONG.items(), ids=TOO_LONG.keys())
+async def test_an_id_that_is_too_long_is_refused_before_anything_is_done(
+    lab: Lab, place: str, case: tuple[str, str]
+) -> None:
+    """The error tells the number of rows and names one. The limit is in bytes, the same on both databases."""
+    table, column = place.split(".")
+    where, key = case
+    await lab.reach(1)
+    await lab.execute(f"update {table} set {column} = '{LONG}' where {where}")
+
+    async def step() -> None:
+        pytest.fail("it was to be refused before that")
+
+    (problem,) = (await lab.refused(UnsuitableDatabaseError, before_migrate=step)).problems
+    assert problem.startswith("1 rows have ")
+    assert all(word in problem for word in (table, column, "512 bytes", f"{key!r}"))
+    await lab.execute(f"update {table} set {column} = '{FITS}' where {column} = '{LONG}'")
+    assert (await lab.boot()).to_version == 2
+
+
+async def test_the_last_number_of_tries_is_kept(lab: Lab) -> None:
+    """An attempt that has used up all numbers is upgraded, and no number overflows."""
+    await lab.reach(1)
+    last = 2**31 - 1
+    await lab.execute(f"update runtime_attempts set attempt_no = {last} where attempt_id = 'queued'")
+    await lab.execute(f"update runtime_attempts set attempt_no = {last - 1} where attempt_id = 'leased'")
+    await lab.boot()
+    rows = await lab.rows("select attempt_id, attempt_no, max_attempts from runtime_attempts where attempt_no > 100")
+    assert {row["attempt_id"]: (row["attempt_no"], row["max_attempts"]) for row in rows} == {
+        "queued": (last, last),
+        "leased": (last - 1, last),
+    }
+    async with lab.repository() as repo:
+        [lease] = await repo.leases.claim("worker")
+        assert (await repo.attempts.fail(lease, "no", retry_in=timedelta(minutes=1))).status is AttemptStatus.FAILED
+
+
+@on_sqlite
+async def test_a_row_without_a_key_gets_one(lab: SqliteLab) -> None:
+    """SQLite accepts NULLs in a text primary key: such rows stay, each with an id of its own, and block nobody."""
+    await lab.reach(1)
+    await lab.change(Words(Rebuild("runtime_interrupts", "TEXT NOT NULL PRIMARY KEY", "TEXT PRIMARY KEY"), None))
+    await lab.execute(
+        """
+        insert into runtime_attempts values (null, 'run', 1, 'queued', null), (null, 'run', 2, 'failed', null);
+        insert into runtime_jobs values (null, 'active', 1, 1), (null, 'done', 2, 2);
+        insert into runtime_interrupts values (null, 't', 'r', 'a', '1', 'pending', 1);
+        """
+    )
+    before = {table: len(await lab.all(table)) for table in TABLES}
+    await lab.boot()
+    assert {table: len(await lab.all(table)) for table in TABLES} == before
+    for table, key in (
+        ("runtime_attempts", "attempt_id"),
+        ("runtime_jobs", "thread_id"),
+        ("runtime_interrupts", "interrupt_id"),
+    ):
+        ids = [row[key] for row in await lab.all(table)]
+        assert len({*ids}) == len(ids)
+        assert all(isinstance(found, str) for found in ids)
+        assert any(found.startswith("without-id-") for found in ids)
+    async with lab.repository() as repo:
+        claimed = {lease.attempt_id for lease in await repo.leases.claim("worker", limit=9)}
+        assert "queued" in claimed
+        assert len(claimed) == 2
