@@ -26,6 +26,7 @@ from runtime_repo.errors import (
     Difference,
     ForeignSchemaError,
     MigrationError,
+    RefusedError,
     SchemaDriftError,
     SchemaError,
     SchemaHistoryError,
@@ -232,11 +233,6 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
                 verified = _verify(await transaction.look(catalogs), migrations, policy)
             await database.ready()
             return _report(decision.from_version, verified, patience, applied, preparation.backup)
-        except MigrationError:
-            # Rolled back: the copy is the database as it is, and a worker that restarts for ever would fill the disk.
-            if preparation is not None and preparation.backup is not None:
-                preparation.backup.unlink(missing_ok=True)
-            raise
         except Busy as busy:
             if patience.exhausted:
                 raise SchemaLockTimeoutError(patience.waited, await database.lock_holder()) from busy.__cause__
@@ -310,7 +306,7 @@ async def _apply(transaction: Transaction, look: Look, decision: Migrate) -> tup
                     await transaction.execute("schema.create_ledger")
             await transaction.script(migration.sql)
             await transaction.fetch("schema.record", migration.version, migration.name)
-        except DatabaseUnavailableError as error:
+        except (DatabaseUnavailableError, RefusedError) as error:
             raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
         applied.append(AppliedMigration(migration.version, migration.name, time.monotonic() - started))
     return tuple(applied)
