@@ -31,9 +31,10 @@ from runtime_repo.errors import (
     RuntimeRepoError,
 )
 from runtime_repo.queries import fill, load_queries, split_statements
-from runtime_repo.shielding import finish
+from runtime_repo.shielding import CLEAN_UP, finish
 from runtime_repo.sqlite.backup import Copy
 from runtime_repo.sqlite.connection import Connection, Hop
+from runtime_repo.sqlite.limits import Limit, Limits
 from runtime_repo.sqlite.look import looking
 from runtime_repo.sqlite.translation import is_writable, translated
 from runtime_repo.sqlite.turn import Turn
@@ -52,6 +53,10 @@ _LOOK = 0.03
 
 _LOOK_AGAIN = 5.0
 """Seconds after which it is taken for a change that there was none: some things fall due without a commit."""
+
+
+_LAST_BREATH = 0.1
+"""Seconds in which a thread that has done its last hop has certainly ended."""
 
 
 class SqliteDatabase:
@@ -81,7 +86,7 @@ class SqliteDatabase:
         self._writes = writes
         self._backup = backup
         self._lock_timeout = lock_timeout
-        self._verb_timeout = verb_timeout
+        self._limits = Limits(verb_timeout, self._silent)
         self._queries = _queries()
         self._connection: aiosqlite.Connection | None = None
         self._turn = Turn()
@@ -94,11 +99,13 @@ class SqliteDatabase:
         return f"{type(self).__name__}({str(self._path or ':memory:')!r})"
 
     async def close(self) -> None:
+        self._limits.close()
         connection, self._connection = self._connection, None
         if connection is not None:
             await _closed(connection)
 
     def abandon(self) -> None:
+        self._limits.close()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.stop()
@@ -112,12 +119,12 @@ class SqliteDatabase:
 
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator["_Statements"]:
-        async with self._limited():
+        with Limit(self._limits):
             await self._begun(self._begin, begins=True)
         self._holder = asyncio.current_task()
         try:
             yield _Statements(self)
-            async with self._limited():
+            with Limit(self._limits):
                 await self._commit()
         except BaseException:
             await finish(self._roll_back())
@@ -163,7 +170,8 @@ class SqliteDatabase:
     async def _roll_back(self) -> None:
         """End whatever transaction is open. What stands in the way of that does not take the cause's place."""
         if self._connection is not None:
-            with contextlib.suppress(Busy, RuntimeRepoError):
+            with contextlib.suppress(Busy, RuntimeRepoError, ValueError):
+                await self._connection.interrupt()  # what still runs is undone with the rest
                 await self.hop(lambda connection: connection.rollback(), must=True)
 
     @contextlib.asynccontextmanager
@@ -190,20 +198,17 @@ class SqliteDatabase:
     async def within(self, work: Awaitable[T]) -> T:
         """A statement of a transaction, which waits for nobody's turn."""
         try:
-            async with self._limited():
+            with Limit(self._limits):
                 return await work
         except Busy as busy:
             raise self._locked() from busy.__cause__
 
     async def _alone(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False) -> T:
         """Do *work* in its turn."""
-        try:
-            async with asyncio.timeout(self._verb_timeout):
-                result = await self._begun(work, hurry=hurry)
-                self._turn.give()
-                return result
-        except TimeoutError:
-            raise self._silent() from None
+        with Limit(self._limits):
+            result = await self._begun(work, hurry=hurry)
+            self._turn.give()
+            return result
 
     async def _begun(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False, begins: bool = False) -> T:
         """Have the connection to oneself, from the moment at which *work* is not told that the file is locked."""
@@ -236,14 +241,6 @@ class SqliteDatabase:
         """Begin nothing long as long as somebody in a hurry is kept waiting by another process."""
         while self._hurried and time.monotonic() < deadline:  # noqa: ASYNC110 - rare, and brief
             await asyncio.sleep(0.002)
-
-    @contextlib.asynccontextmanager
-    async def _limited(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._verb_timeout):
-                yield
-        except TimeoutError:
-            raise self._silent() from None
 
     def _refuse_the_holder(self) -> None:
         """It would wait for itself."""
@@ -333,7 +330,9 @@ class SqliteDatabase:
         return cast(T, result)
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
-        async with self._limited():
+        if self._connection is None:
+            self._limits.close()  # another event loop's, perhaps
+        with Limit(self._limits):
             if self._connection is not None:
                 self._refuse_the_holder()
                 async with self._turn.mine():
@@ -445,7 +444,7 @@ class SqliteDatabase:
         await _closed(old)
 
     async def inspect(self, shipped: Sequence[Catalog]) -> Look:
-        async with self._limited():
+        with Limit(self._limits):
             if self._path is None and self._connection is None:
                 return Look(None, Catalog())
             if self._connection is not None and (self._path is None or not self._boots):
@@ -478,8 +477,8 @@ class SqliteDatabase:
         # A connection that has read a database in WAL mode has its log beside it.
         if self._writes and self._path is not None and not os.path.exists(f"{self._path}-wal"):  # noqa: ASYNC240, PTH110
             # While others hold the file in its old mode it works all the same; a later boot will switch.
-            with contextlib.suppress(Busy):
-                async with self._limited(), self._turn.mine():
+            with contextlib.suppress(Busy), Limit(self._limits):
+                async with self._turn.mine():
                     await self.hop(_switch_to_wal)
 
     async def take_backup(self, from_version: int) -> Path | None:
@@ -517,7 +516,7 @@ class SqliteDatabase:
 
     def _silent(self) -> DatabaseUnavailableError:
         return DatabaseUnavailableError(
-            f"SQLite database {str(self._path or ':memory:')!r}: no answer within {self._verb_timeout:g} s "
+            f"SQLite database {str(self._path or ':memory:')!r}: no answer within {self._limits.seconds:g} s "
             "(verb_timeout): a transaction of this process or of another is open for so long, or the disk hangs: "
             "keep transactions short, check the disk, or raise verb_timeout"
         )
@@ -646,13 +645,19 @@ def _switch_to_wal(connection: Connection) -> None:
 
 async def _closed(connection: aiosqlite.Connection) -> None:
     """Close it in one hop, its thread's last, and see the thread off. One that hangs is left to end by itself."""
-    await finish(_stopped(cast("asyncio.Future[Any]", connection.stop()), connection._thread))
-
-
-async def _stopped(last_hop: "asyncio.Future[Any]", thread: threading.Thread) -> None:
-    with contextlib.suppress(sqlite3.Error):
-        await last_hop
-    await _gone(thread)
+    thread = connection._thread
+    if not thread.is_alive():
+        return  # the application has closed it
+    try:
+        async with asyncio.timeout(CLEAN_UP):
+            await cast("asyncio.Future[Any]", connection.stop())
+    except (TimeoutError, sqlite3.Error):
+        return
+    except asyncio.CancelledError:
+        await finish(_gone(thread))
+        raise
+    # It has nothing more to do.
+    thread.join(_LAST_BREATH)
 
 
 async def _gone(thread: threading.Thread) -> None:
