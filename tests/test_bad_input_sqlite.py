@@ -299,7 +299,7 @@ async def test_an_option_that_cannot_be_meant_is_refused_at_construction(
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "5"])
 async def test_a_time_limit_that_cannot_be_meant_is_refused_at_construction(tmp_path: Path, value: object) -> None:
     """None is no limit; zero would let no verb succeed."""
-    with pytest.raises(ConfigurationError, match="^verb_timeout is .*: expected a number of seconds, more than 0$"):
+    with pytest.raises(ConfigurationError, match=r"^verb_timeout is .*: expected a number of seconds, more than 0$"):
         SqliteRuntimeRepository(tmp_path / "x.db", verb_timeout=value)  # type: ignore[arg-type]
     assert await boots(tmp_path / "x.db", verb_timeout=None) == (0, 2)
 
