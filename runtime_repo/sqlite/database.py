@@ -201,7 +201,10 @@ class SqliteDatabase:
             with Limit(self._limits):
                 return await work
         except Busy as busy:
-            raise self._locked() from busy.__cause__
+            raise DatabaseUnavailableError(
+                f"SQLite database {str(self._path or ':memory:')!r}: {busy.__cause__}: another process, or a statement "
+                "of this transaction that was not read to its end, stands in the way: begin the transaction again"
+            ) from busy.__cause__
 
     async def _alone(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False) -> T:
         """Do *work* in its turn."""
@@ -499,8 +502,13 @@ class SqliteDatabase:
             reader = await self._connect(Hop(_nothing))
             try:
                 await copy.take(lambda work: self.hop(work, reader))
-            finally:
+            except asyncio.CancelledError:
+                reader.stop()  # that was waited for long enough
+                raise
+            except BaseException:
                 await _closed(reader)
+                raise
+            await _closed(reader)
         except (Busy, RuntimeRepoError) as error:
             cause = error.__cause__ or error
             raise DatabaseUnavailableError(
@@ -648,16 +656,28 @@ async def _closed(connection: aiosqlite.Connection) -> None:
     thread = connection._thread
     if not thread.is_alive():
         return  # the application has closed it
+    last = cast("asyncio.Future[Any]", connection.stop())
+    timer = asyncio.get_running_loop().call_later(CLEAN_UP, _let_go, last)
     try:
-        async with asyncio.timeout(CLEAN_UP):
-            await cast("asyncio.Future[Any]", connection.stop())
-    except (TimeoutError, sqlite3.Error):
-        return
+        hangs = await last is _HANGS
     except asyncio.CancelledError:
         await finish(_gone(thread))
         raise
-    # It has nothing more to do.
-    thread.join(_LAST_BREATH)
+    except sqlite3.Error:
+        return
+    finally:
+        timer.cancel()
+    if not hangs:
+        # It has nothing more to do.
+        thread.join(_LAST_BREATH)
+
+
+_HANGS = object()
+
+
+def _let_go(last: "asyncio.Future[Any]") -> None:
+    if not last.done():
+        last.set_result(_HANGS)
 
 
 async def _gone(thread: threading.Thread) -> None:

@@ -39,6 +39,9 @@ _REMEDIES = {
 }
 
 
+_MOVED = "the file was deleted or replaced while it was open: close this repository and construct another"
+
+
 def translated(error: Exception, path: Path | None) -> Exception:
     """What to raise from *error*. No text here holds a value that was given or stored."""
     if isinstance(error, (RuntimeRepoError, Busy)):
@@ -47,7 +50,8 @@ def translated(error: Exception, path: Path | None) -> Exception:
         if code & 0xFF in _BUSY:
             return Busy()
         if code & 0xFF in _UNAVAILABLE:
-            return _unavailable(path, str(error), _reason(code & 0xFF, path))
+            moved = code == sqlite3.SQLITE_READONLY_DBMOVED
+            return _unavailable(path, str(error), _MOVED if moved else _reason(code & 0xFF, path))
         remedy = _REMEDIES.get(code) or _REMEDIES.get(code & 0xFF, "write what SQLite takes there")
         return RefusedError(f"SQLite refused to do it: {error}: {remedy}")
     match error:
