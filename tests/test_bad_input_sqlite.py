@@ -1,9 +1,11 @@
 """SQLite: whatever cannot be meant, opened or read is refused in one line, and nothing is left behind."""
 
+import contextlib
 import os
+import resource
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from runtime_repo import (
     ConfigurationError,
     DatabaseUnavailableError,
     MigrationError,
+    RefusedError,
     RepositoryClosedError,
     RuntimeRepoError,
+    SchemaHistoryError,
     SchemaOutOfDateError,
     SqliteRuntimeRepository,
 )
@@ -292,6 +296,14 @@ async def test_an_option_that_cannot_be_meant_is_refused_at_construction(
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "5"])
+async def test_a_time_limit_that_cannot_be_meant_is_refused_at_construction(tmp_path: Path, value: object) -> None:
+    """None is no limit; zero would let no verb succeed."""
+    with pytest.raises(ConfigurationError, match=r"^verb_timeout is .*: expected a number of seconds, more than 0$"):
+        SqliteRuntimeRepository(tmp_path / "x.db", verb_timeout=value)  # type: ignore[arg-type]
+    assert await boots(tmp_path / "x.db", verb_timeout=None) == (0, 2)
+
+
 async def test_a_closed_repository_stays_closed(tmp_path: Path) -> None:
     """After ``close()`` nothing opens the file again, not even ``ensure_schema()``."""
     threads = our_threads()
@@ -314,3 +326,210 @@ async def test_a_full_disk_rolls_the_migration_back(tmp_path: Path) -> None:
     await database.close()
     assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
     assert await boots(path, backup=False) == (1, 2)
+
+
+@contextlib.contextmanager
+def open_to_all() -> Iterator[None]:
+    """A process that asks for files which everybody may read and write."""
+    old = os.umask(0)
+    try:
+        yield
+    finally:
+        os.umask(old)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """The files in *folder*, each with its permissions."""
+    return {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+
+
+async def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
+    """It holds the hashes of keys; what SQLite makes beside it has its mode, and a file that is there keeps its own."""
+    with open_to_all():
+        async with SqliteRuntimeRepository(tmp_path / "x.db") as repo:
+            await repo.attempts.enqueue("run")
+            assert modes(tmp_path) == dict.fromkeys(("x.db", "x.db-wal", "x.db-shm"), 0o600)
+        (tmp_path / "x.db").chmod(0o640)
+        async with SqliteRuntimeRepository(tmp_path / "x.db") as repo:
+            await repo.attempts.enqueue("run")
+            assert set(modes(tmp_path).values()) == {0o640}
+
+
+async def test_a_link_to_a_file_that_is_absent_makes_the_file(tmp_path: Path) -> None:
+    """As SQLite itself would."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "x.db").symlink_to(tmp_path / "data" / "x.db")
+    assert await boots(tmp_path / "x.db") == (0, 2)
+    assert (tmp_path / "data" / "x.db").stat().st_mode & 0o777 == 0o600
+
+
+@contextlib.contextmanager
+def no_more_files() -> Iterator[None]:
+    """A process that has as many files open as its system lets it have."""
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as held:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, old[1]))
+        held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, old)
+        with contextlib.suppress(OSError):
+            while True:
+                held.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        yield
+
+
+async def test_a_process_with_too_many_files_open_is_told(tmp_path: Path) -> None:
+    """EMFILE is no matter of permissions."""
+    path = await make(tmp_path / "x.db")
+    with no_more_files():
+        line = await refused(path)
+    assert "too many files open" in line
+    assert await boots(path) == (2, 2)
+
+
+async def test_a_process_that_can_start_no_thread_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each connection has a thread; without one it is out of reach."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        line = await refused(tmp_path / "x.db")
+    assert "can't start new thread: raise the limit" in line
+    assert await boots(tmp_path / "x.db") == (0, 2)
+
+
+async def own(repo: SqliteRuntimeRepository, *statements: str) -> None:
+    """The application's own statements, on the repository's connection."""
+    async with repo.transaction() as transaction:
+        for statement in statements:
+            await transaction.connection.execute(statement)
+
+
+TRIGGER = "create temp trigger t before insert on main.runtime_attempts begin select {}; end"
+
+REFUSALS = {
+    "a trigger": (TRIGGER.format("raise(abort, 'not on Sundays')"), "not on Sundays: a trigger forbids it"),
+    "a trigger's mistake": (TRIGGER.format("json('{')"), "malformed JSON"),
+    "a constraint": ("create unique index u on runtime_attempts (run_id)", "UNIQUE constraint failed"),
+    "a column": ("alter table runtime_attempts rename column run_id to run", "run_id.* ensure_schema"),
+    "a table": ("drop table runtime_attempts", "no such table.* ensure_schema"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+async def test_what_sqlite_refuses_is_no_outage(tmp_path: Path, what: str) -> None:
+    """SQLite's words and a remedy; nothing is stored, and to insist would be of no use."""
+    statement, words = REFUSALS[what]
+    async with SqliteRuntimeRepository(tmp_path / "x.db") as repo:
+        await repo.attempts.enqueue("same")
+        await own(repo, statement)
+        with pytest.raises(RefusedError, match=words) as caught:
+            await repo.attempts.enqueue("same", payload="a secret")
+        assert len(str(caught.value).splitlines()) == 1
+        assert "secret" not in str(caught.value)
+        assert isinstance(caught.value.__cause__, sqlite3.Error)
+
+
+async def test_what_is_too_big_is_refused(tmp_path: Path) -> None:
+    """A limit of the connection's own, as SQLite has one for all."""
+    async with SqliteRuntimeRepository(tmp_path / "x.db") as repo:
+        async with repo.transaction() as transaction:
+            transaction.connection._conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
+        with pytest.raises(RefusedError, match=r"too big: .*a reference"):
+            await repo.attempts.enqueue("run", payload="x" * 100_001)
+        await repo.attempts.enqueue("run")
+
+
+async def test_what_an_authorizer_forbids_is_refused(tmp_path: Path) -> None:
+    """The application may have set one on the connection."""
+    async with SqliteRuntimeRepository(tmp_path / "x.db") as repo:
+        async with repo.transaction() as transaction:
+            await transaction.connection.set_authorizer(
+                lambda action, *_: sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_INSERT else sqlite3.SQLITE_OK
+            )
+        with pytest.raises(RefusedError, match="authorizer"):
+            await repo.attempts.enqueue("run")
+
+
+OUTAGES = {
+    "a full disk": ("pragma max_page_count = 1", "the disk is full: free some space"),
+    "read only": ("pragma query_only = on", "may not write"),
+}
+
+
+@pytest.mark.parametrize("what", OUTAGES)
+async def test_what_is_out_of_order_around_the_database_is_an_outage(tmp_path: Path, what: str) -> None:
+    """It may be mended without a change of the call."""
+    statement, words = OUTAGES[what]
+    async with SqliteRuntimeRepository(tmp_path / "x.db") as repo:
+        await own(repo, statement)
+        with pytest.raises(DatabaseUnavailableError, match=words):  # noqa: PT012 - whichever meets it
+            for _ in range(100):
+                await repo.attempts.enqueue("run", payload="x" * PAGE)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (2**63, "beyond 64 bits"),
+        (-(2**80), "beyond 64 bits"),
+        ("secret\ud800", "no character"),
+        (object(), "type that SQLite cannot hold"),
+        (["secret"], "type that SQLite cannot hold"),
+    ],
+    ids=["2^63", "-2^80", "surrogate", "object", "list"],
+)
+async def test_a_value_that_cannot_be_bound_is_refused(tmp_path: Path, value: object, words: str) -> None:
+    """Whatever gets past a verb's own checks leaves no driver's exception, and no word of the value."""
+    async with SqliteRuntimeRepository(tmp_path / "x.db") as repo:
+        for queries in (repo._database, await repo._database.heartbeats()):
+            with pytest.raises(RefusedError, match=words) as caught:
+                await queries.fetch("attempts.find", value)
+            assert "secret" not in str(caught.value)
+        async with repo._database.atomic() as statements:
+            with pytest.raises(RefusedError, match=words):
+                await statements.fetch("attempts.find", value)
+
+
+async def test_a_connection_that_the_application_closed_is_an_outage(tmp_path: Path) -> None:
+    """Neither the driver's ValueError nor its ProgrammingError gets out."""
+    repo = await SqliteRuntimeRepository(tmp_path / "x.db")
+    with pytest.raises(DatabaseUnavailableError, match="connection was closed"):
+        async with repo.transaction() as transaction:
+            await transaction.connection.close()
+    with pytest.raises(DatabaseUnavailableError, match="connection was closed"):
+        await repo.attempts.list()
+    await repo.close()
+
+
+async def spoil(path: Path, statement: str) -> None:
+    """Another program's text in another encoding."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute(statement)
+
+
+SPOIL = "update runtime_attempts set run_id = cast(x'6dfc7878' as text), error = cast(x'ff' as text)"
+
+
+@pytest.mark.parametrize("within", ["a verb", "a transaction"])
+async def test_text_that_is_not_utf_8_is_read_all_the_same(tmp_path: Path, within: str) -> None:
+    """One row of another program's does not keep the others from being claimed, listed, renewed or swept."""
+    path = tmp_path / "x.db"
+    async with SqliteRuntimeRepository(path) as repo:
+        for name in "abc":
+            await repo.attempts.enqueue("run", attempt_id=name)
+        await spoil(path, SPOIL + " where attempt_id = 'b'")
+        async with repo.transaction() if within == "a transaction" else contextlib.nullcontext(repo) as nouns:
+            claimed = await nouns.leases.claim("worker", limit=5)
+            assert sorted(lease.attempt_id for lease in claimed) == ["a", "b", "c"]
+            assert [attempt.run_id for attempt in await nouns.attempts.list()] == ["run", "m\ufffdxx", "run"]
+            due = max(lease.expires_at for lease in claimed)
+            assert len(await nouns.leases.requeue_expired(now=due)) == 3
+        assert len(await repo.leases.claim("worker", limit=5)) == 3
+
+
+async def test_a_ledger_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> None:
+    """The look reads it as leniently, and boot says what it found."""
+    path = await make(tmp_path / "x.db")
+    await spoil(path, "update runtime_schema_migrations set name = cast(x'ff' as text) where version = 2")
+    assert "\ufffd" in await refused(path, SchemaHistoryError)

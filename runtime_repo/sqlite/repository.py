@@ -4,7 +4,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-from runtime_repo.repository import RuntimeRepository
+from runtime_repo.repository import RuntimeRepository, check_seconds
 from runtime_repo.sqlite.database import SqliteDatabase
 
 __all__ = ["SqliteRuntimeRepository"]
@@ -16,16 +16,29 @@ class SqliteRuntimeRepository(RuntimeRepository):
 
     Construction does no I/O. ``await`` it, or enter it with ``async with``: either brings the file to the schema that
     this release knows before anything can be queried. The file is switched to WAL, which does not work on network
-    file systems, and keeps SQLite's default of a synchronous commit.
+    file systems, and keeps SQLite's default of a synchronous commit. A new file is readable by its owner only.
+
+    A file has one writer. Within a process the verbs and transactions of all tasks take turns, in the order in which
+    they came, but whoever renews leases is the next in turn: a heartbeat waits for the transaction that is open, and
+    for no other however many are queued. So keep a transaction shorter than a third of your leases.
+
+    A file that is deleted or replaced while it is open is noticed within two seconds by verbs and at once by
+    ``ensure_schema()``: a DatabaseUnavailableError tells that what was written since is in the file that was moved
+    away. Close the repository then and construct another.
 
     Args:
         path: The database file; it is created when it is missing, its folder is not. ``:memory:`` is one private
             database without backup.
         migrate: False is verify-only: nothing is created or written, and pending migrations refuse the boot.
         on_drift: ``"warn"`` serves although the structure has drifted, and logs every difference.
-        backup: Copy the file beside itself before an upgrade, named ``<file>.v<version>-<time>.backup``.
+        backup: Copy the file beside itself before an upgrade, named ``<file>.v<version>-<time>.backup``. Until the
+            upgrade commits that name ends with ``.partial``; a copy of a boot that does not commit is removed, one
+            left by a kill by the next boot that takes a copy. A copy under its own name is never removed.
         before_migrate: A coroutine function that runs once, under the lock, before the first migration is applied.
         lock_timeout: Seconds to wait for another process's migration or write.
+        verb_timeout: Seconds that a verb may take, waiting for its turn and for locks included, and so each statement
+            of a transaction, its begin and its commit; None is without end. What does not end in time is interrupted
+            and a DatabaseUnavailableError. Migrations and backups are not limited.
 
     Raises:
         ConfigurationError: An argument cannot be meant.
@@ -40,9 +53,12 @@ class SqliteRuntimeRepository(RuntimeRepository):
         backup: bool = True,
         before_migrate: Callable[[], Awaitable[object]] | None = None,
         lock_timeout: float = 60.0,
+        verb_timeout: float | None = 30.0,
     ) -> None:
+        if verb_timeout is not None:
+            check_seconds("verb_timeout", verb_timeout, positive=True)
         super().__init__(
-            SqliteDatabase(path, writes=migrate, backup=backup, lock_timeout=lock_timeout),
+            SqliteDatabase(path, writes=migrate, backup=backup, lock_timeout=lock_timeout, verb_timeout=verb_timeout),
             migrate=migrate,
             on_drift=on_drift,
             before_migrate=before_migrate,

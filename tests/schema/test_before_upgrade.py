@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import resource
+import shutil
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,3 +185,152 @@ async def test_an_exception_of_the_operators_step_comes_out_as_it_is(lab: Lab, e
     assert caught.value is error
     assert await lab.snapshot() == before
     assert (await lab.boot()).from_version == 1
+
+
+def copies(lab: SqliteLab) -> list[str]:
+    """What stands beside the file of it, whole or not."""
+    return sorted(path.name for path in lab.path.parent.glob(f"{lab.path.name}.v*"))
+
+
+@on_sqlite
+@pytest.mark.parametrize("way", ["it raises", "cancelled", "a reader", "a full disk"])
+async def test_the_copy_of_a_boot_that_did_not_commit_goes_away(lab: SqliteLab, way: str) -> None:
+    """Whichever way the boot ends; a service that restarts for ever would fill the disk."""
+    await lab.reach(1)
+    seen: list[list[str]] = []
+
+    async def step() -> None:
+        seen.append(copies(lab))
+        if way == "it raises":
+            raise KeyError(way)
+        if way == "cancelled":
+            await asyncio.Event().wait()
+
+    before = await lab.snapshot()
+    with contextlib.ExitStack() as stack:
+        if way == "a reader":
+            reader = stack.enter_context(contextlib.closing(sqlite3.connect(lab.path, isolation_level=None)))
+            reader.execute("begin")
+            reader.execute("select count(*) from runtime_jobs").fetchone()
+        elif way == "a full disk":
+            stack.enter_context(files_no_longer_than(lab.path.stat().st_size))
+        with pytest.raises((KeyError, TimeoutError, RuntimeRepoError)) as caught:
+            async with asyncio.timeout(0.3 if way == "cancelled" else 20):
+                await lab.boot(before_migrate=step, lock_timeout=0.2)
+    assert {"it raises": KeyError, "cancelled": TimeoutError}.get(way, RuntimeRepoError) in type(caught.value).__mro__
+    [[copy]] = seen
+    assert copy.endswith(".backup.partial")
+    assert await lab.snapshot() == before
+    assert len((await lab.boot()).applied) == 1
+    assert len(copies(lab)) == 1
+
+
+@on_sqlite
+async def test_a_copy_is_the_database_that_the_upgrade_began_with(lab: SqliteLab) -> None:
+    """A try that was in vain let others write: the copy is taken again, but the operator's step is not repeated."""
+    await lab.reach(1)
+    runs: list[None] = []
+    reached = asyncio.Event()
+
+    async def step() -> None:
+        runs.append(None)
+        reached.set()
+
+    def connected() -> contextlib.closing[sqlite3.Connection]:
+        return contextlib.closing(sqlite3.connect(lab.path, 10, isolation_level=None, check_same_thread=False))
+
+    with connected() as reader, connected() as writer:
+        reader.execute("begin")
+        reader.execute("select count(*) from runtime_jobs").fetchone()
+        boot = asyncio.ensure_future(lab.boot(before_migrate=step))
+        await reached.wait()
+        # The reader keeps the boot from its commit, so the writer gets in between two tries.
+        await asyncio.to_thread(writer.execute, "begin immediate")
+        assert copies(lab) == []
+        reader.execute("commit")
+        writer.execute("update runtime_jobs set status = 'written meanwhile'")
+        writer.execute("commit")
+    report = await boot
+    assert report.backup is not None
+    assert copies(lab) == [report.backup.name]
+    assert {row["status"] for row in await SqliteLab(report.backup).all("runtime_jobs")} == {"written meanwhile"}
+    assert len(runs) == 1
+
+
+@on_sqlite
+async def test_kills_leave_one_copy_at_most(lab: SqliteLab) -> None:
+    """What a boot that was killed has left is in the way of nobody, and goes away as soon as another takes a copy."""
+    await lab.reach(1)
+    program = (
+        "import asyncio, sys\n"
+        "from runtime_repo import SqliteRuntimeRepository\n"
+        "async def step():\n"
+        "    print('copied', flush=True)\n"
+        "    await asyncio.Event().wait()\n"
+        "asyncio.run(SqliteRuntimeRepository(sys.argv[1], before_migrate=step).ensure_schema())\n"
+    )
+    for _ in range(3):
+        killed = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, str(lab.path), stdout=asyncio.subprocess.PIPE
+        )
+        assert killed.stdout is not None
+        assert await killed.stdout.readline() == b"copied\n"
+        killed.kill()
+        await killed.wait()
+        assert [name.endswith(".partial") for name in copies(lab)] == [True]
+    (lab.path.parent / f"{lab.path.name}.v1-mine.backup.partial").touch()
+    report = await lab.boot()
+    assert report.backup is not None
+    assert copies(lab) == sorted([report.backup.name, f"{lab.path.name}.v1-mine.backup.partial"])
+
+
+@on_sqlite
+async def test_the_copy_of_a_boot_that_committed_stays(lab: SqliteLab) -> None:
+    """Also where its database was restored from it, is upgraded again, and that fails or succeeds."""
+    await lab.reach(1)
+    first = (await lab.boot()).backup
+    assert first is not None
+    content = first.read_bytes()
+    for name in ("-wal", "-shm"):
+        lab.path.with_name(lab.path.name + name).unlink(missing_ok=True)
+    lab.path.write_bytes(content)
+    with pytest.raises(KeyError):
+        await lab.boot(before_migrate=Step(lab, KeyError("no")))
+    assert copies(lab) == [first.name]
+    second = (await lab.boot()).backup
+    assert second is not None
+    assert copies(lab) == sorted([first.name, second.name])
+    assert first.read_bytes() == content
+
+
+@on_sqlite
+@pytest.mark.parametrize("journal_mode", ["delete", "wal"])
+async def test_a_copy_can_be_looked_at_and_leaves_nothing(lab: SqliteLab, journal_mode: str) -> None:
+    """It is not in WAL, whatever its source is, so that a reader makes no files beside it."""
+    await lab.reach(1)
+    await lab.execute(f"pragma journal_mode = {journal_mode}")
+    backup = (await lab.boot()).backup
+    assert backup is not None
+    with contextlib.closing(sqlite3.connect(f"{backup.as_uri()}?mode=ro", uri=True)) as copy:
+        assert copy.execute("pragma journal_mode").fetchone() == ("delete",)
+        assert copy.execute("select count(*) from runtime_jobs").fetchone() is not None
+        assert copies(lab) == [backup.name]
+
+
+@on_sqlite
+async def test_a_copy_is_its_owners_alone_until_it_is_whole(lab: SqliteLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it has its source's permissions, also where those are wider."""
+    await lab.reach(1)
+    lab.path.chmod(0o644)
+    before: list[int] = []
+    copymode = shutil.copymode
+
+    def watched(source: Path, target: Path) -> None:
+        before.append(target.stat().st_mode & 0o777)
+        copymode(source, target)
+
+    monkeypatch.setattr(shutil, "copymode", watched)
+    report = await lab.boot()
+    assert before == [0o600]
+    assert report.backup is not None
+    assert report.backup.stat().st_mode & 0o777 == 0o644
