@@ -169,6 +169,9 @@ class PostgresDatabase:
                 with contextlib.suppress(Exception):
                     opened.terminate()
 
+    def inherited(self) -> None:
+        self._target.inherited()
+
     async def _open_pool(self) -> "Pool":
         if not self._has_booted:
             raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")

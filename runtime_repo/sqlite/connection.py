@@ -17,7 +17,11 @@ class Hop:
 
     def run(self, connection: "Connection") -> Self:
         self.connection = connection
-        self._result = self._work(connection)
+        connection.is_busy = True
+        try:
+            self._result = self._work(connection)
+        finally:
+            connection.is_busy = False
         return self
 
     def fetchall(self) -> Any:
@@ -26,6 +30,9 @@ class Hop:
 
 class Connection(sqlite3.Connection):
     """aiosqlite has no public way to do several statements in one hop, at 90 µs a hop; this is the way."""
+
+    is_busy = False
+    """Whether a hop runs in it now."""
 
     def __init__(self, *args: Any, first: Hop, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -27,6 +27,7 @@ from runtime_repo.queries import fill, load_queries, split_statements
 from runtime_repo.shielding import finish
 from runtime_repo.sqlite.backup import back_up
 from runtime_repo.sqlite.connection import Connection, Hop
+from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.look import looking
 
 __all__ = ["SqliteDatabase"]
@@ -59,7 +60,6 @@ class SqliteDatabase:
         self._queries = _queries()
         self._connection: aiosqlite.Connection | None = None
         self._turn = asyncio.Lock()
-        self._holder: asyncio.Task[Any] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._path or ':memory:')!r})"
@@ -73,6 +73,11 @@ class SqliteDatabase:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.stop()
+
+    def inherited(self) -> None:
+        if self._path is not None:
+            own = None if self._connection is None else self._connection._connection
+            hold_inherited(self._path, was_idle=isinstance(own, Connection) and is_idle(own))
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         async with self._in_turn(lambda: self.run(query, args)) as rows:
@@ -130,7 +135,6 @@ class SqliteDatabase:
     async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> AsyncIterator[T]:
         """Have the connection to oneself, from the moment at which *work* is not told that the file is locked."""
         deadline = time.monotonic() + self._lock_timeout
-        self._refuse_the_holder()
         while True:
             async with self._turn:
                 try:
@@ -139,21 +143,9 @@ class SqliteDatabase:
                     if time.monotonic() >= deadline:
                         raise self._locked() from busy.__cause__
                 else:
-                    self._holder = asyncio.current_task()
-                    try:
-                        yield result
-                    finally:
-                        self._holder = None
+                    yield result
                     return
             await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
-
-    def _refuse_the_holder(self) -> None:
-        """It would wait for itself."""
-        if self._turn.locked() and self._holder is asyncio.current_task():
-            raise ConfigurationError(
-                "this task has a transaction open on this repository, and on SQLite everybody else waits for it: "
-                "use the nouns of the transaction"
-            )
 
     async def run(self, query: str, args: Sequence[object]) -> Sequence[Row]:
         statements = self._queries[query]
@@ -208,7 +200,6 @@ class SqliteDatabase:
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         if self._connection is not None:
-            self._refuse_the_holder()
             async with self._turn:
                 return await self.hop(looking(self._queries, shipped))
         first = Hop(looking(self._queries, shipped))
@@ -230,6 +221,8 @@ class SqliteDatabase:
 
     async def _connect(self, mode: str, first: Hop) -> aiosqlite.Connection:
         """Connect, and run *first* in the same hop."""
+        if self._path is not None:
+            check_not_inherited(self._path)
         connection = aiosqlite.connect(
             ":memory:" if self._path is None else f"{self._path.as_uri()}?mode={mode}",
             uri=self._path is not None,
@@ -242,7 +235,9 @@ class SqliteDatabase:
         connection._thread.daemon = True
         try:
             with self._translated():
-                return await connection
+                await connection
+            note(cast(Connection, connection._conn))
+            return connection
         except BaseException:
             await finish(_forsaken(connection, first))
             raise

@@ -4,7 +4,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-from runtime_repo.repository import RuntimeRepository
+from runtime_repo.repository import RuntimeRepository, check_flag
 from runtime_repo.sqlite.database import SqliteDatabase
 
 __all__ = ["SqliteRuntimeRepository"]
@@ -41,6 +41,8 @@ class SqliteRuntimeRepository(RuntimeRepository):
         before_migrate: Callable[[], Awaitable[object]] | None = None,
         lock_timeout: float = 60.0,
     ) -> None:
+        check_flag("migrate", migrate)
+        check_flag("backup", backup)
         super().__init__(
             SqliteDatabase(path, writes=migrate, backup=backup, lock_timeout=lock_timeout),
             migrate=migrate,
