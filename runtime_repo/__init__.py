@@ -42,7 +42,7 @@ from runtime_repo.records import (
     StepReport,
 )
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
-from runtime_repo.schema import AppliedMigration, SchemaReport
+from runtime_repo.schema import AppliedMigration, SchemaReport, SchemaStatus
 from runtime_repo.sqlite import SqliteRuntimeRepository
 from runtime_repo.url import repository_from_url
 from runtime_repo.worker import Handler, Worker
@@ -86,6 +86,7 @@ __all__ = [
     "SchemaLockTimeoutError",
     "SchemaOutOfDateError",
     "SchemaReport",
+    "SchemaStatus",
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
     "StepReport",

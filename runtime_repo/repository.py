@@ -46,7 +46,7 @@ from runtime_repo.schema import (
     inspect_schema,
     load_migrations,
 )
-from runtime_repo.shielding import CLEAN_UP, finish
+from runtime_repo.shielding import CLEAN_UP, finish, leave
 from runtime_repo.step_reports import StepReports
 
 __all__ = ["RuntimeRepository", "RuntimeTransaction", "Unique", "check_flag", "check_seconds"]
@@ -356,7 +356,9 @@ class RuntimeRepository(Stores):
             if not boot.task.done():
                 self._database.abandon()
                 await asyncio.wait([boot.task], timeout=_DYING)
-            if boot.task.done() and not boot.has_failed:
+            if not boot.task.done():
+                leave(boot.task)
+            elif not boot.has_failed:
                 # It ended well in the very turn in which it was given up: nobody will close what it opened.
                 await self._database.close()
         finally:
