@@ -300,11 +300,6 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
                 verified = _verify(await transaction.look(catalogs), migrations, policy)
             await database.ready()
             return _report(decision.from_version, verified, patience, applied, preparation.backup)
-        except MigrationError:
-            # Rolled back: the copy is the database as it is, and a worker that restarts for ever would fill the disk.
-            if preparation is not None and preparation.backup is not None:
-                preparation.backup.unlink(missing_ok=True)
-            raise
         except Busy as busy:
             if patience.exhausted:
                 raise SchemaLockTimeoutError(patience.waited, await database.lock_holder()) from busy.__cause__

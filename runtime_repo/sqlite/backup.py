@@ -1,48 +1,108 @@
-"""A copy of a SQLite database beside it, taken online."""
+"""
+The copy of a SQLite database that a boot takes before its upgrade, beside it and online.
+
+It is called ``….partial`` until the upgrade is about to commit, and only then by its own name. So a copy of a boot that
+did not commit never outlives it: an error or a cancellation removes it at once, and what a kill left is removed by the
+next boot that takes a copy, which has the write lock and therefore knows that nobody else is at work. A copy under its
+own name is never removed; a kill within the very COMMIT may leave one that was not needed.
+"""
 
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from runtime_repo.database import Busy
-from runtime_repo.errors import DatabaseUnavailableError
+from runtime_repo.errors import RuntimeRepoError
 from runtime_repo.shielding import settle
 from runtime_repo.sqlite.connection import Connection
 
-__all__ = ["back_up"]
+__all__ = ["Copy"]
+
+_PARTIAL = ".partial"
 
 
-async def back_up(source: Path, target: Path, run: Callable[[Callable[[Connection], None]], Awaitable[None]]) -> None:
-    """Copy the database online; what stands under *target*'s name is always a whole copy."""
-    partial = target.with_name(target.name + ".partial")
-    cancelled = False
+class Copy:
+    """
+    A copy of *source* as it is at *version*.
 
-    def work(connection: Connection) -> None:
-        def check(_status: int, _remaining: int, _total: int) -> None:
-            if cancelled:
-                raise InterruptedError
+    Attributes:
+        target: What it is called in the end.
+        is_taken: Whether it is there, whole, under either name.
+    """
 
+    def __init__(self, source: Path, version: int) -> None:
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
+        self.target = source.with_name(f"{source.name}.v{version}-{moment}.backup")
+        self.is_taken = False
+        self._source = source
+        self._partial = self.target.with_name(self.target.name + _PARTIAL)
+
+    async def take(self, run: Callable[[Callable[[Connection], None]], Awaitable[None]]) -> None:
+        """Copy the database by *run*, a hop of a connection that has no transaction, under another's write lock."""
+        cancelled = False
+
+        def work(connection: Connection) -> None:
+            def check(_status: int, _remaining: int, _total: int) -> None:
+                if cancelled:
+                    raise InterruptedError
+
+            _remove_what_was_left(self._source)
+            try:
+                self._copy(connection, check)
+                check(0, 0, 0)
+            except BaseException:
+                self.drop()
+                raise
+
+        try:
+            await asyncio.shield(copying := asyncio.ensure_future(run(work)))
+        except BaseException:
+            cancelled = True
+            with contextlib.suppress(Busy, RuntimeRepoError, TimeoutError):
+                await settle(copying)
+            self.drop()
+            raise
+        self.is_taken = True
+
+    def _copy(self, connection: Connection, check: Callable[[int, int, int], None]) -> None:
         # An API key's hash must not become readable in the copy.
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        with contextlib.closing(sqlite3.connect(partial)) as copy:
+        os.close(os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with contextlib.closing(sqlite3.connect(self._partial)) as copy:
             copy.execute("pragma journal_mode = off")  # half a copy is thrown away, not rolled back
+            # Nobody writes meanwhile, or each write would make it begin anew.
             connection.backup(copy, pages=1024, progress=check)
-        shutil.copymode(source, partial)
-        partial.replace(target)
-        _sync_folder(target.parent)
+            # Not the WAL of its source: who looks at the copy would make files beside it.
+            copy.execute("pragma journal_mode = delete").fetchone()
+        shutil.copymode(self._source, self._partial)
 
-    try:
-        await asyncio.shield(copying := asyncio.ensure_future(run(work)))
-    except BaseException:
-        cancelled = True
-        with contextlib.suppress(Busy, DatabaseUnavailableError, OSError):
-            await settle(copying)
-        partial.unlink(missing_ok=True)
-        raise
+    def keep(self) -> None:
+        """Give it its own name, durably: its upgrade is about to commit."""
+        if self.is_taken:
+            self._partial.replace(self.target)
+            _sync_folder(self.target.parent)
+
+    def drop(self) -> None:
+        """Remove it: its upgrade did not commit."""
+        self.is_taken = False
+        for path in (self.target, *(self._partial.with_name(self._partial.name + end) for end in ("", "-wal", "-shm"))):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _remove_what_was_left(source: Path) -> None:
+    """Remove what boots that were killed have left: nobody else can be taking a copy now."""
+    ours = re.compile(re.escape(source.name) + r"\.v\d+-\d{8}T\d{12}Z\.backup" + re.escape(_PARTIAL) + "(-wal|-shm)?")
+    with os.scandir(source.parent) as entries:
+        for entry in entries:
+            if ours.fullmatch(entry.name):
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)  # noqa: PTH108
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,7 +3,8 @@ One SQLite file behind the port.
 
 Work is sent to the connection's thread as a *hop*: one function that normally opens and ends its own transaction, so
 that a cancelled caller leaves no lock. Boot and ``atomic()`` keep one open across hops; both roll back in a shielded
-hop.
+hop. Hops are done in their order: a caller that gives up, since the thread does not come back from the system, leaves
+its rollback behind in the thread's queue, before whatever comes later.
 """
 
 import asyncio
@@ -11,9 +12,9 @@ import contextlib
 import os
 import random
 import sqlite3
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,13 +23,21 @@ import aiosqlite
 
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Backend, Busy, Queries, Row
-from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LockHolder, RepositoryClosedError
+from runtime_repo.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    LockHolder,
+    RepositoryClosedError,
+    RuntimeRepoError,
+)
 from runtime_repo.queries import fill, load_queries, split_statements
 from runtime_repo.shielding import finish
-from runtime_repo.sqlite.backup import back_up
+from runtime_repo.sqlite.backup import Copy
 from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.look import looking
+from runtime_repo.sqlite.translation import is_writable, translated
+from runtime_repo.sqlite.turn import Turn
 
 __all__ = ["SqliteDatabase"]
 
@@ -42,13 +51,29 @@ _BUSY_TIMEOUT = 0.05
 _LOOK = 0.03
 """Seconds between two looks of a caller that waits, whether anybody has committed: 0.1 ms of the processor each."""
 
+_LOOK_AGAIN = 5.0
+"""Seconds after which it is taken for a change that there was none: some things fall due without a commit."""
+
 
 class SqliteDatabase:
-    """One SQLite file behind the port."""
+    """
+    One SQLite file behind the port.
+
+    *verb_timeout* is how many seconds a query may take, the wait for its turn and for other processes' locks included,
+    and so may a look, and the beginning and the end of ``atomic()``. Nothing else of a boot is limited.
+    """
 
     backend: Backend = "sqlite"
 
-    def __init__(self, path: str | os.PathLike[str], *, writes: bool, backup: bool, lock_timeout: float) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        writes: bool,
+        backup: bool,
+        lock_timeout: float,
+        verb_timeout: float | None = None,
+    ) -> None:
         self._path: Path | None = None
         name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         if not isinstance(name, str) or not name or name.startswith("file:") or "\0" in name or not _is_encodable(name):
@@ -57,9 +82,13 @@ class SqliteDatabase:
         self._writes = writes
         self._backup = backup
         self._lock_timeout = lock_timeout
+        self._verb_timeout = verb_timeout
         self._queries = _queries()
         self._connection: aiosqlite.Connection | None = None
-        self._turn = asyncio.Lock()
+        self._turn = Turn()
+        self._hurried = 0
+        self._boots = False
+        self._copy: Copy | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._path or ':memory:')!r})"
@@ -80,24 +109,29 @@ class SqliteDatabase:
             hold_inherited(self._path, was_idle=isinstance(own, Connection) and is_idle(own))
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        async with self._in_turn(lambda: self.run(query, args)) as rows:
-            return rows
+        return await self._alone(partial(self.run, query, args))
+
+    async def fetch_in_a_hurry(self, query: str, *args: object) -> Sequence[Row]:
+        """As ``fetch``, before all others that wait for their turn."""
+        return await self._alone(partial(self.run, query, args), hurry=True)
 
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator["_Statements"]:
-        async with self._in_turn(self._begin):
-            try:
-                yield _Statements(self)
+        async with self._limited():
+            await self._begun(self._begin, begins=True)
+        try:
+            yield _Statements(self)
+            async with self._limited():
                 await self._commit()
-            except BaseException as error:
-                await finish(self._roll_back())
-                if isinstance(error, Busy):
-                    raise self._locked() from error.__cause__
-                raise
+        except BaseException:
+            await finish(self._roll_back())
+            raise
+        finally:
+            self._turn.give()
 
     async def _begin(self) -> None:
         try:
-            await self.hop(lambda connection: connection.execute("begin immediate"))
+            await self.hop(_begin)
         except asyncio.CancelledError:
             # It may succeed behind the caller's back.
             await finish(self._roll_back())
@@ -108,65 +142,139 @@ class SqliteDatabase:
         deadline = time.monotonic() + self._lock_timeout
         while True:
             try:
-                await self.hop(lambda connection: connection.execute("commit"))
-            except Busy:
+                await self.hop(self._committing)
+            except Busy as busy:
                 if time.monotonic() >= deadline:
-                    raise
+                    raise self._locked() from busy.__cause__
             else:
                 return
             await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
+    def _committing(self, connection: Connection) -> None:
+        self.require_transaction(connection)
+        connection.prove()
+        connection.execute("commit")
+
+    def require_transaction(self, connection: Connection) -> None:
+        """SQLite ends a transaction by itself when the disk is full, for one, and would commit what follows at once."""
+        if not connection.in_transaction:
+            raise DatabaseUnavailableError(
+                f"SQLite database {str(self._path or ':memory:')!r}: the transaction is over, since a statement of it "
+                "failed or was interrupted and SQLite rolled it back, or ended it itself: begin it again"
+            )
+
     async def _roll_back(self) -> None:
+        """End whatever transaction is open. What stands in the way of that does not take the cause's place."""
         if self._connection is not None:
-            await self.hop(lambda connection: connection.rollback())
+            with contextlib.suppress(Busy, RuntimeRepoError):
+                await self.hop(lambda connection: connection.rollback(), must=True)
 
     @contextlib.asynccontextmanager
     async def part(self) -> AsyncIterator["_Statements"]:
         """Statements that take effect with the transaction that is open, or fail alone."""
-        await self.hop(lambda connection: connection.execute("savepoint runtime_repo"))
+        await self.step("savepoint runtime_repo")
         try:
             yield _Statements(self)
         except BaseException:
-            await finish(self.hop(_roll_back_part))
+            with contextlib.suppress(Busy, RuntimeRepoError):
+                await finish(self.hop(_roll_back_part, must=True))
             raise
-        await self.hop(lambda connection: connection.execute("release savepoint runtime_repo"))
+        await self.step("release savepoint runtime_repo")
 
-    @contextlib.asynccontextmanager
-    async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> AsyncIterator[T]:
+    async def step(self, statement: str) -> None:
+        """Do *statement* in the transaction that is open."""
+
+        def work(connection: Connection) -> None:
+            self.require_transaction(connection)
+            connection.execute(statement)
+
+        await self.within(self.hop(work))
+
+    async def within(self, work: Awaitable[T]) -> T:
+        """A statement of a transaction, which waits for nobody's turn."""
+        try:
+            async with self._limited():
+                return await work
+        except Busy as busy:
+            raise self._locked() from busy.__cause__
+
+    async def _alone(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False) -> T:
+        """Do *work* in its turn."""
+        try:
+            async with asyncio.timeout(self._verb_timeout):
+                result = await self._begun(work, hurry=hurry)
+                self._turn.give()
+                return result
+        except TimeoutError:
+            raise self._silent() from None
+
+    async def _begun(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False, begins: bool = False) -> T:
         """Have the connection to oneself, from the moment at which *work* is not told that the file is locked."""
         deadline = time.monotonic() + self._lock_timeout
+        if begins:
+            await self._give_way(deadline)
         while True:
-            async with self._turn:
+            await self._turn.take(hurry=hurry)
+            try:
+                return await work()
+            except Busy as busy:
+                self._turn.give()
+                if time.monotonic() >= deadline:
+                    raise self._locked() from busy.__cause__
+            except BaseException:
+                self._turn.give()
+                raise
+            if hurry:
+                self._hurried += 1
                 try:
-                    result = await work()
-                except Busy as busy:
-                    if time.monotonic() >= deadline:
-                        raise self._locked() from busy.__cause__
-                else:
-                    yield result
-                    return
-            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
+                    await asyncio.sleep(random.uniform(0.001, 0.005))  # noqa: S311
+                finally:
+                    self._hurried -= 1
+            else:
+                await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
+                await self._give_way(deadline)
 
-    async def run(self, query: str, args: Sequence[object]) -> Sequence[Row]:
+    async def _give_way(self, deadline: float) -> None:
+        """Begin nothing long as long as somebody in a hurry is kept waiting by another process."""
+        while self._hurried and time.monotonic() < deadline:  # noqa: ASYNC110 - rare, and brief
+            await asyncio.sleep(0.002)
+
+    @contextlib.asynccontextmanager
+    async def _limited(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._verb_timeout):
+                yield
+        except TimeoutError:
+            raise self._silent() from None
+
+    async def run(self, query: str, args: Sequence[object], *, within: bool = False) -> Sequence[Row]:
+        """Run a named query, as a transaction of its own or *within* the one that is open."""
         statements = self._queries[query]
         parameters = {str(number): value for number, value in enumerate(args, 1)}
 
         def work(connection: Connection) -> Sequence[Row]:
-            # A single statement is a transaction of its own; several need one, unless boot has opened it.
-            own = len(statements) > 1 and not connection.in_transaction
-            if own:
-                connection.execute("begin immediate")
+            connection.prove()
+            if within:
+                self.require_transaction(connection)
+            elif connection.in_transaction:
+                connection.rollback()  # what nobody could end when it was to end
+            # A single statement is a transaction of its own; several need one, or a part of the one that is open.
+            several = len(statements) > 1
+            if several:
+                connection.execute("savepoint query" if within else "begin immediate")
             try:
                 rows: Sequence[Row] = ()
                 for statement in statements:
                     cursor = connection.execute(statement, parameters)
                     if cursor.description is not None:
                         rows = cursor.fetchall()
-                if own:
-                    connection.execute("commit")
+                if several:
+                    connection.execute("release savepoint query" if within else "commit")
             except BaseException:
-                if own:
+                if several and not within:
                     connection.rollback()
+                elif several and connection.in_transaction:
+                    undone(connection, "query")
                 raise
             return rows
 
@@ -177,15 +285,14 @@ class SqliteDatabase:
         yield _Watch(self, await self.stamp())
 
     async def heartbeats(self) -> Queries:
-        return self
+        return _Heartbeats(self)
 
     def tell(self, queues: Iterable[str]) -> None:
         """Nobody needs to be told: who waits looks whether anybody has committed."""
 
     async def stamp(self) -> tuple[int, int]:
         """What changes with every commit: other connections' are counted by SQLite, our own by the driver."""
-        async with self._in_turn(lambda: self.hop(_stamp)) as stamp:
-            return stamp
+        return await self._alone(partial(self.hop, _stamp))
 
     @property
     def connection(self) -> aiosqlite.Connection:
@@ -193,40 +300,62 @@ class SqliteDatabase:
             raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
         return self._connection
 
-    async def hop(self, work: Callable[[Connection], T], connection: aiosqlite.Connection | None = None) -> T:
-        with self._translated():
-            result = await (connection or self.connection).execute_fetchall("a hop", cast(Iterable[Any], Hop(work)))
+    async def hop(
+        self,
+        work: Callable[[Connection], T] | Hop,
+        connection: aiosqlite.Connection | None = None,
+        *,
+        must: bool = False,
+    ) -> T:
+        """
+        Do *work* on the connection's thread.
+
+        A caller that is cancelled is let go at once, and what it asked for is given up, unless it *must* be done.
+        """
+        hop = work if isinstance(work, Hop) else Hop(work)
+        try:
+            result = await (connection or self.connection).execute_fetchall("a hop", cast(Iterable[Any], hop))
+        except asyncio.CancelledError:
+            if not must:
+                hop.give_up()
+            raise
+        except Exception as error:
+            # No driver's exception gets out but as a cause.
+            if (ours := translated(error, self._path)) is error:
+                raise
+            raise ours from error
         return cast(T, result)
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
-        if self._connection is not None:
-            async with self._turn:
-                return await self.hop(looking(self._queries, shipped))
-        first = Hop(looking(self._queries, shipped))
-        try:
-            await self._open("rw", first)
-        except DatabaseUnavailableError:
-            if self._path is None:
-                raise
-            # What is absent is fresh, and a verify-only boot must not create it.
-            if not self._writes and _is_absent(self._path):
-                return Look(None, Catalog())
-            # Whatever else is wrong is wrong again, unless another process has just created the file.
-            await self._open("rwc" if self._writes else "rw", first)
-        return cast(Look, first.fetchall())
+        async with self._limited():
+            if self._connection is not None:
+                async with self._turn.mine():
+                    return await self.look_now(shipped)
+            first = Hop(looking(self._queries, shipped))
+            try:
+                await self._open(first)
+            except DatabaseUnavailableError:
+                if self._path is None:
+                    raise
+                # What is absent is fresh, and a verify-only boot must not create it.
+                if not self._writes and _is_absent(self._path):
+                    return Look(None, Catalog())
+                # Whatever else is wrong is wrong again, unless another process has just created the file.
+                await self._open(first, create=self._writes)
+            return cast(Look, first.fetchall())
 
-    async def _open(self, mode: str, first: Hop) -> None:
-        self._turn = asyncio.Lock()
-        self._connection = await self._connect(mode, first)
+    async def _open(self, first: Hop, *, create: bool = False) -> None:
+        self._turn = Turn()
+        self._connection = await self._connect(first, create=create)
 
-    async def _connect(self, mode: str, first: Hop) -> aiosqlite.Connection:
+    async def _connect(self, first: Hop, *, create: bool = False) -> aiosqlite.Connection:
         """Connect, and run *first* in the same hop."""
         if self._path is not None:
             check_not_inherited(self._path)
         connection = aiosqlite.connect(
-            ":memory:" if self._path is None else f"{self._path.as_uri()}?mode={mode}",
+            ":memory:" if self._path is None else f"{self._path.as_uri()}?mode=rw",
             uri=self._path is not None,
-            factory=partial(Connection, first=first),
+            factory=partial(Connection, first=first, path=self._path, create=create),
             isolation_level=None,
             timeout=_BUSY_TIMEOUT,
             check_same_thread=False,  # aiosqlite sees to that; see _forsaken
@@ -234,54 +363,110 @@ class SqliteDatabase:
         # A connection that was forgotten unclosed must not keep the process from exiting; there is no public switch.
         connection._thread.daemon = True
         try:
-            with self._translated():
-                await connection
+            await connection
             note(cast(Connection, connection._conn))
             return connection
-        except BaseException:
-            await finish(_forsaken(connection, first))
-            raise
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Let no driver's exception out but as a cause."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise Busy from error
-            raise self._unavailable(error) from error
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                first.give_up()
+            await finish(_forsaken(connection._thread, first))
+            if not isinstance(error, Exception) or (ours := translated(error, self._path)) is error:
+                raise
+            raise ours from error
 
     async def look_now(self, shipped: Sequence[Catalog]) -> Look:
-        """Look from within a transaction, whose owner has the connection to itself."""
-        return await self.hop(looking(self._queries, shipped))
+        """Look on the connection that is open, which is one's own at the moment."""
+        look = looking(self._queries, shipped)
+
+        def work(connection: Connection) -> Look:
+            connection.prove(now=True)
+            return look(connection)
+
+        return await self.hop(work)
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator["_BootTransaction"]:
-        async with self._turn:
+        try:
+            async with asyncio.timeout(self._lock_timeout):
+                await self._turn.take()
+        except TimeoutError:
+            raise Busy from None
+        commit = Hop(self._commit_boot)
+        self._boots = True
+        try:
+            await self._try_to_begin()
+            yield _BootTransaction(self)
+            await self.hop(commit)
+        except BaseException as error:
             try:
-                await self._try_to_begin()
-                yield _BootTransaction(self)
-                await self.hop(lambda connection: connection.execute("commit"))
-            except BaseException:
                 # Also after a cancelled BEGIN: it may succeed behind the caller's back and keep the lock.
                 await finish(self._roll_back())
-                raise
+            finally:
+                # Nobody knows how a COMMIT ends that is under way still.
+                if self._copy is not None and not commit.done and not commit.runs:
+                    self._copy.drop()
+                if not isinstance(error, Busy):
+                    self._copy = None
+            raise
+        else:
+            self._copy = None
+        finally:
+            self._boots = False
+            self._turn.give()
+
+    def _commit_boot(self, connection: Connection) -> None:
+        if self._copy is not None:
+            self._copy.keep()
+        connection.execute("commit")
 
     async def _try_to_begin(self) -> None:
         try:
-            await self.hop(_begin)
+            await self.hop(_begin_boot)
         except DatabaseUnavailableError as error:
             code = getattr(error.__cause__, "sqlite_errorcode", 0)
-            if code & 0xFF != sqlite3.SQLITE_READONLY or self._path is None or not _is_writable(self._path):
+            if code & 0xFF != sqlite3.SQLITE_READONLY or self._path is None or not is_writable(self._path):
                 raise
             # SQLite (3.40) has been seen to tell one of many processes that turn a new file to WAL at the same moment
             # that the file is read-only. It is not: connect anew and look again.
-            await self.close()
+            await self._reconnect()
             raise Busy from error.__cause__
 
+    async def _reconnect(self) -> None:
+        """Put a new connection in the place of the one that is one's own at the moment: others notice nothing."""
+        old = self.connection
+        new = await self._connect(Hop(_nothing))
+        if self._connection is old:
+            self._connection = new
+        else:
+            old = new  # closed meanwhile
+        await _closed(old)
+
     async def inspect(self, shipped: Sequence[Catalog]) -> Look:
-        return await self.look(shipped)
+        async with self._limited():
+            if self._path is None and self._connection is None:
+                return Look(None, Catalog())
+            if self._connection is not None and (self._path is None or not self._boots):
+                return await self._alone(partial(self.look_now, shipped))
+            return await self._inspect_apart(shipped)
+
+    async def _inspect_apart(self, shipped: Sequence[Catalog]) -> Look:
+        """Look on a connection for this alone, which makes no file."""
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            first = Hop(looking(self._queries, shipped))
+            try:
+                connection = await self._connect(first)
+            except Busy as busy:
+                if time.monotonic() >= deadline:
+                    raise self._locked() from busy.__cause__
+            except DatabaseUnavailableError:
+                if self._path is not None and _is_absent(self._path):
+                    return Look(None, Catalog())
+                raise
+            else:
+                await _closed(connection)
+                return cast(Look, first.fetchall())
+            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
     async def lock_holder(self) -> LockHolder | None:
         return None
@@ -291,28 +476,35 @@ class SqliteDatabase:
         if self._writes and self._path is not None and not os.path.exists(f"{self._path}-wal"):  # noqa: ASYNC240, PTH110
             # While others hold the file in its old mode it works all the same; a later boot will switch.
             with contextlib.suppress(Busy):
-                async with self._turn:
+                async with self._limited(), self._turn.mine():
                     await self.hop(_switch_to_wal)
 
     async def take_backup(self, from_version: int) -> Path | None:
         if not self._backup or self._path is None:
             return None
-        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
-        target = self._path.with_name(f"{self._path.name}.v{from_version}-{moment}.backup")
+        self._copy = Copy(self._path, from_version)
+        await self._take_copy(self._copy)
+        return self._copy.target
+
+    async def take_backup_again(self) -> None:
+        """Where a try at the same boot was in vain, and the copy went with it: others may have written since."""
+        if self._copy is not None and not self._copy.is_taken:
+            await self._take_copy(self._copy)
+
+    async def _take_copy(self, copy: Copy) -> None:
         try:
             # A second connection: from the one that holds the write transaction the backup would hang.
-            reader = await self._connect("rw", Hop(lambda _: None))
+            reader = await self._connect(Hop(_nothing))
             try:
-                await back_up(self._path, target, lambda work: self.hop(work, reader))
+                await copy.take(lambda work: self.hop(work, reader))
             finally:
                 await _closed(reader)
-        except (sqlite3.Error, OSError, DatabaseUnavailableError) as error:
+        except (Busy, RuntimeRepoError) as error:
             cause = error.__cause__ or error
             raise DatabaseUnavailableError(
-                f"the backup {target} could not be written ({cause}): free some space or grant the folder, "
+                f"the backup {copy.target} could not be written ({cause}): free some space or grant the folder, "
                 "or boot with backup=False after taking one yourself"
             ) from cause
-        return target
 
     def _locked(self) -> DatabaseUnavailableError:
         return DatabaseUnavailableError(
@@ -320,28 +512,22 @@ class SqliteDatabase:
             "end that process's transaction, or raise lock_timeout"
         )
 
-    def _unavailable(self, error: sqlite3.Error) -> DatabaseUnavailableError:
-        path = self._path
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if path is None:
-            reason = "check its statements"
-        elif os.path.isdir(path):  # noqa: PTH112 - pathlib's raises where it may not look
-            reason = "it is a folder: name a file in it"
-        elif not os.path.isdir(path.parent):  # noqa: PTH112
-            reason = f"the folder {str(path.parent)!r} does not exist: create it first"
-        elif code == sqlite3.SQLITE_NOTADB:
-            reason = "the file is no SQLite database: name another path, or move the file away"
-        elif code == sqlite3.SQLITE_CORRUPT:
-            reason = "the file is damaged or truncated: restore a backup"
-        elif code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-            reason = (
-                "this process may not write the file or its folder (WAL needs both): grant it, or name another path"
-            )
-        elif code == sqlite3.SQLITE_FULL:
-            reason = "the disk is full: free some space"
-        else:
-            reason = "check the file, its disk and its permissions"
-        return DatabaseUnavailableError(f"SQLite database {str(path or ':memory:')!r}: {error}: {reason}")
+    def _silent(self) -> DatabaseUnavailableError:
+        return DatabaseUnavailableError(
+            f"SQLite database {str(self._path or ':memory:')!r}: no answer within {self._verb_timeout:g} s "
+            "(verb_timeout): a transaction of this process or of another is open for so long, or the disk hangs: "
+            "keep transactions short, check the disk, or raise verb_timeout"
+        )
+
+
+class _Heartbeats:
+    """Queries that are the next in turn."""
+
+    def __init__(self, database: SqliteDatabase) -> None:
+        self._database = database
+        self.fetch = database.fetch_in_a_hurry
+        self.atomic = database.atomic
+        self.tell = database.tell
 
 
 class _Watch:
@@ -352,7 +538,8 @@ class _Watch:
         self._stamp = stamp
 
     async def change(self, within: float) -> None:
-        deadline = time.monotonic() + within
+        # Of random length, so that those who wait do not all look at once.
+        deadline = time.monotonic() + min(within, _LOOK_AGAIN * random.uniform(0.9, 1.3))  # noqa: S311
         stamp = self._stamp
         while stamp == self._stamp and (left := deadline - time.monotonic()) > 0:
             await asyncio.sleep(min(left, _LOOK))
@@ -371,7 +558,7 @@ class _Statements:
         return self._database.connection
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        return await self._database.run(query, args)
+        return await self._database.within(self._database.run(query, args, within=True))
 
     def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
         return self._database.part()
@@ -387,10 +574,11 @@ class _BootTransaction:
         self._database = database
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        return await self._database.run(query, args)
+        return await self._database.run(query, args, within=True)
 
     async def execute(self, query: str) -> None:
-        await self._database.run(query, ())
+        await self._database.take_backup_again()
+        await self._database.run(query, (), within=True)
 
     async def script(self, text: str) -> None:
         statements = tuple(split_statements(fill(text, _TOKENS)))
@@ -399,6 +587,7 @@ class _BootTransaction:
             for statement in statements:
                 connection.execute(statement)
 
+        await self._database.take_backup_again()
         await self._database.hop(work)
 
     async def ask(self, text: str) -> Sequence[Row]:
@@ -416,21 +605,39 @@ def _queries() -> dict[str, tuple[str, ...]]:
     return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", **_TOKENS).items()}
 
 
+def _nothing(connection: Connection) -> None:
+    pass
+
+
 def _begin(connection: Connection) -> None:
+    if connection.in_transaction:
+        connection.rollback()  # what nobody could end when it was to end
+    connection.prove()
+    connection.execute("begin immediate")
+
+
+def _begin_boot(connection: Connection) -> None:
     # A new file first: in WAL its many readers do not keep the one writer from committing. An old one stays as it is
     # until its upgrade has succeeded.
     if connection.execute("pragma main.page_count").fetchone()[0] == 0:
         _switch_to_wal(connection)
-    connection.execute("begin immediate")
+    _begin(connection)
 
 
 def _stamp(connection: Connection) -> tuple[int, int]:
+    connection.prove()
     return connection.execute("pragma main.data_version").fetchone()[0], connection.total_changes
 
 
 def _roll_back_part(connection: Connection) -> None:
-    connection.execute("rollback to savepoint runtime_repo")
-    connection.execute("release savepoint runtime_repo")
+    if connection.in_transaction:
+        undone(connection, "runtime_repo")
+
+
+def undone(connection: Connection, savepoint: str) -> None:
+    """Undo what was done since *savepoint*; a method of the driver's, since a hop that is given up executes nothing."""
+    sqlite3.Connection.execute(connection, f"rollback to savepoint {savepoint}")
+    sqlite3.Connection.execute(connection, f"release savepoint {savepoint}")
 
 
 def _switch_to_wal(connection: Connection) -> None:
@@ -440,24 +647,30 @@ def _switch_to_wal(connection: Connection) -> None:
 
 
 async def _closed(connection: aiosqlite.Connection) -> None:
-    """Close it in one hop, its thread's last, and see the thread off."""
-    try:
-        await cast("asyncio.Future[Any]", connection.stop())
-    except asyncio.CancelledError:
-        await finish(asyncio.to_thread(connection._thread.join))
-        raise
-    connection._thread.join()
+    """Close it in one hop, its thread's last, and see the thread off. One that hangs is left to end by itself."""
+    await finish(_stopped(cast("asyncio.Future[Any]", connection.stop()), connection._thread))
 
 
-async def _forsaken(connection: aiosqlite.Connection, first: Hop) -> None:
-    """See off the thread of a connection that failed or was cancelled, and close what aiosqlite has lost sight of."""
-    await asyncio.to_thread(connection._thread.join)
+async def _stopped(last_hop: "asyncio.Future[Any]", thread: threading.Thread) -> None:
+    with contextlib.suppress(sqlite3.Error):
+        await last_hop
+    await _gone(thread)
+
+
+async def _gone(thread: threading.Thread) -> None:
+    while thread.is_alive():  # noqa: ASYNC110 - it tells nobody
+        await asyncio.sleep(0.001)
+
+
+async def _forsaken(thread: threading.Thread, first: Hop) -> None:
+    """
+    See off the thread of a connection that failed or was cancelled, and close what aiosqlite has lost sight of.
+
+    One that hangs closes it by itself.
+    """
+    await _gone(thread)
     if first.connection is not None:
         first.connection.close()
-
-
-def _is_writable(path: Path) -> bool:
-    return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
 def _is_encodable(name: str) -> bool:

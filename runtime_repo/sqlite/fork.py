@@ -37,7 +37,7 @@ def note(connection: Connection) -> None:
 
 
 def is_idle(connection: Connection) -> bool:
-    return not connection.is_busy and not connection.in_transaction
+    return connection.hop is None and not connection.in_transaction
 
 
 def hold_inherited(path: Path, *, was_idle: bool) -> None:
@@ -89,7 +89,7 @@ def check_not_inherited(path: Path) -> None:
 
 def _wait_for_idleness() -> None:
     deadline = time.monotonic() + _PATIENCE
-    while any(connection.is_busy for connection in list(_connections)) and time.monotonic() < deadline:
+    while any(connection.hop is not None for connection in list(_connections)) and time.monotonic() < deadline:
         time.sleep(0.0005)
 
 

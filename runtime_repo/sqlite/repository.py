@@ -4,7 +4,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-from runtime_repo.repository import RuntimeRepository, check_flag
+from runtime_repo.repository import RuntimeRepository, check_flag, check_seconds
 from runtime_repo.sqlite.database import SqliteDatabase
 
 __all__ = ["SqliteRuntimeRepository"]
@@ -40,11 +40,14 @@ class SqliteRuntimeRepository(RuntimeRepository):
         backup: bool = True,
         before_migrate: Callable[[], Awaitable[object]] | None = None,
         lock_timeout: float = 60.0,
+        verb_timeout: float | None = 30.0,
     ) -> None:
         check_flag("migrate", migrate)
         check_flag("backup", backup)
+        if verb_timeout is not None:
+            check_seconds("verb_timeout", verb_timeout, positive=True)
         super().__init__(
-            SqliteDatabase(path, writes=migrate, backup=backup, lock_timeout=lock_timeout),
+            SqliteDatabase(path, writes=migrate, backup=backup, lock_timeout=lock_timeout, verb_timeout=verb_timeout),
             migrate=migrate,
             on_drift=on_drift,
             before_migrate=before_migrate,
