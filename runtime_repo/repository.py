@@ -326,7 +326,8 @@ class RuntimeRepository(Stores):
         """Wait for a boot. It counts as successful only when an awaiter has lived to see it."""
         boot.awaiters += 1
         try:
-            await asyncio.wait([boot.task])
+            either: list[asyncio.Future[Any]] = [boot.task, boot.left_behind]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             if boot.awaiters == 1 and self._report is None:
                 await self._give_up(boot)
@@ -337,7 +338,7 @@ class RuntimeRepository(Stores):
             self._boot = None
             if boot.has_failed:
                 self._gate.loop = None
-        if not self._closed:
+        if not self._closed and boot.task.done():
             self._report = boot.task.result()
             self._gate.is_open = True
 
@@ -358,6 +359,7 @@ class RuntimeRepository(Stores):
                 await asyncio.wait([boot.task], timeout=_DYING)
             if not boot.task.done():
                 leave(boot.task)
+                boot.left_behind.set_result(None)
             elif not boot.has_failed:
                 # It ended well in the very turn in which it was given up: nobody will close what it opened.
                 await self._database.close()
@@ -525,6 +527,8 @@ class _Boot:
         self.awaiters = 0
         self.given_up = False
         self.ended = asyncio.Event()
+        """Nobody has to wait for it any more."""
+        self.left_behind: asyncio.Future[None] = task.get_loop().create_future()
 
     @property
     def has_failed(self) -> bool:
