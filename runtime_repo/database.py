@@ -145,7 +145,11 @@ class Database(Source, Protocol):
         ...
 
     def abandon(self) -> None:
-        """Let go of everything without waiting: for an owner that was forgotten unclosed."""
+        """Let go of everything without waiting: for an owner that was forgotten unclosed, or that cannot wait."""
+        ...
+
+    def inherited(self) -> None:
+        """This process is the child of a fork: see to it that what is open, and kept, does the parent no harm."""
         ...
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:

@@ -3,15 +3,32 @@ The repository: its life, and its stores.
 
 Awaiting it boots it, whoever awaits and however often: one boot happens, owned by a task of its own, and every awaiter
 only waits for that. So a cancelled awaiter does not spoil the others, and the last one takes the boot with it.
+
+What is open belongs to one event loop of one process. Every use passes a gate that refuses all others: another loop or
+thread, the child of a fork, and a task that would wait for its own transaction.
 """
 
 import asyncio
 import contextlib
+import functools
+import inspect
+import os
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Iterable, Sequence
+import weakref
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Never, Self, SupportsIndex, get_args
 
 from runtime_repo.api_keys import ApiKeys
 from runtime_repo.attempts import Attempts
@@ -21,14 +38,34 @@ from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
-from runtime_repo.schema import Policy, SchemaReport, ensure_schema, load_migrations
-from runtime_repo.shielding import finish
+from runtime_repo.schema import (
+    Policy,
+    SchemaReport,
+    SchemaStatus,
+    ensure_schema,
+    inspect_schema,
+    load_migrations,
+)
+from runtime_repo.shielding import CLEAN_UP, finish, leave
 from runtime_repo.step_reports import StepReports
 
-__all__ = ["RuntimeRepository", "RuntimeTransaction"]
+__all__ = ["RuntimeRepository", "RuntimeTransaction", "Unique", "check_flag", "check_seconds"]
+
+_DYING = 0.4
+"""Seconds for a boot that did not heed its cancellation to fail, once its connection was taken from it."""
 
 
-class Stores:
+class Unique:
+    """What cannot be copied, since it holds connections, nor pickled, since it may hold a password."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
+        raise ConfigurationError(
+            f"a {type(self).__name__} cannot be pickled or copied: it holds connections and may hold a password; "
+            "construct another where it is needed, from the address"
+        )
+
+
+class Stores(Unique):
     """
     The nouns, each with its verbs.
 
@@ -83,16 +120,19 @@ class RuntimeRepository(Stores):
         before_migrate: Callable[[], Awaitable[object]] | None,
         lock_timeout: float,
     ) -> None:
+        check_flag("migrate", migrate)
         check_seconds("lock_timeout", lock_timeout)
         if on_drift not in ("refuse", "warn"):
             raise ConfigurationError(f"on_drift is {on_drift!r}: expected 'refuse' or 'warn'")
-        self._policy = Policy(migrate, on_drift, lock_timeout, before_migrate)
+        prepare = None if before_migrate is None else _checked(before_migrate)
+        self._policy = Policy(migrate, on_drift, lock_timeout, prepare)
         self._database = database
         self._boot: _Boot | None = None
         self._report: SchemaReport | None = None
         self._closed = False
-        self._gate = _Gate(database, "the repository is not open: await it first, and do not use it after close()")
+        self._gate = _Gate(database)
         super().__init__(self._gate)
+        _constructed.add(self)
 
     def __repr__(self) -> str:
         if not hasattr(self, "_closed"):
@@ -128,7 +168,7 @@ class RuntimeRepository(Stores):
         # Also where construction failed, before there was anything to forget.
         if getattr(self, "_report", None) is not None and not self._closed:
             # First let go: where warnings are errors, the warning ends this method.
-            self._database.abandon()
+            self._let_go()
             warnings.warn(
                 f"{self!r} was never closed: use 'async with', or await close()",
                 ResourceWarning,
@@ -146,11 +186,32 @@ class RuntimeRepository(Stores):
         Raises:
             SchemaError: Refused; the subclass says why, and the database was not touched.
             DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
             RepositoryClosedError: The repository was closed.
         """
         if self._report is None or self._closed:
             return (await self).boot_report
+        self._gate.check()
         return await self._ensure()
+
+    async def inspect(self) -> SchemaStatus:
+        """
+        Look at the schema as it is now, and tell what a boot would find: for a health check, or before a deployment.
+
+        It writes nothing and creates nothing, whatever the boot may do, and needs no boot: on a repository that was not
+        awaited it looks through a connection of its own.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        loop = _running_loop()
+        if self._closed:
+            raise RepositoryClosedError(f"{self!r} cannot look any more: construct another")
+        self._gate.check()
+        with self._gate.opening(loop):
+            return await inspect_schema(self._database, load_migrations(self._database.backend), self._policy)
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[RuntimeTransaction]:
@@ -159,11 +220,13 @@ class RuntimeRepository(Stores):
 
         They are committed when the block ends and rolled back when it raises or is cancelled; a cancelled block may
         still have been committed if it had come to its end. Use the nouns of what it yields: those of the repository
-        are not part of it. Tasks of the block's own may share them, and take turns. On SQLite, which has one writer,
-        the verbs of every other task wait for the block, and a verb of the repository within it is refused; keep it
-        short.
+        would not be part of it, and could wait for it for ever, so the task that has it open is refused them. Tasks of
+        the block's own may share what it yields, and take turns. On SQLite, which has one writer, the verbs of every
+        other task wait for the block; keep it short.
 
         Raises:
+            ConfigurationError: This task has a transaction open on this repository already, or the repository is open
+                in another event loop or process.
             RepositoryClosedError: The repository is not open.
             DatabaseUnavailableError: The database cannot be reached, or does not commit.
         """
@@ -176,26 +239,68 @@ class RuntimeRepository(Stores):
     ) -> AsyncIterator[RuntimeTransaction]:
         own = self._gate.atomic()
         async with statements or own as opened:
-            gate = _TransactionGate(_OneByOne(opened))
+            gate = _TransactionGate(_OneByOne(opened), self._gate)
             try:
-                yield RuntimeTransaction(gate, opened.connection)
+                with self._gate.within_transaction():
+                    yield RuntimeTransaction(gate, opened.connection)
             finally:
                 gate.is_open = False
         if statements is None:
             gate.committed()
 
     async def close(self) -> None:
-        """Close it for good and leave no connection, thread or task. May be repeated; a boot under way is given up."""
+        """
+        Close it for good and leave no connection, thread or task. May be repeated; a boot under way is given up.
+
+        In the child of a fork it does nothing: what is open is the parent's.
+
+        Raises:
+            ConfigurationError: It is open in another event loop, and stays open there. Where that loop has ended, its
+                connections are dropped now.
+        """
+        if self._gate.is_inherited:
+            return
+        if self._gate.is_foreign():
+            self._refuse_to_close()
         self._closed = True
         self._gate.is_open = False
         if self._boot is not None:
             await self._give_up(self._boot)
         await self._database.close()
+        self._gate.loop = None
+
+    def _refuse_to_close(self) -> Never:
+        if self._gate.loop is not None and self._gate.loop.is_closed():
+            self._closed = True
+            self._gate.is_open = False
+            self._database.abandon()
+        self._gate.check_place()
+        raise AssertionError
+
+    def _let_go(self) -> None:
+        """Abandon what is open; where its event loop still runs in another thread, there."""
+        loop = self._gate.loop
+        if loop is not None and loop.is_running() and self._gate.is_foreign():
+            # Unless it ends at this very moment.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._database.abandon)
+        else:
+            self._database.abandon()
+
+    def _inherit(self) -> None:
+        """This process is the child of a fork: keep what is open for good, since letting go of it would close it."""
+        if self._gate.loop is not None:
+            self._gate.is_inherited = True
+            _keep_for_good(self)
+            self._database.inherited()
 
     async def _ready(self) -> Self:
-        _require_asyncio()
+        loop = _running_loop()
+        if not self._closed:
+            self._gate.check_place()
         while self._report is None and not self._closed:
             if self._boot is None:
+                self._gate.loop = loop
                 self._boot = _Boot(asyncio.create_task(self._start(), name="runtime_repo boot"))
             if self._boot.given_up:
                 await self._boot.ended.wait()
@@ -209,7 +314,9 @@ class RuntimeRepository(Stores):
         try:
             return await self._ensure()
         except BaseException:
-            await self._database.close()
+            # One that was left behind has no connection any more: what is open by now is another boot's.
+            if self._boot is not None and self._boot.task is asyncio.current_task():
+                await self._database.close()
             raise
 
     async def _ensure(self) -> SchemaReport:
@@ -219,7 +326,8 @@ class RuntimeRepository(Stores):
         """Wait for a boot. It counts as successful only when an awaiter has lived to see it."""
         boot.awaiters += 1
         try:
-            await asyncio.wait([boot.task])
+            either: list[asyncio.Future[Any]] = [boot.task, boot.left_behind]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             if boot.awaiters == 1 and self._report is None:
                 await self._give_up(boot)
@@ -228,32 +336,52 @@ class RuntimeRepository(Stores):
             boot.awaiters -= 1
         if self._boot is boot and not boot.given_up:
             self._boot = None
-        if not self._closed:
+            if boot.has_failed:
+                self._gate.loop = None
+        if not self._closed and boot.task.done():
             self._report = boot.task.result()
             self._gate.is_open = True
 
     def _give_up(self, boot: "_Boot") -> Coroutine[Any, Any, None]:
         """Mark it at once, so that nobody joins it any more; see it off when awaited."""
+        if boot.given_up:
+            return finish(_wait_for(boot.ended), within=2 * CLEAN_UP + _DYING)
         boot.given_up = True
         boot.task.cancel()
-        return finish(self._see_off(boot))
+        return finish(self._see_off(boot), within=2 * CLEAN_UP + _DYING)
 
     async def _see_off(self, boot: "_Boot") -> None:
-        await asyncio.wait([boot.task])
-        if not boot.task.cancelled() and boot.task.exception() is None:
-            # It ended well in the very turn in which it was given up: nobody will close what it opened.
-            await self._database.close()
-        self._boot = None
-        boot.ended.set()
+        """Let it end. One that waits for a silent server loses its connection, and is left behind at worst."""
+        try:
+            await asyncio.wait([boot.task], timeout=CLEAN_UP)
+            if not boot.task.done():
+                self._database.abandon()
+                await asyncio.wait([boot.task], timeout=_DYING)
+            if not boot.task.done():
+                leave(boot.task)
+                boot.left_behind.set_result(None)
+            elif not boot.has_failed:
+                # It ended well in the very turn in which it was given up: nobody will close what it opened.
+                await self._database.close()
+        finally:
+            self._boot = None
+            self._gate.loop = None
+            boot.ended.set()
 
 
-class _Gate:
-    """What the nouns query, while that is open."""
+class _Gate(Unique):
+    """What the nouns query, while that is open, for those who may use it."""
 
-    def __init__(self, queries: Source, closed: str) -> None:
+    closed = "the repository is not open: await it first, and do not use it after close()"
+
+    def __init__(self, queries: Source) -> None:
         self._queries = queries
-        self._closed = closed
+        self._within: set[asyncio.Task[Any]] = set()
         self.is_open = False
+        self.is_inherited = False
+        """Whether this process is the child of the one that opened it."""
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The event loop that what is open, or being opened, belongs to."""
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         return await self._opened().fetch(query, *args)
@@ -276,18 +404,86 @@ class _Gate:
         return await self._opened().heartbeats()
 
     def _opened(self) -> Source:
-        if not self.is_open:
-            raise RepositoryClosedError(self._closed)
+        if not self.is_open and not self.is_inherited:
+            raise RepositoryClosedError(self.closed)
+        self.check()
         return self._queries
+
+    def check(self) -> None:
+        """
+        Let through who may use what is open.
+
+        Raises:
+            ConfigurationError: Another event loop or process, or a task that has a transaction open.
+        """
+        self.check_place()
+        if self._within and asyncio.current_task() in self._within:
+            raise ConfigurationError(
+                "this task has a transaction open on this repository, which the repository's own verbs are no part of "
+                "and could wait for without end: use the nouns of the transaction"
+            )
+
+    def check_place(self) -> None:
+        """As ``check``, without the last."""
+        if self.is_inherited:
+            raise ConfigurationError(
+                "this repository was opened before the process was forked, and what is open belongs to the parent: "
+                "open one of your own in the child"
+            )
+        if self.is_foreign():
+            ended = self.loop is not None and self.loop.is_closed()
+            raise ConfigurationError(
+                "this repository was opened in an event loop that has ended: open one in the loop that uses it"
+                if ended
+                else "this repository is open in another event loop, or another thread: use and close it there, and "
+                "open one of your own here"
+            )
+
+    def is_foreign(self) -> bool:
+        """Whether what is open belongs to another event loop than the one that runs here."""
+        return self.loop is not None and self.loop is not asyncio._get_running_loop()
+
+    @contextlib.contextmanager
+    def opening(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+        """Something of *loop* is open meanwhile, if nothing is open for longer."""
+        if self.loop is not None:
+            yield
+            return
+        self.loop = loop
+        try:
+            yield
+        finally:
+            # Unless it was awaited meanwhile.
+            if not self.is_open:
+                self.loop = None
+
+    @contextlib.contextmanager
+    def within_transaction(self) -> Iterator[None]:
+        """This task has a transaction open meanwhile."""
+        task = asyncio.current_task()
+        if task is None:
+            yield
+            return
+        self._within.add(task)
+        try:
+            yield
+        finally:
+            self._within.discard(task)
 
 
 class _TransactionGate(_Gate):
     """What the nouns of a transaction query, until it ends."""
 
-    def __init__(self, queries: Source) -> None:
-        super().__init__(queries, "the transaction has ended: use what it yields within its block only")
+    closed = "the transaction has ended: use what it yields within its block only"
+
+    def __init__(self, queries: Source, repository: _Gate) -> None:
+        super().__init__(queries)
         self.is_open = True
+        self._repository = repository
         self._undone: list[Callable[[], None]] = []
+
+    def check(self) -> None:
+        self._repository.check_place()
 
     def after_commit(self, do: Callable[[], None]) -> None:
         self._undone.append(do)
@@ -331,6 +527,47 @@ class _Boot:
         self.awaiters = 0
         self.given_up = False
         self.ended = asyncio.Event()
+        """Nobody has to wait for it any more."""
+        self.left_behind: asyncio.Future[None] = task.get_loop().create_future()
+
+    @property
+    def has_failed(self) -> bool:
+        """Of one that has ended: whether there is nothing that it opened."""
+        return self.task.cancelled() or self.task.exception() is not None
+
+
+async def _wait_for(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+_constructed: "weakref.WeakSet[RuntimeRepository]" = weakref.WeakSet()
+
+_kept: list[RuntimeRepository] = []
+"""What a parent had open when it forked this process."""
+
+
+def _keep_for_good(repository: RuntimeRepository) -> None:
+    """
+    Let *repository* be collected never, not even when the interpreter ends.
+
+    A connection that is collected is closed: SQLite would clean up beside the parent's, under locks that are not ours;
+    a transport would change the set of events that the parent waits for.
+    """
+    _kept.append(repository)
+    # Where ctypes is missing, it is collected with this module, as the very last.
+    with contextlib.suppress(ImportError):
+        import ctypes
+
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(repository))
+
+
+def _inherit() -> None:
+    for repository in list(_constructed):
+        repository._inherit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inherit)
 
 
 # Read once, at import: a boot reads no files, and of four hundred that start at the same second none parses them.
@@ -340,15 +577,52 @@ for _backend in get_args(Backend):
 
 def check_seconds(name: str, value: float, *, positive: bool = False) -> None:
     """A time-out in seconds: finite, never negative, and not zero where it must be positive."""
-    if not isinstance(value, (int, float)) or not 0 <= value < float("inf") or (positive and not value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # No clock counts further, and an integer may be larger than any float.
+    if not is_number or not 0 <= value < 2**62 or (positive and not value):
         raise ConfigurationError(
             f"{name} is {value!r}: expected a number of seconds, {'more than 0' if positive else '0 or more'}"
         )
 
 
-def _require_asyncio() -> None:
+def check_flag(name: str, value: object) -> None:
+    """Nothing but True and False: ``"false"``, as it comes from the environment, would count as true."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} is {value!r}: expected True or False")
+
+
+def _checked(before_migrate: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
+    """*before_migrate*, refused now if it can be told to be no coroutine function, and otherwise when it is called."""
+    expected = "expected a coroutine function without arguments"
+    if not callable(before_migrate) or _is_known_to_be_sync(before_migrate):
+        raise ConfigurationError(f"before_migrate is {before_migrate!r}: {expected}")
+
+    async def call() -> object:
+        begun = before_migrate()
+        if not inspect.isawaitable(begun):
+            raise ConfigurationError(f"before_migrate returned {type(begun).__name__}, nothing to await: {expected}")
+        return await begun
+
+    return call
+
+
+def _is_known_to_be_sync(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    if not inspect.isroutine(function):
+        function = type(function).__call__
+    # A lambda has no other way to call a coroutine function with arguments.
+    return (
+        inspect.isroutine(function)
+        and not inspect.iscoroutinefunction(function)
+        and getattr(function, "__name__", "") != "<lambda>"
+    )
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
     try:
-        asyncio.get_running_loop()
+        return asyncio.get_running_loop()
     except RuntimeError:
         raise ConfigurationError(
             "runtime_repo needs a running asyncio event loop, since its drivers do: "

@@ -23,6 +23,7 @@ import asyncpg
 import pytest
 
 import runtime_repo
+from runtime_repo.schema import load_migrations
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SECONDS = 60
@@ -226,6 +227,17 @@ def test_the_service_works_in_the_background(service: str) -> None:
     assert ask(f"{service}/reports/{513 * 'c'}")[0] == ask(f"{service}/reports/a%00")[0] == 422
     assert ask(f"{service}/reports", {"month": "2026-03"}, **{"Idempotency-Key": ""})[0] == 422
     assert ask(f"{service}/health") == (200, {"status": "healthy", "schema_version": 2, "queues": {}})
+
+
+def test_the_service_reports_that_its_tables_are_gone(service: str, place: Place) -> None:
+    """It does not put empty ones in their place: whoever has lost a store wants to know."""
+    tables = ["runtime_schema_migrations", *load_migrations("postgres" if place.url else "sqlite")[-1].catalog.tables]
+    for table in tables:
+        place.execute(f"drop table if exists {table}")
+    for _ in range(2):
+        status, answer = ask(f"{service}/health")
+        assert (status, answer["status"]) == (503, "unhealthy")
+        assert "version 0" in answer["reason"]
 
 
 def test_the_service_reports_a_schema_that_is_not_what_it_was(service: str, place: Place) -> None:

@@ -8,9 +8,11 @@ exception behind it, every frame, with the locals. Only the frames of this file 
 
 import asyncio
 import base64
+import copy
 import gc
 import hashlib
 import logging
+import pickle
 import re
 import secrets
 import threading
@@ -268,6 +270,32 @@ async def test_a_forgotten_repository_shows_no_password(form: Make, place: str, 
     said = [f"{warning.message} {warning.source!r}" for warning in told if warning.category is ResourceWarning]
     assert any(role in words for words in said)
     assert CANARY not in "".join(said)
+
+
+async def test_what_cannot_be_pickled_shows_no_password(form: Make) -> None:
+    """Neither to another process nor as a copy does a repository, or what it is made of, go; the error says so."""
+    repo = form("127.0.0.1:1/db", "me")
+    database: Any = repo._database
+    for thing in (repo, repo.attempts, database, database._target):
+        for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+            if thing in (repo, database._target) or attempt is not copy.copy:
+
+                async def go(attempt: Callable[[Any], object] = attempt, thing: Any = thing) -> object:
+                    return attempt(thing)
+
+                await fails(ConfigurationError, go)
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:///x.db?password={}", "sqlite:///x.db#{}", "sqlite://u:{}@h/x.db?mode=ro", "mysql://u:{}@h/db"]
+)
+async def test_a_url_that_is_refused_shows_no_password(url: str) -> None:
+    """Nor do the options that came with it."""
+
+    async def make() -> object:
+        return repository_from_url(url.format(CANARY), password=CANARY)
+
+    await fails(ConfigurationError, make)
 
 
 # --- The secrets of API keys -----------------------------------------------------------------------------------------

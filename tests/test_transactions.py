@@ -18,23 +18,6 @@ from runtime_repo import (
 )
 
 
-async def test_sqlite_refuses_a_task_that_would_wait_for_itself(tmp_path: Path) -> None:
-    """The one writer is the transaction's; a verb of the repository in the same task would wait for ever."""
-    async with SqliteRuntimeRepository(tmp_path / "runtime.db") as repo:
-        async with repo.transaction() as transaction:
-            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
-                await repo.attempts.list()
-            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
-                async with repo.transaction():
-                    pytest.fail("it began")
-            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
-                await repo.leases.claim("worker")
-            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
-                await repo.ensure_schema()
-            await transaction.attempts.enqueue("run", attempt_id="a")
-        assert len(await repo.attempts.list()) == 1
-
-
 async def test_sqlite_lets_the_other_tasks_wait(tmp_path: Path) -> None:
     """In turn, each after the other, however many begin at once; also in two repositories on one file."""
     async with SqliteRuntimeRepository(tmp_path / "x.db") as one, SqliteRuntimeRepository(tmp_path / "x.db") as two:
@@ -98,6 +81,21 @@ async def test_postgres_takes_part_in_a_transaction_of_the_application(
             assert stored == (["a"] if commits else [])
             there = await postgres.fetchval("select to_regclass($1) is not null", f'"{postgres_schema}".orders')
             assert there is commits
+
+
+async def test_postgres_refuses_the_repository_in_a_transaction_of_the_application(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """It would wait for the locks of that transaction, which only this task can end."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repo, postgres.transaction():
+        async with repo.transaction(postgres) as transaction:
+            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
+                await repo.attempts.list()
+            with pytest.raises(ConfigurationError, match="nouns of the transaction"):
+                async with repo.transaction(postgres):
+                    pytest.fail("it began")
+            await transaction.attempts.enqueue("run")
+        assert await repo.attempts.list() == []
 
 
 async def test_postgres_refuses_a_connection_without_a_transaction(

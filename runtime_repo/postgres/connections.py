@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import inspect
+import os
 import re
 import ssl
+import weakref
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Never, cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -34,7 +36,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:,]*)(:\d*)?")
 
 
 class Target:
-    """Where to connect, and how; its repr shows no secret."""
+    """Where to connect, and how; its repr shows no secret, and it cannot be pickled."""
 
     def __init__(self, dsn: "str | Pool", options: dict[str, Any]) -> None:
         self.pool = dsn if isinstance(dsn, asyncpg.Pool) else None
@@ -43,6 +45,7 @@ class Target:
         self._init = options.get("init")
         self._setup = options.get("setup")
         self._is_tuned = bool(options)
+        self._made: weakref.WeakSet[asyncpg.Connection[asyncpg.Record]] = weakref.WeakSet()
         self.can_reuse = not isinstance(dsn, asyncpg.Pool) and not options.keys() & {"setup", "reset"}
         """Whether a connection may be used again before the pool has it back: it is ours, and calls nobody at that."""
         # What we leave behind is no session state, so a connection needs no round trip to be reset.
@@ -63,6 +66,9 @@ class Target:
     def __repr__(self) -> str:
         return self._shown
 
+    def __reduce__(self) -> Never:
+        raise ConfigurationError(f"{self!r} cannot be pickled or copied: it may hold a password; construct another")
+
     @property
     def is_eager(self) -> bool:
         """Whether the pool shall have connections before somebody wants one."""
@@ -75,6 +81,11 @@ class Target:
     async def lend(self) -> "Connection":
         """A connection as a pool lends it: a plain one, which costs less than to make and close a pool for it."""
         if self.pool is not None:
+            # There is no public way to either, nor to the socket below.
+            if getattr(self.pool, "_loop", None) is not asyncio.get_running_loop():
+                raise ConfigurationError(
+                    "the pool belongs to another event loop, or to the parent of this process: create one here"
+                )
             await self.pool
             return await self.pool.acquire()
         if self._is_tuned:
@@ -85,6 +96,7 @@ class Target:
     async def connect(self, *args: Any, setup: Callable[..., Any] | None = None, **options: Any) -> "Connection":
         """Connect as asyncpg's pools do, for the pool or instead of it."""
         connection: Connection = await self._connect(*args, **options)
+        self._made.add(cast("asyncpg.Connection[asyncpg.Record]", connection))
         try:
             for prepare in (self._init, setup):
                 if prepare is not None:
@@ -93,6 +105,20 @@ class Target:
             connection.terminate()
             raise
         return connection
+
+    def inherited(self) -> None:
+        """
+        In the child of a fork: put nothing in the place of each socket, without shutting it down.
+
+        So the server sees at once when the parent ends, whatever the child does, and rolls back what it had begun.
+        """
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for connection in list(self._made):
+            # One that is closed has no socket; one whose socket cannot be found stays as it is.
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                transport: Any = getattr(connection, "_transport", None)
+                os.dup2(nothing, transport.get_extra_info("socket").fileno(), inheritable=False)
+        os.close(nothing)
 
 
 def _shown(dsn: str) -> str:

@@ -169,6 +169,9 @@ class PostgresDatabase:
                 with contextlib.suppress(Exception):
                     opened.terminate()
 
+    def inherited(self) -> None:
+        self._target.inherited()
+
     async def _open_pool(self) -> "Pool":
         if not self._has_booted:
             raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
@@ -374,7 +377,13 @@ class PostgresDatabase:
             await finish(rolled_back(connection))
 
     async def inspect(self, shipped: Sequence[Catalog]) -> Look:
-        return await self.look(shipped)
+        if self._has_booted:
+            return await self.look(shipped)
+        apart = PostgresDatabase(self._target, schema=self._schema, startup_timeout=self._startup_timeout, listen=False)
+        try:
+            return await apart.look(shipped)
+        finally:
+            await apart.close()
 
     async def lock_holder(self) -> LockHolder | None:
         rows = await self.fetch("schema.lock_holder", _LOCK_CLASS, self._lock_key, self._schema)

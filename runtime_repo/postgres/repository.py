@@ -9,7 +9,7 @@ import asyncpg
 from runtime_repo.errors import ConfigurationError
 from runtime_repo.postgres.connections import Target
 from runtime_repo.postgres.database import PostgresDatabase
-from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
+from runtime_repo.repository import RuntimeRepository, RuntimeTransaction, check_flag
 
 if TYPE_CHECKING:
     from runtime_repo.postgres.connections import Connection, Pool
@@ -63,6 +63,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
         finally:
             # From here on no frame of ours holds a password that a traceback with locals could show.
             dsn, pool_options = "", {}
+        check_flag("listen", listen)
         self._postgres = PostgresDatabase(target, schema=schema, startup_timeout=startup_timeout, listen=listen)
         super().__init__(
             self._postgres,
@@ -82,7 +83,8 @@ class PostgresRuntimeRepository(RuntimeRepository):
         undone (a savepoint). Otherwise as in ``RuntimeRepository.transaction``.
 
         Raises:
-            ConfigurationError: No transaction is open on *connection*.
+            ConfigurationError: No transaction is open on *connection*; this task has a transaction open on this
+                repository already, or the repository is open in another event loop or process.
             RepositoryClosedError: The repository is not open.
             DatabaseUnavailableError: The database cannot be reached, or does not commit.
         """

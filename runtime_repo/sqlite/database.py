@@ -34,6 +34,7 @@ from runtime_repo.queries import fill, load_queries, split_statements
 from runtime_repo.shielding import CLEAN_UP, finish
 from runtime_repo.sqlite.backup import Copy
 from runtime_repo.sqlite.connection import Connection, Hop
+from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.limits import Limit, Limits
 from runtime_repo.sqlite.look import looking
 from runtime_repo.sqlite.translation import is_writable, translated
@@ -91,7 +92,6 @@ class SqliteDatabase:
         self._connection: aiosqlite.Connection | None = None
         self._turn = Turn()
         self._hurried = 0
-        self._holder: asyncio.Task[Any] | None = None
         self._boots = False
         self._copy: Copy | None = None
 
@@ -110,6 +110,11 @@ class SqliteDatabase:
         if connection is not None:
             connection.stop()
 
+    def inherited(self) -> None:
+        if self._path is not None:
+            own = None if self._connection is None else self._connection._connection
+            hold_inherited(self._path, was_idle=isinstance(own, Connection) and is_idle(own))
+
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         return await self._alone(partial(self.run, query, args))
 
@@ -121,7 +126,6 @@ class SqliteDatabase:
     async def atomic(self) -> AsyncIterator["_Statements"]:
         with Limit(self._limits):
             await self._begun(self._begin, begins=True)
-        self._holder = asyncio.current_task()
         try:
             yield _Statements(self)
             with Limit(self._limits):
@@ -130,7 +134,6 @@ class SqliteDatabase:
             await finish(self._roll_back())
             raise
         finally:
-            self._holder = None
             self._turn.give()
 
     async def _begin(self) -> None:
@@ -216,7 +219,6 @@ class SqliteDatabase:
     async def _begun(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False, begins: bool = False) -> T:
         """Have the connection to oneself, from the moment at which *work* is not told that the file is locked."""
         deadline = time.monotonic() + self._lock_timeout
-        self._refuse_the_holder()
         if begins:
             await self._give_way(deadline)
         while True:
@@ -244,14 +246,6 @@ class SqliteDatabase:
         """Begin nothing long as long as somebody in a hurry is kept waiting by another process."""
         while self._hurried and time.monotonic() < deadline:  # noqa: ASYNC110 - rare, and brief
             await asyncio.sleep(0.002)
-
-    def _refuse_the_holder(self) -> None:
-        """It would wait for itself."""
-        if self._turn.taken and self._holder is asyncio.current_task():
-            raise ConfigurationError(
-                "this task has a transaction open on this repository, and on SQLite everybody else waits for it: "
-                "use the nouns of the transaction"
-            )
 
     async def run(self, query: str, args: Sequence[object], *, within: bool = False) -> Sequence[Row]:
         """Run a named query, as a transaction of its own or *within* the one that is open."""
@@ -337,7 +331,6 @@ class SqliteDatabase:
             self._limits.close()  # another event loop's, perhaps
         with Limit(self._limits):
             if self._connection is not None:
-                self._refuse_the_holder()
                 async with self._turn.mine():
                     return await self.look_now(shipped)
             first = Hop(looking(self._queries, shipped))
@@ -359,6 +352,8 @@ class SqliteDatabase:
 
     async def _connect(self, first: Hop, *, create: bool = False) -> aiosqlite.Connection:
         """Connect, and run *first* in the same hop."""
+        if self._path is not None:
+            check_not_inherited(self._path)
         connection = aiosqlite.connect(
             ":memory:" if self._path is None else f"{self._path.as_uri()}?mode=rw",
             uri=self._path is not None,
@@ -370,7 +365,9 @@ class SqliteDatabase:
         # A connection that was forgotten unclosed must not keep the process from exiting; there is no public switch.
         connection._thread.daemon = True
         try:
-            return await connection
+            await connection
+            note(cast(Connection, connection._conn))
+            return connection
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
                 first.give_up()

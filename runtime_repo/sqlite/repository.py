@@ -4,7 +4,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-from runtime_repo.repository import RuntimeRepository, check_seconds
+from runtime_repo.repository import RuntimeRepository, check_flag, check_seconds
 from runtime_repo.sqlite.database import SqliteDatabase
 
 __all__ = ["SqliteRuntimeRepository"]
@@ -55,6 +55,8 @@ class SqliteRuntimeRepository(RuntimeRepository):
         lock_timeout: float = 60.0,
         verb_timeout: float | None = 30.0,
     ) -> None:
+        check_flag("migrate", migrate)
+        check_flag("backup", backup)
         if verb_timeout is not None:
             check_seconds("verb_timeout", verb_timeout, positive=True)
         super().__init__(

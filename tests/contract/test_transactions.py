@@ -3,12 +3,15 @@
 import asyncio
 import contextlib
 import sqlite3
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
 
 import anyio
 import asyncpg
 import pytest
 
 from runtime_repo import (
+    ConfigurationError,
     DatabaseUnavailableError,
     LeaseLostError,
     NewAttempt,
@@ -118,6 +121,66 @@ async def test_tasks_of_the_block_take_turns(repo: RuntimeRepository) -> None:
         )
         assert isinstance(refused, PayloadMismatchError)
     assert await ids(repo) == ["a", "b", "c", "d", "e", "f", "taken"]
+
+
+USES: dict[str, Callable[[RuntimeRepository], Awaitable[object]]] = {
+    "list": lambda repo: repo.attempts.list(),
+    "enqueue_many": lambda repo: repo.attempts.enqueue_many([NewAttempt("run")]),
+    "claim": lambda repo: repo.leases.claim("worker"),
+    "wait": lambda repo: repo.attempts.wait(timeout=timedelta(seconds=5)),
+    "transaction": lambda repo: repo.transaction().__aenter__(),
+    "ensure_schema": lambda repo: repo.ensure_schema(),
+    "inspect": lambda repo: repo.inspect(),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+async def test_a_task_is_refused_the_repository_in_its_own_transaction(
+    repo: RuntimeRepository, use: Callable[[RuntimeRepository], Awaitable[object]]
+) -> None:
+    """Who takes the one for the other would write outside of it, and wait for what only its own end brings."""
+    async with asyncio.timeout(5), repo.transaction() as transaction:
+        with pytest.raises(ConfigurationError, match="nouns of the transaction"):
+            await use(repo)
+        await transaction.attempts.enqueue("run", attempt_id="a")
+    assert await ids(repo) == ["a"]
+
+
+async def test_a_task_is_refused_to_hold_a_lease_in_its_own_transaction(repo: RuntimeRepository) -> None:
+    """Its heartbeats would wait for the block, or the block for them."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    (lease,) = await repo.leases.claim("worker")
+    async with repo.transaction():
+        with pytest.raises(ConfigurationError, match="nouns of the transaction"):
+            async with repo.leases.hold(lease):
+                pytest.fail("it was held")
+    async with repo.leases.hold(lease), repo.transaction() as transaction:
+        await transaction.attempts.complete(lease)
+
+
+async def test_it_is_refused_until_the_block_has_ended_and_to_no_other_task(repo: RuntimeRepository) -> None:
+    """Also when the block fails; a task that it starts is another, and may wait for it."""
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the whole block fails
+        async with repo.transaction() as transaction:
+            child = asyncio.create_task(repo.attempts.enqueue("run", attempt_id="child"))
+            await transaction.attempts.enqueue("run", attempt_id="a")
+            raise ZeroDivisionError
+    await child
+    assert await ids(repo) == ["child"]
+
+
+async def test_as_many_as_the_pool_has_connections_may_mistake_it_at_once(repo: RuntimeRepository) -> None:
+    """Each is refused, and everybody else goes on."""
+
+    async def place(number: int) -> None:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run", attempt_id=f"{number:02}")
+            await repo.attempts.enqueue("run")
+
+    async with asyncio.timeout(10):
+        failed = await asyncio.gather(*(place(number) for number in range(10)), return_exceptions=True)
+        assert [type(error) for error in failed] == [ConfigurationError] * 10
+        assert await ids(repo) == []
 
 
 async def test_its_nouns_end_with_it(repo: RuntimeRepository) -> None:

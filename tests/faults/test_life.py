@@ -1,11 +1,18 @@
 """The life of a repository: constructed, awaited by one or many, and closed, with nothing left behind."""
 
 import asyncio
+import contextlib
 import gc
+import json
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from datetime import timedelta
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
@@ -24,6 +31,8 @@ from runtime_repo import (
     RepositoryClosedError,
     RuntimeRepository,
     SchemaReport,
+    SqliteRuntimeRepository,
+    repository_from_url,
 )
 from runtime_repo.postgres import PostgresDatabase
 from tests.faults.conftest import Lab, PostgresLab, SqliteLab, closing, eventually, on_postgres, on_sqlite
@@ -404,6 +413,310 @@ async def test_anyio_runs_it_on_asyncio(lab: Lab) -> None:
 
     async with lab.nothing_left():
         await asyncio.to_thread(anyio.run, main)
+
+
+def in_another_loop(use: Use, repository: RuntimeRepository) -> Awaitable[object]:
+    """Use it in a loop of another thread."""
+
+    async def main() -> object:
+        return await use(repository)
+
+    return asyncio.to_thread(asyncio.run, main())
+
+
+ALL_USES: dict[str, Use] = {
+    **VERBS,
+    **BOOTS,
+    "transaction": lambda repository: repository.transaction().__aenter__(),
+    "attempts.wait": lambda repository: repository.attempts.wait(timeout=timedelta(seconds=1)),
+    "inspect": lambda repository: repository.inspect(),
+    "close": lambda repository: repository.close(),
+}
+
+
+async def test_another_event_loop_is_refused_and_the_right_one_not_disturbed(lab: Lab) -> None:
+    """Whatever is tried there, beside what is done here, nothing of it closes, breaks or delays anything."""
+    async with lab.nothing_left(), lab.repository() as repository, asyncio.timeout(20):
+        busy = True
+
+        async def work() -> int:
+            done = 0
+            while busy:
+                await repository.attempts.enqueue("run")
+                done += 1
+            return done
+
+        working = asyncio.create_task(work())
+        for use in ALL_USES.values():
+            with pytest.raises(ConfigurationError, match="another event loop"):
+                await in_another_loop(use, repository)
+        busy = False
+        assert len(await repository.attempts.list(limit=10_000)) == await working > 0
+
+
+async def test_a_transactions_nouns_are_refused_to_another_event_loop(lab: Lab) -> None:
+    """They speak on the connection of this one."""
+    async with lab.repository() as repository:
+        async with repository.transaction() as transaction:
+
+            async def enqueue(_: object) -> object:
+                return await transaction.attempts.enqueue("run")
+
+            with pytest.raises(ConfigurationError, match="another event loop"):
+                await in_another_loop(enqueue, repository)
+            await transaction.attempts.enqueue("run", attempt_id="a")
+        assert [attempt.attempt_id for attempt in await repository.attempts.list()] == ["a"]
+
+
+async def test_a_boot_under_way_is_refused_to_another_event_loop(lab: Lab) -> None:
+    """It belongs to the loop that began it, which goes on with it."""
+    gate = Gate()
+    async with lab.nothing_left(), closing(lab.repository(before_migrate=gate)) as repository:
+        boot = asyncio.ensure_future(BOOTS["await"](repository))
+        await gate.reached.wait()
+        for use in (*BOOTS.values(), ALL_USES["close"], ALL_USES["inspect"]):
+            with pytest.raises(ConfigurationError, match="another event loop"):
+                await in_another_loop(use, repository)
+        gate.opened.set()
+        await boot
+        await repository.attempts.enqueue("run")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+async def test_a_loop_that_has_ended_is_named(lab: Lab) -> None:
+    """As after two asyncio.run(): whoever opens in one what it uses in the other. Closing then lets go of the rest."""
+    async with lab.nothing_left():
+        repository = lab.repository()
+        await in_another_loop(BOOTS["await"], repository)
+        for use in ALL_USES.values():
+            with pytest.raises(ConfigurationError, match="has ended"):
+                await use(repository)
+        with pytest.raises(RepositoryClosedError):
+            await repository
+
+
+async def test_what_failed_or_was_not_awaited_may_be_opened_in_another_loop(lab: Lab) -> None:
+    """Nothing of it belongs to the loop that is gone."""
+    fail = True
+
+    async def before_migrate() -> None:
+        if fail:
+            raise ZeroDivisionError
+
+    async with lab.nothing_left():
+        repository = lab.repository(before_migrate=before_migrate)
+        with pytest.raises(ZeroDivisionError):
+            await in_another_loop(BOOTS["await"], repository)
+        await in_another_loop(ALL_USES["inspect"], repository)
+        fail = False
+        async with repository:
+            await repository.attempts.enqueue("run")
+
+
+async def test_what_is_forgotten_in_another_thread_is_let_go_of_in_its_loop(lab: Lab) -> None:
+    """Transports and loops are not safe for threads."""
+    async with lab.nothing_left():
+        repositories = [await lab.repository()]
+        loop, seen = asyncio.get_running_loop(), set[int]()
+        call_soon = loop.call_soon
+
+        def noting(*args: Any, **options: Any) -> asyncio.Handle:
+            seen.add(threading.get_ident())
+            return call_soon(*args, **options)
+
+        loop.call_soon = noting  # type: ignore[method-assign, assignment]
+        try:
+            with pytest.warns(ResourceWarning, match="never closed"):
+                await asyncio.to_thread(forget, repositories)
+        finally:
+            del loop.call_soon
+        assert seen <= {threading.get_ident()}
+
+
+@on_postgres
+async def test_a_pool_of_another_event_loop_is_refused(lab: PostgresLab) -> None:
+    """Its connections would answer there."""
+    pool = await asyncpg.create_pool(lab.place.where, min_size=1, max_size=2)
+    async with pool:
+        repository = PostgresRuntimeRepository(pool, schema=lab.place.schema)
+        with pytest.raises(ConfigurationError, match="belongs to another event loop"):
+            await in_another_loop(BOOTS["await"], repository)
+        async with repository:
+            await repository.attempts.enqueue("run")
+
+
+@pytest.mark.parametrize("option", ["migrate", "backup", "listen"])
+@pytest.mark.parametrize("value", ["false", "no", 1, 0, None], ids=repr)
+def test_what_must_be_true_or_false_is_nothing_else(option: str, value: object) -> None:
+    """As it comes from the environment, "false" would be taken for true."""
+    made: dict[str, Callable[..., RuntimeRepository]] = {
+        "sqlite:///x.db": lambda **options: SqliteRuntimeRepository("x.db", **options),
+        "postgresql://h/db": lambda **options: PostgresRuntimeRepository("postgresql://h/db", **options),
+    }
+    absent = {"backup": "postgresql://h/db", "listen": "sqlite:///x.db"}.get(option)
+    for url, make in made.items():
+        if url != absent:
+            for attempt in (make, partial(repository_from_url, url)):
+                with pytest.raises(ConfigurationError, match=f"{option} is {value!r}: expected True or False"):
+                    attempt(**{option: value})
+
+
+@pytest.mark.parametrize("value", [True, 10**400, -1, float("nan"), "1"], ids=["bool", "huge", "less", "nan", "text"])
+def test_a_time_out_is_a_number_of_seconds(lab: Lab, value: Any) -> None:
+    """Also one that no clock could reach is refused, and not by the first that waits."""
+    with pytest.raises(ConfigurationError, match="expected a number of seconds"):
+        lab.repository(lock_timeout=value)
+
+
+async def take_a_backup(_where: str = "") -> None:
+    """A coroutine function."""
+
+
+class Backup:
+    """Both kinds of method."""
+
+    async def take(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+    def __call__(self) -> None:
+        pass
+
+
+def decorated() -> Any:
+    """A function that can be told to be a coroutine function."""
+
+    @wraps(take_a_backup)
+    def outer() -> object:
+        return take_a_backup()
+
+    return outer
+
+
+SYNC: dict[str, Any] = {
+    "function": time.sleep,
+    "method": Backup().forget,
+    "object": Backup(),
+    "class": Backup,
+    "partial": partial(print, "x"),
+    "coroutine": "not callable",
+}
+
+
+@pytest.mark.parametrize("value", SYNC.values(), ids=SYNC)
+def test_before_migrate_is_a_coroutine_function(lab: Lab, value: Any) -> None:
+    """What can be told to be none is refused before anything is opened."""
+    with pytest.raises(ConfigurationError, match=r"before_migrate is .*expected a coroutine function"):
+        lab.repository(before_migrate=value)
+
+
+async def test_before_migrate_may_be_dressed(lab: Lab) -> None:
+    """A partial, a lambda, a method, a decorated one and an object that is called."""
+    gate = Gate()
+    gate.opened.set()
+    dressed: list[Any] = [partial(take_a_backup, "x"), lambda: take_a_backup("x"), Backup().take, decorated(), gate]
+    for before_migrate in dressed:
+        another = lab.another()
+        async with another.repository(before_migrate=before_migrate) as repository:
+            assert len(repository.boot_report.applied) == 2
+
+
+async def test_a_before_migrate_that_returns_nothing_to_await_is_refused_by_the_boot(lab: Lab) -> None:
+    """Of a lambda it cannot be told before; nothing is migrated."""
+    async with lab.nothing_left():
+        before = await lab.snapshot()
+        with pytest.raises(ConfigurationError, match="before_migrate returned NoneType, nothing to await"):
+            await lab.repository(before_migrate=lambda: None)
+    assert await lab.snapshot() == before
+
+
+async def test_inspect_writes_nothing_and_needs_no_boot(lab: Lab) -> None:
+    """On an absent, an old, a current and a drifted store; afterwards the repository can still be awaited."""
+    for version in (0, 1, 2):
+        another = lab.another()
+        await another.lay(version)
+        before = await another.snapshot()
+        async with another.nothing_left():
+            repository = another.repository()
+            for _ in range(2):
+                status = await repository.inspect()
+            assert (status.found, status.supported, len(status.pending)) == (version, 2, 2 - version)
+            assert (status.refusal, status.differences) == (None, ())
+            assert json.loads(json.dumps(status.as_dict()))["found"] == version
+            assert "not awaited yet" in repr(repository)
+            refusal = (await another.repository(migrate=False).inspect()).refusal
+            assert (refusal is None) == (version == 2)
+        assert await another.snapshot() == before
+        if isinstance(another, SqliteLab) and not version:
+            assert not another.path.exists()
+    async with repository:
+        await another.execute(f"drop table {another.table('jobs')}")
+        status = await repository.inspect()
+        assert "jobs" in str(status.refusal)
+        assert any("jobs" in difference.object for difference in status.differences)
+    with pytest.raises(RepositoryClosedError):
+        await repository.inspect()
+
+
+async def test_inspect_sees_that_the_tables_of_an_open_repository_are_gone(lab: Lab) -> None:
+    """And puts none in their place."""
+    async with lab.repository() as repository:
+        await lab.wipe()
+        before = await lab.snapshot()
+        status = await repository.inspect()
+        assert (status.found, len(status.pending), status.refusal) == (0, 2, None)
+        assert await lab.snapshot() == before
+
+
+@pytest.mark.parametrize("way", ["close", "cancel"])
+async def test_a_boot_that_does_not_heed_its_cancellation_is_left_behind(lab: Lab, way: str) -> None:
+    """Whoever gives it up waits two seconds at most; its transaction is over, and another boot does not wait for it."""
+    let_go = asyncio.Event()
+
+    async def stubborn() -> None:
+        while not let_go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await let_go.wait()
+
+    async with lab.nothing_left():
+        repository = lab.repository(before_migrate=stubborn)
+        boots = [asyncio.ensure_future(boot(repository)) for boot in list(BOOTS.values())[: 3 if way == "close" else 1]]
+        await asyncio.wait(boots, timeout=0.3)
+        began = time.monotonic()
+        if way == "close":
+            await asyncio.gather(*(repository.close() for _ in range(3)))
+        else:
+            boots[0].cancel()
+        await asyncio.wait(boots)
+        assert time.monotonic() - began < 2.5
+        async with lab.repository(lock_timeout=1) as successor:
+            assert len(successor.boot_report.applied) == 2
+        if way == "cancel":
+            async with repository:
+                let_go.set()
+                await asyncio.sleep(0.1)
+                await repository.attempts.enqueue("run")
+        let_go.set()
+        await asyncio.gather(*boots, return_exceptions=True)
+
+
+@on_postgres
+@pytest.mark.parametrize("way", ["close", "cancel"])
+async def test_a_boot_on_a_silent_server_is_given_up(lab: PostgresLab, way: str) -> None:  # noqa: ARG001
+    """A server that accepts and says nothing holds up nobody who does not want to wait any more."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    port = silent.getsockname()[1]
+    repository = PostgresRuntimeRepository(f"postgresql://me@127.0.0.1:{port}/db")
+    boot = asyncio.ensure_future(BOOTS["await"](repository))
+    await asyncio.wait([boot], timeout=0.2)
+    async with asyncio.timeout(2.5):
+        if way == "close":
+            await repository.close()
+        boot.cancel()
+        await asyncio.wait([boot])
+    silent.close()
 
 
 async def test_a_repository_whose_boot_failed_needs_no_close(lab: Lab) -> None:

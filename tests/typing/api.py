@@ -38,6 +38,7 @@ from runtime_repo import (
     SchemaHistoryError,
     SchemaLockTimeoutError,
     SchemaReport,
+    SchemaStatus,
     SchemaTooNewError,
     SqliteRuntimeRepository,
     StepReport,
@@ -74,6 +75,12 @@ async def boot_is_reported(repo: RuntimeRepository) -> None:
     assert_type(report.waited, float)
     assert_type(report.backup, Path | None)
     assert_type(report.tolerated, tuple[Difference, ...])
+    status = await repo.inspect()
+    assert_type(status, SchemaStatus)
+    assert_type((status.found, status.supported, status.pending), tuple[int, int, tuple[str, ...]])
+    assert_type(status.differences, tuple[Difference, ...])
+    assert_type(status.refusal, str | None)
+    assert_type(status.as_dict(), dict[str, Any])
 
 
 async def a_worker_claims_and_finishes(repo: RuntimeRepository) -> None:
@@ -200,8 +207,10 @@ async def verbs_commit_together(embedded: SqliteRuntimeRepository, shared: Postg
         assert_type(await transaction.attempts.enqueue("run"), Attempt)
         await transaction.connection.execute("insert into orders (id) values (7)")
     connection = await asyncpg.connect()
-    async with shared.transaction(connection) as part, shared.transaction() as own:
-        assert_type((part, own), tuple[RuntimeTransaction, RuntimeTransaction])
+    async with shared.transaction(connection) as part:
+        assert_type(part, RuntimeTransaction)
+    async with shared.transaction() as own:
+        assert_type(own, RuntimeTransaction)
 
 
 async def errors_carry_their_numbers(repo: RuntimeRepository) -> Mapping[str, object]:
