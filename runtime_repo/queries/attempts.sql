@@ -249,7 +249,7 @@ with given as (
        set status         = 'completed',
            result_json    = locked.result_json,
            error          = null,
-           finished_at_ms = coalesce($2, {now_ms}),
+           finished_at_ms = (select coalesce($2, {now_ms})),
            ended_by       = 'complete'
       from locked
      where a.attempt_id    = locked.attempt_id

@@ -4,8 +4,11 @@
 -- Take up to as many attempts of one queue ($1) as there are lease ids ($4, a JSON array): the first among those that
 -- are ready and those that are due, skipping what a rival is claiming at this instant. What is due and not taken is
 -- promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no claim more
--- than that, and shrinks with each.
-with ready as (
+-- than that, and shrinks with each. Which lease id is whose is looked up in one object: what is chosen is thought to be one
+-- row, and joined to the attempts it would be read anew for each.
+with moment as (
+    select coalesce($5, {now_ms}) as at
+), ready as (
     select attempt_id, priority, enqueued_at_ms
       from {schema}.runtime_attempts
      where queue = $1
@@ -33,14 +36,14 @@ with ready as (
              order by priority desc, enqueued_at_ms, attempt_id
              limit json_array_length($4::text::json)) as first
 ), claimed as (
-    update {schema}.runtime_attempts as a
-       set status = 'leased', retry_at_ms = null, lease_version = a.lease_version + 1, worker_id = $2,
-           lease_id = given.lease_id, ended_by = null
-      from chosen
-      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = chosen.n
-     where a.attempt_id = any (array(select attempt_id from chosen))
-       and a.attempt_id = chosen.attempt_id
-    returning {attempt_of_a}
+    update {schema}.runtime_attempts
+       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+           lease_id = (select jsonb_object_agg(chosen.attempt_id, given.lease_id)
+                         from chosen
+                         join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n)
+                           on given.n = chosen.n) ->> attempt_id
+     where attempt_id = any (array(select attempt_id from chosen))
+    returning {attempt}
 ), promoted as (
     update {schema}.runtime_attempts
        set status = 'queued', retry_at_ms = null
@@ -48,19 +51,18 @@ with ready as (
 ), leased as (
     insert into {schema}.runtime_leases as l
            (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select lease_id, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
-           coalesce($5, {now_ms})
+    select lease_id, attempt_id, $2, (select at from moment) + $3::bigint, (select at from moment), lease_version,
+           (select at from moment)
       from claimed
         on conflict (attempt_id) do update
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
-    returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select {lease}
-  from leased as l
-  join claimed as a on a.attempt_id = l.attempt_id
- order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
+select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
+       (select at from moment) as claimed_at_ms, {attempt}
+  from claimed
+ order by priority desc, enqueued_at_ms, attempt_id;
 
 -- name: claim @sqlite
 -- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
@@ -109,7 +111,9 @@ select {lease}
 -- name: claim_from_several @postgres
 -- As above, from several queues ($1, a JSON array): so many of each in its index's order, then the first of those. An
 -- array compared with the queue would sort all that is ready.
-with ready as (
+with moment as (
+    select coalesce($5, {now_ms}) as at
+), ready as (
     select found.attempt_id, found.priority, found.enqueued_at_ms
       from json_array_elements_text($1::text::json) as named (queue)
      cross join lateral (
@@ -143,14 +147,14 @@ with ready as (
              order by priority desc, enqueued_at_ms, attempt_id
              limit json_array_length($4::text::json)) as first
 ), claimed as (
-    update {schema}.runtime_attempts as a
-       set status = 'leased', retry_at_ms = null, lease_version = a.lease_version + 1, worker_id = $2,
-           lease_id = given.lease_id, ended_by = null
-      from chosen
-      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = chosen.n
-     where a.attempt_id = any (array(select attempt_id from chosen))
-       and a.attempt_id = chosen.attempt_id
-    returning {attempt_of_a}
+    update {schema}.runtime_attempts
+       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+           lease_id = (select jsonb_object_agg(chosen.attempt_id, given.lease_id)
+                         from chosen
+                         join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n)
+                           on given.n = chosen.n) ->> attempt_id
+     where attempt_id = any (array(select attempt_id from chosen))
+    returning {attempt}
 ), promoted as (
     update {schema}.runtime_attempts
        set status = 'queued', retry_at_ms = null
@@ -158,19 +162,18 @@ with ready as (
 ), leased as (
     insert into {schema}.runtime_leases as l
            (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select lease_id, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
-           coalesce($5, {now_ms})
+    select lease_id, attempt_id, $2, (select at from moment) + $3::bigint, (select at from moment), lease_version,
+           (select at from moment)
       from claimed
         on conflict (attempt_id) do update
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
-    returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select {lease}
-  from leased as l
-  join claimed as a on a.attempt_id = l.attempt_id
- order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
+select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
+       (select at from moment) as claimed_at_ms, {attempt}
+  from claimed
+ order by priority desc, enqueued_at_ms, attempt_id;
 
 -- name: claim_from_several @sqlite
 -- As above. SQLite has no lateral join; a correlated IN does the same, behind a cross join: that is never turned round,
