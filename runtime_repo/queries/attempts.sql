@@ -264,16 +264,8 @@ with given as (
 select attempt_id, lease_version, lease_id from done;
 
 -- name: complete_many @sqlite
--- As above, in two statements of one transaction. The plus keeps SQLite from reading all that is leased or running.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select a.attempt_id
-             from json_each($1) as given
-             join {schema}.runtime_attempts as a
-               on a.attempt_id    = json_extract(given.value, '$.attempt_id')
-              and a.lease_version = json_extract(given.value, '$.token')
-              and a.lease_id      = json_extract(given.value, '$.lease_id')
-            where +a.status in ('leased', 'running'));
+-- As above, in two statements of one transaction; what is completed has no lease. The plus keeps SQLite from reading all
+-- that is leased or running.
 update {schema}.runtime_attempts as a
    set status         = 'completed',
        result_json    = given.result_json,
@@ -288,6 +280,12 @@ update {schema}.runtime_attempts as a
    and a.lease_id      = given.lease_id
    and +a.status in ('leased', 'running')
 returning attempt_id, lease_version, lease_id;
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select a.attempt_id
+             from json_each($1) as given
+             join {schema}.runtime_attempts as a on a.attempt_id = json_extract(given.value, '$.attempt_id')
+            where +a.status = 'completed');
 
 -- name: fail @postgres
 -- Record a failed try: try again after a delay ($4, NULL is never), unless this was the last one.

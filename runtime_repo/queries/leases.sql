@@ -97,11 +97,11 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
    set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
-update {schema}.runtime_attempts as a
-   set status = 'leased', lease_version = a.lease_version + 1, worker_id = $2, lease_id = l.lease_id, ended_by = null
-  from {schema}.runtime_leases as l
- where l.lease_id in (select value from json_each($4))
-   and a.attempt_id = l.attempt_id;
+update {schema}.runtime_attempts
+   set status = 'leased', lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+       lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
+ where attempt_id in (
+           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
@@ -219,11 +219,11 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
    set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
-update {schema}.runtime_attempts as a
-   set status = 'leased', lease_version = a.lease_version + 1, worker_id = $2, lease_id = l.lease_id, ended_by = null
-  from {schema}.runtime_leases as l
- where l.lease_id in (select value from json_each($4))
-   and a.attempt_id = l.attempt_id;
+update {schema}.runtime_attempts
+   set status = 'leased', lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+       lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
+ where attempt_id in (
+           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
@@ -430,10 +430,10 @@ select {lease}
  limit $3;
 
 -- name: holder
--- Who holds an attempt now, and under which token.
+-- Who holds an attempt now, and under which token. A lease that outlived a cancel holds nothing.
 select a.status, a.lease_version, a.lease_id, l.worker_id
   from {schema}.runtime_attempts as a
-  left join {schema}.runtime_leases as l on l.attempt_id = a.attempt_id
+  left join {schema}.runtime_leases as l on l.attempt_id = a.attempt_id and a.status in ('leased', 'running')
  where a.attempt_id = $1;
 
 -- name: park @postgres
