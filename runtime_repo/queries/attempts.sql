@@ -28,8 +28,9 @@ insert into {schema}.runtime_attempts
        (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
 select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
        coalesce($2, {now_ms})
-  from json_to_recordset($1::text::json) as given (attempt_id text, run_id text, retry_at_ms bigint, queue text,
-                                                   priority int, payload_json text, max_attempts int)
+  from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as given (
+           attempt_id pg_catalog.text, run_id pg_catalog.text, retry_at_ms bigint, queue pg_catalog.text, priority int,
+           payload_json pg_catalog.text, max_attempts int)
  order by attempt_id
     on conflict (attempt_id) do nothing
 returning attempt_id;
@@ -52,8 +53,9 @@ insert into {schema}.runtime_attempts
        (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
 select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
        coalesce($2, {now_ms})
-  from json_to_recordset($1::text::json) as given (attempt_id text, run_id text, retry_at_ms bigint, queue text,
-                                                   priority int, payload_json text, max_attempts int);
+  from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as given (
+           attempt_id pg_catalog.text, run_id pg_catalog.text, retry_at_ms bigint, queue pg_catalog.text, priority int,
+           payload_json pg_catalog.text, max_attempts int);
 
 -- name: enqueue_new @sqlite
 -- As above.
@@ -65,11 +67,12 @@ select json_extract(value, '$.attempt_id'), json_extract(value, '$.run_id'), 1, 
   from json_each($1);
 
 -- name: stored_many @postgres
--- As stored, for the ids of a JSON array, locked in the order of ids. An array is looked up in the index; IN (SELECT) can
--- become a scan.
+-- As stored, for the ids of a JSON array, locked in the order of ids. An array is looked up in the index; IN (SELECT)
+-- can become a scan.
 select {attempt}
   from {schema}.runtime_attempts
- where attempt_id = any (array(select value from json_array_elements_text($1::text::json)))
+ where attempt_id = any (array(
+           select value from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json)))
  order by attempt_id
    {durably};
 
@@ -85,8 +88,8 @@ select {attempt}
   from {schema}.runtime_attempts
  where run_id = $1
    and attempt_id > $2
-   and (cast($4 as text) is null or status = $4)
-   and (cast($5 as text) is null or queue = $5)
+   and (cast($4 as {pg_catalog}text) is null or status = $4)
+   and (cast($5 as {pg_catalog}text) is null or queue = $5)
  order by attempt_id
  limit $3;
 
@@ -96,7 +99,7 @@ select {attempt}
   from {schema}.runtime_attempts
  where status = $1
    and attempt_id > $2
-   and (cast($4 as text) is null or queue = $4)
+   and (cast($4 as {pg_catalog}text) is null or queue = $4)
  order by attempt_id
  limit $3;
 
@@ -105,7 +108,7 @@ select {attempt}
 select {attempt}
   from {schema}.runtime_attempts
  where attempt_id > $1
-   and (cast($3 as text) is null or queue = $3)
+   and (cast($3 as {pg_catalog}text) is null or queue = $3)
  order by attempt_id
  limit $2;
 
@@ -133,9 +136,10 @@ select {attempt}
  limit $2;
 
 -- name: next @postgres
--- When something of the queues ($1, a JSON array) can be claimed: NULL is never, as things stand. For EXISTS, which wants
--- no order, PostgreSQL reads the table if much is queued anywhere, and SQLite all that is; the order leads to the queue's.
-select min(case when (select attempt_id
+-- When something of the queues ($1, a JSON array) can be claimed: NULL is never, as things stand. For EXISTS, which
+-- wants no order, PostgreSQL reads the table if much is queued anywhere, and SQLite all that is; the order leads them to
+-- the queue's own.
+select pg_catalog.min(case when (select attempt_id
                         from {schema}.runtime_attempts
                        where queue = named.queue
                          and status = 'queued'
@@ -151,7 +155,7 @@ select min(case when (select attempt_id
                        order by retry_at_ms, attempt_id
                        limit 1) end) as next_ms,
        {now_ms} as now_ms
-  from json_array_elements_text($1::text::json) as named (queue);
+  from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue);
 
 -- name: next @sqlite
 -- As above: each takes JSON apart in its own way.
@@ -235,7 +239,8 @@ returning {attempt};
 -- leased.
 with given as (
     select attempt_id, token, lease_id, result_json
-      from json_to_recordset($1::text::json) as x (attempt_id text, token bigint, lease_id text, result_json text)
+      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
+               attempt_id pg_catalog.text, token bigint, lease_id pg_catalog.text, result_json pg_catalog.text)
 ), locked as (
     select a.attempt_id, given.token, given.lease_id, given.result_json
       from {schema}.runtime_attempts as a
@@ -416,14 +421,17 @@ returning attempt_id;
 -- name: stats
 -- How much there is to do, queue by queue; what is due counts as ready.
 select queue,
-       count(case when status in ('queued', 'retry_backoff') and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
-                  then 1 end) as ready,
-       count(case when status in ('queued', 'retry_backoff') and retry_at_ms > coalesce($1, {now_ms}) then 1 end)
-           as delayed,
-       count(case when status in ('leased', 'running') then 1 end) as leased,
+       {pg_catalog}count(case when status in ('queued', 'retry_backoff')
+                               and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
+                              then 1 end) as ready,
+       {pg_catalog}count(case when status in ('queued', 'retry_backoff')
+                               and retry_at_ms > coalesce($1, {now_ms})
+                              then 1 end) as delayed,
+       {pg_catalog}count(case when status in ('leased', 'running') then 1 end) as leased,
        coalesce($1, {now_ms})
-           - min(case when status in ('queued', 'retry_backoff') and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
-                      then enqueued_at_ms end) as oldest_age_ms
+           - {pg_catalog}min(case when status in ('queued', 'retry_backoff')
+                                   and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
+                                  then enqueued_at_ms end) as oldest_age_ms
   from {schema}.runtime_attempts
  where status in ('queued', 'leased', 'running', 'retry_backoff')
  group by queue

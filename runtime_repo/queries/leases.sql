@@ -4,8 +4,8 @@
 -- Take up to as many attempts of one queue ($1) as there are lease ids ($4, a JSON array): the first among those that
 -- are ready and those that are due, skipping what a rival is claiming at this instant. What is due and not taken is
 -- promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no claim more
--- than that, and shrinks with each. Which lease id is whose is looked up in one object: what is chosen is thought to be one
--- row, and joined to the attempts it would be read anew for each.
+-- than that, and shrinks with each. Which lease id is whose is looked up in one object: what is chosen is thought to be
+-- one row, and joined to the attempts it would be read anew for each.
 with moment as (
     select coalesce($5, {now_ms}) as at
 ), ready as (
@@ -15,7 +15,7 @@ with moment as (
        and status = 'queued'
        and retry_at_ms is null
      order by priority desc, enqueued_at_ms, attempt_id
-     limit json_array_length($4::text::json)
+     limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
        for update skip locked
 ), due as (
     select attempt_id, priority, enqueued_at_ms
@@ -25,23 +25,23 @@ with moment as (
        and retry_at_ms is not null
        and retry_at_ms <= coalesce($5, {now_ms})
      order by retry_at_ms, attempt_id
-     limit json_array_length($4::text::json)
+     limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
        for update skip locked
 ), chosen as (
-    select attempt_id, row_number() over () as n
+    select attempt_id, pg_catalog.row_number() over () as n
       from (select attempt_id
               from (select attempt_id, priority, enqueued_at_ms from ready
                      union all
                     select attempt_id, priority, enqueued_at_ms from due) as candidates
              order by priority desc, enqueued_at_ms, attempt_id
-             limit json_array_length($4::text::json)) as first
+             limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)) as first
 ), claimed as (
     update {schema}.runtime_attempts
        set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2, ended_by = null,
-           lease_id = (select jsonb_object_agg(chosen.attempt_id, given.lease_id)
+           lease_id = (select pg_catalog.jsonb_object_agg(chosen.attempt_id, given.lease_id)
                          from chosen
-                         join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n)
-                           on given.n = chosen.n) ->> attempt_id
+                         join pg_catalog.json_array_elements_text($4::pg_catalog.text::pg_catalog.json) with ordinality
+                                  as given (lease_id, n) on given.n = chosen.n) ->> attempt_id
      where attempt_id = any (array(select attempt_id from chosen))
     returning {attempt}
 ), promoted as (
@@ -115,7 +115,7 @@ with moment as (
     select coalesce($5, {now_ms}) as at
 ), ready as (
     select found.attempt_id, found.priority, found.enqueued_at_ms
-      from json_array_elements_text($1::text::json) as named (queue)
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
      cross join lateral (
                select attempt_id, priority, enqueued_at_ms
                  from {schema}.runtime_attempts
@@ -123,11 +123,11 @@ with moment as (
                   and status = 'queued'
                   and retry_at_ms is null
                 order by priority desc, enqueued_at_ms, attempt_id
-                limit json_array_length($4::text::json)
+                limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
                   for update skip locked) as found
 ), due as (
     select found.attempt_id, found.priority, found.enqueued_at_ms
-      from json_array_elements_text($1::text::json) as named (queue)
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
      cross join lateral (
                select attempt_id, priority, enqueued_at_ms
                  from {schema}.runtime_attempts
@@ -136,23 +136,23 @@ with moment as (
                   and retry_at_ms is not null
                   and retry_at_ms <= coalesce($5, {now_ms})
                 order by retry_at_ms, attempt_id
-                limit json_array_length($4::text::json)
+                limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
                   for update skip locked) as found
 ), chosen as (
-    select attempt_id, row_number() over () as n
+    select attempt_id, pg_catalog.row_number() over () as n
       from (select attempt_id
               from (select attempt_id, priority, enqueued_at_ms from ready
                      union all
                     select attempt_id, priority, enqueued_at_ms from due) as candidates
              order by priority desc, enqueued_at_ms, attempt_id
-             limit json_array_length($4::text::json)) as first
+             limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)) as first
 ), claimed as (
     update {schema}.runtime_attempts
        set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2, ended_by = null,
-           lease_id = (select jsonb_object_agg(chosen.attempt_id, given.lease_id)
+           lease_id = (select pg_catalog.jsonb_object_agg(chosen.attempt_id, given.lease_id)
                          from chosen
-                         join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n)
-                           on given.n = chosen.n) ->> attempt_id
+                         join pg_catalog.json_array_elements_text($4::pg_catalog.text::pg_catalog.json) with ordinality
+                                  as given (lease_id, n) on given.n = chosen.n) ->> attempt_id
      where attempt_id = any (array(select attempt_id from chosen))
     returning {attempt}
 ), promoted as (
@@ -286,12 +286,14 @@ with mine as (
       from {schema}.runtime_attempts
      where attempt_id in (
                select attempt_id from {schema}.runtime_leases
-                where lease_id in (select value from json_array_elements_text($1::text::json)))
+                where lease_id in (
+                          select value
+                            from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json)))
      order by attempt_id
        for update
 ), ended as (
     delete from {schema}.runtime_leases
-     where lease_id in (select value from json_array_elements_text($1::text::json))
+     where lease_id in (select value from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json))
        and attempt_id in (select attempt_id from mine)
     returning attempt_id, version, lease_id
 )
@@ -340,7 +342,8 @@ returning heartbeat_at_ms, lease_expires_at_ms;
 -- writes several leases.
 with given as (
     select lease_id, attempt_id, token
-      from json_to_recordset($1::text::json) as x (lease_id text, attempt_id text, token bigint)
+      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
+               lease_id pg_catalog.text, attempt_id pg_catalog.text, token bigint)
 ), locked as (
     select given.lease_id, given.token
       from {schema}.runtime_attempts as a
