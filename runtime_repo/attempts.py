@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from runtime_repo.database import Gate, Queries
@@ -14,6 +15,7 @@ from runtime_repo.errors import (
     LeaseLostError,
     NotFoundError,
 )
+from runtime_repo.fencing import ended
 from runtime_repo.records import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_QUEUE,
@@ -261,6 +263,8 @@ class Attempts:
         rows = await self._queries.fetch(
             "attempts.complete", lease.attempt_id, lease.version, to_json("result", result), instant_ms("now", now)
         )
+        if rows:
+            self._queries.after_commit(partial(ended, [lease.lease_id]))
         return attempt_from_row(rows[0]) if rows else await repeated(self._queries, lease, "complete")
 
     async def complete_many(
@@ -286,6 +290,8 @@ class Attempts:
             return []
         rows = await self._queries.fetch("attempts.complete_many", _array(given.values()), instant_ms("now", now))
         held = {(row["attempt_id"], row["lease_version"]) for row in rows}
+        mine = [lease.lease_id for lease, _ in pairs if (lease.attempt_id, lease.version) in held]
+        self._queries.after_commit(partial(ended, mine))
         rest = {attempt_id for attempt_id, _ in given.keys() - held}
         before = {
             (attempt.attempt_id, attempt.lease_version)
@@ -324,6 +330,7 @@ class Attempts:
             instant_ms("now", now),
         )
         if rows:
+            self._queries.after_commit(partial(ended, [lease.lease_id]))
             attempt = attempt_from_row(rows[0])
             if attempt.retry_at is not None:
                 self._queries.tell([attempt.queue])

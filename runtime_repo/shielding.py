@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-__all__ = ["CLEAN_UP", "finish", "settle"]
+__all__ = ["CLEAN_UP", "finish", "leave", "settle"]
 
 T = TypeVar("T")
 
@@ -51,16 +51,16 @@ async def settle(future: "asyncio.Future[T]", *, within: float = CLEAN_UP) -> T:
             while not future.done() and (left := deadline - loop.time()) > 0:
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([future], timeout=left)
-        _leave(future)
+        leave(future)
         raise
     if not future.done():
-        _leave(future)
+        leave(future)
         raise TimeoutError
     return future.result()
 
 
-def _leave(future: "asyncio.Future[Any]") -> None:
-    """Nobody waits for it any more: let it end by itself, and let its error be no news."""
+def leave(future: "asyncio.Future[Any]") -> None:
+    """Cancel what nobody waits for any more: it ends by itself, and its error is no news."""
     _left.add(future)
     future.add_done_callback(_ended)
     future.cancel()
