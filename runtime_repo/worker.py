@@ -400,8 +400,8 @@ class Worker:
         except LeaseLostError as error:
             _log.debug("worker %s need not release an attempt: %s", self.worker_id, error)
         except RuntimeRepoError as error:
-            self._outages.failed(lease, "release an attempt", error)
-            self._outages.given_up(lease)
+            self._outages.failed(lease.lease_id, "release an attempt", error)
+            self._outages.given_up(lease.lease_id)
 
     def _fall(self, error: BaseException) -> None:
         """End at once with *error*, and release what runs."""
