@@ -1,8 +1,9 @@
 """
 API keys: who may use the application.
 
-A secret is hashed by scrypt, which takes 66 ms and 16 MiB: in threads, a few at once, whatever is asked of them. It is
-stored nowhere, and while it is here it is in an object whose repr is redacted, since a traceback may show its locals.
+A secret is hashed by scrypt, which takes a third of a second and 16 MiB: in threads, a few at once, for which only so
+many may wait, whatever is asked of them. It is stored nowhere, and while it is here it is in an object whose repr is
+redacted, since a traceback may show its locals.
 """
 
 import asyncio
@@ -10,7 +11,6 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -20,31 +20,46 @@ import anyio
 from anyio.lowlevel import RunVar
 
 from runtime_repo.database import Queries
-from runtime_repo.errors import ConfigurationError, NotFoundError
-from runtime_repo.records import ApiKey, ApiKeyStatus, api_key_from_row
+from runtime_repo.errors import ConfigurationError, NotFoundError, OverloadedError
+from runtime_repo.records import ApiKey, ApiKeyStatus, Page, api_key_from_row, page
 from runtime_repo.shielding import settle
-from runtime_repo.values import check_after, check_count, check_id, instant_ms, is_text
+from runtime_repo.values import check_after, check_count, check_id, instant_ms, is_text, written
 
 __all__ = ["ApiKeys"]
 
 MAX_SECRET_LENGTH = 1024
 
-_N = 2**14
+_COST = (2**14, 8, 5)
+"""
+scrypt's n, r and p of a new hash: today's guidance (OWASP, Password Storage) where 16 MiB must do. They are stored
+with each, so that a later release may raise them.
+"""
+
 _SALT_BYTES = 16
 _DIGEST_BYTES = 32
-_FORM = re.compile(r"scrypt\$(16384|32768|65536)\$8\$1\$([0-9a-f]{32})\$([0-9a-f]{64})")
+_FORM = re.compile(r"scrypt\$(16384|32768|65536)\$(8)\$([1-9]|1[0-6])\$([0-9a-f]{32})\$([0-9a-f]{64})")
 """
-What is stored of a secret: scrypt's n, r and p, the salt and the digest. A later release may raise n. A hash that is
-cheaper than ours is as unknown as one so expensive that a damaged row could stop the process.
+What is stored of a secret: scrypt's n, r and p, the salt and the digest. A hash that is cheaper than any of ours was is
+as unknown as one so expensive that a damaged row could stop the process.
 """
+
+_MOST_WORK = 8 * _COST[0] * _COST[2]
+"""Of n times p."""
 
 _AT_ONCE = 4
 """How many hashes an event loop's threads compute at once."""
+
+_MOST_WAITING = 64
+"""How many may wait for one of these threads."""
 
 _LONGEST = 60.0
 """Seconds after which a hash is given up."""
 
 _turns: RunVar[anyio.CapacityLimiter] = RunVar("runtime_repo.api_keys")
+
+
+_Cost = tuple[int, int, int]
+"""n, r and p."""
 
 
 class ApiKeys:
@@ -67,7 +82,8 @@ class ApiKeys:
         same secret again.
 
         Raises:
-            RuntimeRepoError: The stored key has an unknown status. It was left as it is.
+            UnreadableRowError: The stored key has an unknown status. It was left as it is.
+            OverloadedError: 64 hashes wait to be computed already.
         """
         given = _Secret(secret)
         del secret
@@ -80,7 +96,7 @@ class ApiKeys:
         async with self._queries.atomic() as queries:
             rows = await queries.fetch("api_keys.put", key_id, role, str(hashed), at)
             # An unknown status fails here, within the transaction.
-            return api_key_from_row(rows[0])
+            return api_key_from_row(written(rows, f"API key {key_id!r}"))
 
     async def get(self, key_id: str) -> ApiKey:
         """
@@ -107,6 +123,9 @@ class ApiKeys:
         (as a version 1 may have left), and to what no key could be, an empty secret for one: what a stranger sends is
         no mistake of the caller's. Whichever key is named, the work is the same, so that the time taken does not tell
         which exist.
+
+        Raises:
+            OverloadedError: 64 hashes wait to be computed already: answer that the server is busy (503).
         """
         offered = _Secret(secret)
         del secret
@@ -117,7 +136,7 @@ class ApiKeys:
             return None
         rows = await self._queries.fetch("api_keys.credentials", key_id)
         stored = _Hash.parse(rows[0]["secret_hash"]) if rows else None
-        matches = await (stored or _NOBODYS).matches(offered)
+        matches = await (stored or _nobodys()).matches(offered)
         if stored is None or not matches or rows[0]["status"] != ApiKeyStatus.ACTIVE:
             return None
         return api_key_from_row(rows[0])
@@ -134,7 +153,7 @@ class ApiKeys:
 
         Raises:
             NotFoundError: There is none with this id.
-            RuntimeRepoError: The stored key has an unknown status. It was left as it is.
+            UnreadableRowError: The stored key has an unknown status. It was left as it is.
         """
         if not isinstance(active, bool):
             raise ConfigurationError(f"active is {active!r}: expected True or False")
@@ -155,17 +174,22 @@ class ApiKeys:
         Inactive keys count, so that to deactivate the last one does not open the door of the first boot again.
         """
         rows = await self._queries.fetch("api_keys.any")
-        return bool(rows[0]["found"])
+        return bool(written(rows, "the look for a key")["found"])
 
-    async def list(self, *, after: str = "", limit: int = 100) -> Sequence[ApiKey]:
+    async def list(self, *, after: str = "", limit: int = 100) -> Page[ApiKey]:
         """
         Return one page of the keys, ordered by id.
 
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
-        text may differ between databases.
+        text may differ between databases. What cannot be read is left out, and told in the page's ``unreadable``.
         """
-        rows = await self._queries.fetch("api_keys.list", check_after(after), check_count("limit", limit))
-        return [api_key_from_row(row) for row in rows]
+        return await page(
+            lambda after, limit: self._queries.fetch("api_keys.list", after, limit),
+            api_key_from_row,
+            after=check_after(after),
+            limit=check_count("limit", limit),
+            place=lambda row: row["key_id"],
+        )
 
 
 class _Secret:
@@ -189,18 +213,27 @@ class _Secret:
             return
         raise ConfigurationError(f"secret is {found}: expected 1 to {MAX_SECRET_LENGTH} characters without NUL")
 
-    def scrypt(self, n: int, salt: bytes) -> bytes:
+    def scrypt(self, cost: _Cost, salt: bytes) -> bytes:
         """Compute its digest, which takes long and lets other threads run."""
+        n, r, p = cost
         return hashlib.scrypt(
-            self._text.encode(), salt=salt, n=n, r=8, p=1, maxmem=2 * 128 * 8 * n, dklen=_DIGEST_BYTES
+            self._text.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * 128 * r * n, dklen=_DIGEST_BYTES
         )
+
+    def scrypt_evenly(self, cost: _Cost, salt: bytes) -> bytes:
+        """The same, and as much work for a hash of an older release as for one of today."""
+        digest = self.scrypt(cost, salt)
+        (n, r, p), (today, _, parts) = cost, _COST
+        if (missing := (today * parts - n * p) // today) > 0:
+            self.scrypt((today, r, missing), salt)
+        return digest
 
 
 @dataclass(frozen=True, slots=True)
 class _Hash:
     """What is stored of a secret."""
 
-    n: int
+    cost: _Cost
     salt: bytes = field(repr=False)
     digest: bytes = field(repr=False)
 
@@ -208,24 +241,29 @@ class _Hash:
     async def of(cls, secret: _Secret) -> Self:
         """Hash a secret, with a salt of its own."""
         salt = secrets.token_bytes(_SALT_BYTES)
-        return cls(_N, salt, await _in_turn(partial(secret.scrypt, _N, salt)))
+        return cls(_COST, salt, await _in_turn(partial(secret.scrypt, _COST, salt)))
 
     @classmethod
     def parse(cls, text: object) -> Self | None:
         """The hash that is stored as *text*, or None if its form is unknown."""
         match = _FORM.fullmatch(str(text))
-        return match and cls(int(match[1]), bytes.fromhex(match[2]), bytes.fromhex(match[3]))
+        if match is None or int(match[1]) * int(match[3]) > _MOST_WORK:
+            return None
+        cost = int(match[1]), int(match[2]), int(match[3])
+        return cls(cost, bytes.fromhex(match[4]), bytes.fromhex(match[5]))
 
     def __str__(self) -> str:
-        return f"scrypt${self.n}$8$1${self.salt.hex()}${self.digest.hex()}"
+        n, r, p = self.cost
+        return f"scrypt${n}${r}${p}${self.salt.hex()}${self.digest.hex()}"
 
     async def matches(self, secret: _Secret) -> bool:
         """Whether it is this secret's, compared in constant time."""
-        return hmac.compare_digest(await _in_turn(partial(secret.scrypt, self.n, self.salt)), self.digest)
+        return hmac.compare_digest(await _in_turn(partial(secret.scrypt_evenly, self.cost, self.salt)), self.digest)
 
 
-_NOBODYS = _Hash(_N, secrets.token_bytes(_SALT_BYTES), secrets.token_bytes(_DIGEST_BYTES))
-"""Compared with where no hash is stored, for the sake of the work."""
+def _nobodys() -> _Hash:
+    """Compared with where no hash is stored, for the sake of the work."""
+    return _Hash(_COST, secrets.token_bytes(_SALT_BYTES), secrets.token_bytes(_DIGEST_BYTES))
 
 
 async def _in_turn(work: partial[bytes]) -> bytes:
@@ -234,6 +272,8 @@ async def _in_turn(work: partial[bytes]) -> bytes:
         turns = _turns.get()
     except LookupError:
         _turns.set(turns := anyio.CapacityLimiter(_AT_ONCE))
+    if turns.statistics().tasks_waiting >= _MOST_WAITING:
+        raise OverloadedError(f"{_MOST_WAITING} secrets wait to be hashed already: try again later")
     async with turns:
         # A thread can't be stopped: whoever is cancelled waits for it, or those that began next would be too many.
         hashing = asyncio.ensure_future(anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1)))

@@ -1,21 +1,22 @@
 """Attempts: units of work that are enqueued, tried under a lease, and finished once."""
 
+import asyncio
 import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any
 
-from runtime_repo.database import Gate, Queries
+from runtime_repo import fencing
+from runtime_repo.database import Gate, Queries, Row
 from runtime_repo.errors import (
     ConfigurationError,
+    DatabaseUnavailableError,
     InvalidTransitionError,
-    LeaseLostError,
     NotFoundError,
 )
-from runtime_repo.fencing import ended
+from runtime_repo.fencing import check_lease, refused, repeated
 from runtime_repo.records import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_QUEUE,
@@ -23,30 +24,44 @@ from runtime_repo.records import (
     AttemptStatus,
     Lease,
     NewAttempt,
+    Page,
     QueueStats,
     RetryPolicy,
     attempt_from_row,
+    page,
+    readable,
     stats_from_row,
 )
 from runtime_repo.values import (
     as_read,
+    canonical,
     check_after,
+    check_batch,
     check_choice,
     check_count,
     check_id,
+    check_iterable,
     check_same,
     instant_ms,
     new_id,
     new_ids,
     queue_names,
+    skipped,
     span_ms,
     storable,
     to_json,
+    written,
 )
 
 __all__ = ["Attempts"]
 
-MAX_BATCH_BYTES = 64 * 1024 * 1024
+MAX_ERROR_LENGTH = 1024 * 1024
+
+_LONGEST_LOOK = 5.0
+"""Seconds that one look of ``wait`` may take, before it is known that the database has fallen silent."""
+
+_Token = tuple[str, int, str]
+"""What a lease is known by: its attempt, its fencing token and its id."""
 
 _IDENTITY = ("run_id", "queue", "payload_json")
 """What the same id must have in common, to be the same attempt."""
@@ -56,8 +71,8 @@ class Attempts:
     """
     The verbs on attempts. Every write is safe to repeat: a call that was cancelled or timed out may have happened.
 
-    Payloads and results are JSON of at most 16 MiB, ids and names have 1 to 512 characters without NUL; whatever cannot
-    be stored raises ``ConfigurationError`` before anything is written.
+    Payloads and results are JSON of at most 16 MiB and 100 levels, ids and names have 1 to 512 bytes of UTF-8 without
+    NUL; whatever cannot be stored raises ``ConfigurationError`` before anything is written.
 
     *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
     """
@@ -93,7 +108,7 @@ class Attempts:
         self._queries.tell([queue])
         if rows:
             return attempt_from_row(rows[0])
-        stored = await self.get(given["attempt_id"])
+        stored = attempt_from_row(written(await self._stored(given["attempt_id"]), f"attempt {given['attempt_id']!r}"))
         _check_same(stored, given)
         return stored
 
@@ -112,7 +127,7 @@ class Attempts:
         given: dict[str, dict[str, Any]] = {}
         order = []
         all_new = True
-        for new in attempts:
+        for new in check_iterable("attempts", attempts, "of NewAttempt"):
             if not isinstance(new, NewAttempt):
                 raise ConfigurationError(f"an attempt is {new!r}: expected a NewAttempt")
             all_new = all_new and new.attempt_id is None
@@ -121,11 +136,7 @@ class Attempts:
             before = given.setdefault(columns["attempt_id"], columns)
             if before is not columns:
                 check_same("attempt", columns["attempt_id"], {name: before[name] for name in _IDENTITY}, columns)
-        size = sum(len(columns["payload_json"] or "") for columns in given.values())
-        if size > MAX_BATCH_BYTES:
-            raise ConfigurationError(
-                f"the payloads are {size} bytes of JSON together: expected at most {MAX_BATCH_BYTES}; use more calls"
-            )
+        check_batch("payloads", 0, sum(len(columns["payload_json"] or "") for columns in given.values()))
         if not given:
             return []
         arguments = (_array(given.values()), instant_ms("now", now))
@@ -135,8 +146,12 @@ class Attempts:
             async with self._queries.atomic() as queries:
                 rows = await queries.fetch("attempts.enqueue_many", *arguments)
                 known = given.keys() - {row["attempt_id"] for row in rows}
-                for stored in await _find_many(queries, known):
+                for row in await _stored_many(queries, known):
+                    stored = attempt_from_row(row)
                     _check_same(stored, given[stored.attempt_id])
+                    known.remove(stored.attempt_id)
+                if known:
+                    raise skipped(f"attempt {min(known)!r}")
         self._queries.tell({columns["queue"] for columns in given.values()})
         return order
 
@@ -157,6 +172,10 @@ class Attempts:
         rows = await self._queries.fetch("attempts.find", check_id("attempt_id", attempt_id))
         return attempt_from_row(rows[0]) if rows else None
 
+    async def _stored(self, attempt_id: str) -> Sequence[Row]:
+        """What an answer to a repeated call is made from: it waits for the standbys, as the first call did."""
+        return await self._queries.fetch("attempts.stored", check_id("attempt_id", attempt_id))
+
     async def list(
         self,
         *,
@@ -165,39 +184,46 @@ class Attempts:
         queue: str | None = None,
         after: str = "",
         limit: int = 100,
-    ) -> Sequence[Attempt]:
+    ) -> Page[Attempt]:
         """
         Return one page of the attempts of a run, a status or a queue, or of all, ordered by id.
 
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
         text may differ between databases. A run and a status are looked up; a queue alone reads past what is of others.
+        What cannot be read is left out, and told in the page's ``unreadable``.
         """
-        page = (check_after(after), check_count("limit", limit))
         wanted = None if status is None else check_choice("status", AttemptStatus, status)
         of_queue = None if queue is None else check_id("queue", queue)
+        query, which, rest = "attempts.list_all", tuple[str, ...](), tuple[str | None, ...]((of_queue,))
         if run_id is not None:
-            rows = await self._queries.fetch(
-                "attempts.list_by_run", check_id("run_id", run_id), *page, wanted, of_queue
-            )
+            query, which, rest = "attempts.list_by_run", (check_id("run_id", run_id),), (wanted, of_queue)
         elif wanted is not None:
-            rows = await self._queries.fetch("attempts.list_by_status", wanted, *page, of_queue)
-        else:
-            rows = await self._queries.fetch("attempts.list_all", *page, of_queue)
-        return [attempt_from_row(row) for row in rows]
+            query, which = "attempts.list_by_status", (wanted,)
+        return await page(
+            lambda after, limit: self._queries.fetch(query, *which, after, limit, *rest),
+            attempt_from_row,
+            after=check_after(after),
+            limit=check_count("limit", limit),
+            place=lambda row: row["attempt_id"],
+        )
 
     async def list_dispatchable(
         self, *, queue: str = DEFAULT_QUEUE, limit: int = 100, now: datetime | None = None
-    ) -> Sequence[Attempt]:
+    ) -> Page[Attempt]:
         """
         Return what claims could take from a queue, in their order: the highest priority first, then the oldest.
 
         Of delayed attempts whose time has come and that no claim has promoted yet, the longest due are among them, at
         most *limit*. Nothing is locked, so by the time of a claim somebody else may have taken them.
         """
-        rows = await self._queries.fetch(
-            "attempts.list_dispatchable", check_id("queue", queue), check_count("limit", limit), instant_ms("now", now)
+        of_queue, at = check_id("queue", queue), instant_ms("now", now)
+        return await page(
+            lambda _, limit: self._queries.fetch("attempts.list_dispatchable", of_queue, limit, at),
+            attempt_from_row,
+            after=None,
+            limit=check_count("limit", limit),
+            place=lambda _: None,
         )
-        return [attempt_from_row(row) for row in rows]
 
     async def wait(
         self,
@@ -223,7 +249,7 @@ class Attempts:
         begun_ms = instant_ms("now", now)
         async with self._queries.watch(names) as watch:
             while True:
-                (row,) = await self._queries.fetch("attempts.next", json.dumps(names))
+                row = await self._look(names)
                 now_ms = row["now_ms"] if begun_ms is None else begun_ms + (time.monotonic() - begun) * 1000
                 due = math.inf if row["next_ms"] is None else (row["next_ms"] - now_ms) / 1000
                 if due <= 0:
@@ -233,10 +259,19 @@ class Attempts:
                     return False
                 await watch.change(min(left, due))
 
-    async def stats(self, *, now: datetime | None = None) -> Sequence[QueueStats]:
+    async def _look(self, queues: Sequence[str]) -> Row:
+        """When something can be claimed, or an error: a wait must notice that nobody answers."""
+        try:
+            async with asyncio.timeout(_LONGEST_LOOK):
+                return written(await self._queries.fetch("attempts.next", json.dumps(queues)), "the look at the queues")
+        except TimeoutError:
+            raise DatabaseUnavailableError(
+                f"the database gave no answer within {_LONGEST_LOOK} s: check that it runs and can be reached from here"
+            ) from None
+
+    async def stats(self, *, now: datetime | None = None) -> Page[QueueStats]:
         """Return how much there is to do in each queue that has anything, by name. It reads all that is not final."""
-        rows = await self._queries.fetch("attempts.stats", instant_ms("now", now))
-        return [stats_from_row(row) for row in rows]
+        return readable(await self._queries.fetch("attempts.stats", instant_ms("now", now)), stats_from_row)
 
     async def start(self, lease: Lease, *, now: datetime | None = None) -> Attempt:
         """
@@ -245,9 +280,12 @@ class Attempts:
         Raises:
             LeaseLostError: The attempt is no longer this lease's: do not begin.
         """
-        rows = await self._queries.fetch("attempts.start", lease.attempt_id, lease.version, instant_ms("now", now))
+        check_lease(lease)
+        rows = await self._queries.fetch(
+            "attempts.start", lease.attempt_id, lease.version, lease.lease_id, instant_ms("now", now)
+        )
         if not rows:
-            raise await lost(self._queries, lease)
+            raise await refused(self._queries, lease)
         return attempt_from_row(rows[0])
 
     async def complete(self, lease: Lease, result: Any = None, *, now: datetime | None = None) -> Attempt:
@@ -260,12 +298,18 @@ class Attempts:
         Raises:
             LeaseLostError: The attempt is no longer this lease's to finish: discard the result.
         """
+        check_lease(lease)
         rows = await self._queries.fetch(
-            "attempts.complete", lease.attempt_id, lease.version, to_json("result", result), instant_ms("now", now)
+            "attempts.complete",
+            lease.attempt_id,
+            lease.version,
+            to_json("result", result),
+            instant_ms("now", now),
+            lease.lease_id,
         )
-        if rows:
-            self._queries.after_commit(partial(ended, [lease.lease_id]))
-        return attempt_from_row(rows[0]) if rows else await repeated(self._queries, lease, "complete")
+        attempt = attempt_from_row(rows[0]) if rows else await repeated(self._queries, lease, "complete")
+        self._queries.after_commit(lambda: fencing.ended([lease.lease_id]))
+        return attempt
 
     async def complete_many(
         self, results: Iterable[tuple[Lease, Any]], *, now: datetime | None = None
@@ -274,31 +318,39 @@ class Attempts:
         Finish many attempts in one statement, and say for each, in the order given, whether its lease held.
 
         As ``complete`` for each, but a lost lease is an answer, not an error: its result was discarded, and the others
-        are finished all the same. Repeating the call gives the same answers.
+        are finished all the same. Repeating the call gives the same answers. At most 10,000 at once, whose results may
+        have 64 MiB of JSON together.
         """
-        pairs = list(results)
-        given = {
-            (lease.attempt_id, lease.version): {
-                "attempt_id": lease.attempt_id,
-                "token": lease.version,
-                "result_json": to_json("result", result),
-            }
+        pairs = _pairs(results)
+        given: dict[_Token, dict[str, Any]] = {}
+        size = 0
+        for lease, result in pairs:
+            check_lease(lease)
+            text = to_json("result", result)
+            size += len(text or "")
             # Of a lease that is given twice the first result counts, as in two calls.
-            for lease, result in reversed(pairs)
-        }
+            given.setdefault(
+                (lease.attempt_id, lease.version, lease.lease_id),
+                {
+                    "attempt_id": lease.attempt_id,
+                    "token": lease.version,
+                    "lease_id": lease.lease_id,
+                    "result_json": text,
+                },
+            )
+        check_batch("results", len(pairs), size)
         if not given:
             return []
         rows = await self._queries.fetch("attempts.complete_many", _array(given.values()), instant_ms("now", now))
-        held = {(row["attempt_id"], row["lease_version"]) for row in rows}
-        mine = [lease.lease_id for lease, _ in pairs if (lease.attempt_id, lease.version) in held]
-        self._queries.after_commit(partial(ended, mine))
-        rest = {attempt_id for attempt_id, _ in given.keys() - held}
-        before = {
-            (attempt.attempt_id, attempt.lease_version)
-            for attempt in await _find_many(self._queries, rest)
-            if attempt.status is AttemptStatus.COMPLETED
-        }
-        return [(lease.attempt_id, lease.version) in held | before for lease, _ in pairs]
+        held = {_token(row) for row in rows}
+        rest = given.keys() - held
+        for row in await _stored_many(self._queries, {attempt_id for attempt_id, _, _ in rest}):
+            if row["ended_by"] == "complete":
+                held.add(_token(row))
+            elif _token(row) in rest and row["status"] in (AttemptStatus.LEASED, AttemptStatus.RUNNING):
+                raise skipped(f"attempt {row['attempt_id']!r}")
+        self._queries.after_commit(lambda: fencing.ended(lease_id for _, _, lease_id in held & given.keys()))
+        return [(lease.attempt_id, lease.version, lease.lease_id) in held for lease, _ in pairs]
 
     async def fail(
         self,
@@ -312,12 +364,15 @@ class Attempts:
         Record that this try failed, and end the lease.
 
         With *retry_in*, a delay or a policy that knows one for this try, the attempt becomes ready again after that
-        delay, unless this was try number ``max_attempts``; without it the attempt has failed for good. Repeating the
-        call with the same lease returns the attempt, unless it was claimed, cancelled or retried by hand since.
+        delay, unless this was try number ``max_attempts``; without it the attempt has failed for good. What the
+        database cannot store of *error* is replaced, and what is beyond its first million characters is cut, so that
+        a failure can always be recorded. Repeating the call with the same lease returns the attempt, unless it was
+        claimed, cancelled or retried by hand since.
 
         Raises:
             LeaseLostError: The attempt is no longer this lease's to fail.
         """
+        check_lease(lease)
         if not isinstance(error, str):
             raise ConfigurationError(f"error is {error!r}: expected text")
         delay = retry_in.delay(lease.attempt.attempt_no) if isinstance(retry_in, RetryPolicy) else retry_in
@@ -325,17 +380,16 @@ class Attempts:
             "attempts.fail",
             lease.attempt_id,
             lease.version,
-            storable(error),
+            storable(error if len(error) <= MAX_ERROR_LENGTH else f"{error[:MAX_ERROR_LENGTH]} [...]"),
             None if delay is None else span_ms("retry_in", delay),
             instant_ms("now", now),
+            lease.lease_id,
         )
-        if rows:
-            self._queries.after_commit(partial(ended, [lease.lease_id]))
-            attempt = attempt_from_row(rows[0])
-            if attempt.retry_at is not None:
-                self._queries.tell([attempt.queue])
-            return attempt
-        return await repeated(self._queries, lease, "fail")
+        attempt = attempt_from_row(rows[0]) if rows else await repeated(self._queries, lease, "fail")
+        self._queries.after_commit(lambda: fencing.ended([lease.lease_id]))
+        if attempt.retry_at is not None:
+            self._queries.tell([attempt.queue])
+        return attempt
 
     async def cancel(self, attempt_id: str, *, now: datetime | None = None) -> Attempt:
         """
@@ -348,7 +402,9 @@ class Attempts:
             InvalidTransitionError: It has completed or failed already.
         """
         rows = await self._queries.fetch("attempts.cancel", check_id("attempt_id", attempt_id), instant_ms("now", now))
-        attempt = attempt_from_row(rows[0]) if rows else await self.get(attempt_id)
+        attempt = await self._as_it_is(attempt_id, rows)
+        if not (rows or attempt.status.is_final):
+            raise skipped(f"attempt {attempt_id!r}")
         if attempt.status is not AttemptStatus.CANCELLED:
             raise InvalidTransitionError("attempt", attempt_id, status=attempt.status, verb="cancel")
         return attempt
@@ -364,18 +420,28 @@ class Attempts:
             InvalidTransitionError: It has completed or was cancelled.
         """
         rows = await self._queries.fetch("attempts.retry", check_id("attempt_id", attempt_id))
-        attempt = attempt_from_row(rows[0]) if rows else await self.get(attempt_id)
+        attempt = await self._as_it_is(attempt_id, rows)
+        if not rows and attempt.status is AttemptStatus.FAILED:
+            raise skipped(f"attempt {attempt_id!r}")
         if attempt.status.is_final:
             raise InvalidTransitionError("attempt", attempt_id, status=attempt.status, verb="retry")
         self._queries.tell([attempt.queue])
         return attempt
+
+    async def _as_it_is(self, attempt_id: str, rows: Sequence[Row]) -> Attempt:
+        """The attempt that was changed, or the one that need not be."""
+        rows = rows or await self._stored(attempt_id)
+        if not rows:
+            raise NotFoundError("attempt", attempt_id)
+        return attempt_from_row(rows[0])
 
     async def prune(self, *, older_than: timedelta, limit: int = 1000, now: datetime | None = None) -> int:
         """
         Delete final attempts that ended more than *older_than* ago, the oldest first, and return how many.
 
         At most *limit* in one call, to keep its transaction short: repeat it until it returns fewer. An attempt's
-        tokens are forgotten with it, and the same id enqueued again begins with the first: let *older_than* be longer
+        step reports and its interrupts go with it, a question that is still pending, too: answer or copy it before.
+        Its tokens are forgotten, and the same id enqueued again begins with the first: let *older_than* be longer
         than any worker may hold on to a lease that is lost.
         """
         rows = await self._queries.fetch(
@@ -385,34 +451,6 @@ class Attempts:
             instant_ms("now", now),
         )
         return len(rows)
-
-
-async def repeated(queries: Queries, lease: Lease, verb: str) -> Attempt:
-    """The attempt, if *verb* has already ended this lease; otherwise the lease is lost."""
-    rows = await queries.fetch("attempts.find", lease.attempt_id)
-    attempt = attempt_from_row(rows[0]) if rows else None
-    if attempt is not None and ended_by(lease, attempt) == verb:
-        return attempt
-    raise await lost(queries, lease)
-
-
-def ended_by(lease: Lease, attempt: Attempt) -> str | None:
-    """
-    Which of its holder's verbs ended *lease*, to judge by what became of the attempt; None if it was taken away.
-
-    A failed try counts and a released one does not; that of a lease that expired counts, too, but says so.
-    """
-    if attempt.lease_version != lease.version:
-        return None
-    match attempt.status:
-        case AttemptStatus.COMPLETED:
-            return "complete"
-        case AttemptStatus.QUEUED if attempt.attempt_no == lease.attempt.attempt_no:
-            # With another error it has failed for good since, and was retried by hand.
-            return "release" if attempt.error == lease.attempt.error else None
-        case AttemptStatus.QUEUED | AttemptStatus.RETRY_BACKOFF | AttemptStatus.FAILED:
-            return "fail" if attempt.error != f"the lease of worker {lease.worker_id} expired" else None
-    return None
 
 
 def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
@@ -434,7 +472,7 @@ def _check_same(stored: Attempt, given: dict[str, Any]) -> None:
     found = {
         "run_id": stored.run_id,
         "queue": stored.queue,
-        "payload_json": to_json("payload", stored.payload),
+        "payload_json": None if stored.payload is None else canonical(stored.payload),
     }
     check_same("attempt", stored.attempt_id, found, given | {"payload_json": payload and as_read(payload)})
 
@@ -443,20 +481,18 @@ def _array(records: Iterable[Mapping[str, Any]]) -> str:
     return json.dumps(list(records))
 
 
-async def _find_many(queries: Queries, ids: Collection[str]) -> Sequence[Attempt]:
-    rows = await queries.fetch("attempts.find_many", json.dumps(sorted(ids))) if ids else ()
-    return [attempt_from_row(row) for row in rows]
+def _pairs(results: Iterable[tuple[Lease, Any]]) -> Sequence[tuple[Lease, Any]]:
+    """What is given to complete many, if it is that."""
+    try:
+        return [(lease, result) for lease, result in results]
+    except (TypeError, ValueError):
+        raise ConfigurationError("results is not what is expected: pairs of a lease and its result") from None
 
 
-async def lost(queries: Queries, lease: Lease) -> LeaseLostError | NotFoundError:
-    """The error that says why *lease* can no longer be acted on."""
-    rows = await queries.fetch("leases.holder", lease.attempt_id)
-    if not rows:
-        return NotFoundError("attempt", lease.attempt_id)
-    return LeaseLostError(
-        lease.attempt_id,
-        token=lease.version,
-        current=rows[0]["lease_version"],
-        status=rows[0]["status"],
-        worker_id=rows[0]["worker_id"],
-    )
+async def _stored_many(queries: Queries, ids: Collection[str]) -> Sequence[Row]:
+    return await queries.fetch("attempts.stored_many", json.dumps(sorted(ids))) if ids else ()
+
+
+def _token(row: Row) -> _Token:
+    """Which lease an attempt was given out under last."""
+    return row["attempt_id"], row["lease_version"], row["lease_id"]

@@ -1,13 +1,12 @@
 """Audit: who did what to what, and how it went. Entries are added and read; no verb changes or deletes one."""
 
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 from runtime_repo.database import Queries
 from runtime_repo.errors import NotFoundError
-from runtime_repo.records import AuditEntry, audit_entry_from_row
-from runtime_repo.values import check_count, check_id, instant_ms, to_json
+from runtime_repo.records import AuditEntry, Page, audit_entry_from_row, page
+from runtime_repo.values import check_count, check_id, instant_ms, to_json, written
 
 __all__ = ["Audit"]
 
@@ -59,7 +58,7 @@ class Audit:
             to_json("details", details),
             instant_ms("now", now),
         )
-        return audit_entry_from_row(rows[0])
+        return audit_entry_from_row(written(rows, "the audit entry"))
 
     async def list(
         self,
@@ -70,13 +69,14 @@ class Audit:
         until: datetime | None = None,
         after: int | None = None,
         limit: int = 100,
-    ) -> Sequence[AuditEntry]:
+    ) -> Page[AuditEntry]:
         """
         Return one page of the entries of a request or an action, or of all, the newest first.
 
         *since* is included and *until* is not, both to the millisecond. Pass the ``audit_id`` of the last entry of a
         page as *after* to get the next, which is older; a page shorter than *limit* is the last. What is added
-        meanwhile is newer and moves no page. A page reads no more than it returns, of a request all its entries.
+        meanwhile is newer and moves no page. A page reads no more than it returns, of a request all its entries. What
+        cannot be read is left out, and told in the page's ``unreadable``.
 
         Raises:
             NotFoundError: There is no entry *after*: it was deleted by other means.
@@ -91,14 +91,18 @@ class Audit:
             if not moments:
                 raise NotFoundError("audit entry", str(last))
             end = min(end, (moments[0]["created_at_ms"], last))
-        page = (start, *end, size)
+        query, which = "audit.list", tuple[str | None, ...]()
         if of_request is not None:
-            rows = await self._queries.fetch("audit.list_by_request", *page, of_request, of_action)
+            query, which = "audit.list_by_request", (of_request, of_action)
         elif of_action is not None:
-            rows = await self._queries.fetch("audit.list_by_action", *page, of_action)
-        else:
-            rows = await self._queries.fetch("audit.list", *page)
-        return [audit_entry_from_row(row) for row in rows]
+            query, which = "audit.list_by_action", (of_action,)
+        return await page(
+            lambda end, size: self._queries.fetch(query, start, *end, size, *which),
+            audit_entry_from_row,
+            after=end,
+            limit=size,
+            place=lambda row: (row["created_at_ms"], row["audit_id"]),
+        )
 
 
 def _maybe_id(name: str, value: str | None) -> str | None:

@@ -1,11 +1,24 @@
-"""What this process knows of the leases that it holds, beyond what the database says."""
+"""
+What became of a lease: whether what was given is one, whether a write under it was a repetition or came too late, and
+what this process knows of the leases that it holds, beyond what the database says.
+
+A lease is known by its attempt, its token and its id. The token alone would do, but a restored backup or an
+asynchronous failover forgets tokens and gives them out again; an id is never made twice.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from runtime_repo.database import Queries, Row
+from runtime_repo.errors import ConfigurationError, LeaseLostError, NotFoundError, RefusedError
 from runtime_repo.outages import Outages
+from runtime_repo.records import Attempt, AttemptStatus, Lease, attempt_from_row
+from runtime_repo.values import check_count, check_id, skipped
 
-__all__ = ["Holding", "ended", "holding"]
+__all__ = ["Holding", "check_lease", "ended", "ended_by", "holding", "lost", "refused", "repeated"]
+
+_HELD = (AttemptStatus.LEASED, AttemptStatus.RUNNING)
+_BY_ITS_HOLDER = ("complete", "fail", "release")
 
 _held: dict[str, "Holding"] = {}
 
@@ -53,3 +66,66 @@ def ended(lease_ids: Iterable[str]) -> None:
             found.ended = True
             for call in found.when_ended:
                 call()
+
+
+def check_lease(lease: Lease) -> Lease:
+    """
+    Refuse what is no lease, or one that no database has given out.
+
+    Raises:
+        ConfigurationError: It says what is wrong with it.
+    """
+    if not isinstance(lease, Lease):
+        raise ConfigurationError(f"lease is {lease!r}: expected a Lease, as claim returns it")
+    check_id("lease.lease_id", lease.lease_id)
+    check_id("lease.attempt_id", lease.attempt_id)
+    check_id("lease.worker_id", lease.worker_id)
+    check_count("lease.version", lease.version, least=0, most=2**63 - 1)
+    if not isinstance(lease.attempt, Attempt):
+        raise ConfigurationError(f"lease.attempt is {lease.attempt!r}: expected an Attempt, as claim returns it")
+    return lease
+
+
+def ended_by(lease: Lease, attempt: Attempt) -> str | None:
+    """Which of its holder's verbs ended *lease*; None while it is held, and if it was taken away."""
+    is_its_own = (attempt.lease_version, attempt.lease_id) == _token(lease)
+    return attempt.ended_by if is_its_own and attempt.ended_by in _BY_ITS_HOLDER else None
+
+
+def _token(lease: Lease) -> tuple[int, str]:
+    """The fencing token, and whose of all that were given it."""
+    return lease.version, lease.lease_id
+
+
+async def repeated(queries: Queries, lease: Lease, verb: str) -> Attempt:
+    """The attempt, if *verb* has already ended this lease; otherwise it raises what ``refused`` says."""
+    rows = await queries.fetch("attempts.stored", lease.attempt_id)
+    attempt = attempt_from_row(rows[0]) if rows else None
+    if attempt is not None and ended_by(lease, attempt) == verb:
+        return attempt
+    raise await refused(queries, lease)
+
+
+async def refused(queries: Queries, lease: Lease) -> LeaseLostError | NotFoundError | RefusedError:
+    """Why a write under *lease* found nothing to change: it is lost, unless the database keeps the row from us."""
+    rows = await queries.fetch("leases.holder", lease.attempt_id)
+    if rows and rows[0]["status"] in _HELD and (rows[0]["lease_version"], rows[0]["lease_id"]) == _token(lease):
+        return skipped(f"attempt {lease.attempt_id!r}")
+    return _lost(lease, rows)
+
+
+async def lost(queries: Queries, lease: Lease) -> LeaseLostError | NotFoundError:
+    """The error that says why *lease* can no longer be acted on."""
+    return _lost(lease, await queries.fetch("leases.holder", lease.attempt_id))
+
+
+def _lost(lease: Lease, rows: Sequence[Row]) -> LeaseLostError | NotFoundError:
+    if not rows:
+        return NotFoundError("attempt", lease.attempt_id)
+    return LeaseLostError(
+        lease.attempt_id,
+        token=lease.version,
+        current=rows[0]["lease_version"],
+        status=rows[0]["status"],
+        worker_id=rows[0]["worker_id"],
+    )

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from runtime_repo.database import Queries
+from runtime_repo.database import Queries, Row
 from runtime_repo.errors import InvalidTransitionError, NotFoundError, PayloadMismatchError
-from runtime_repo.records import Interrupt, InterruptStatus, interrupt_from_row
+from runtime_repo.records import Interrupt, InterruptStatus, Page, interrupt_from_row, page
 from runtime_repo.values import (
     as_read,
+    canonical,
     check_after,
     check_choice,
     check_count,
@@ -18,6 +19,8 @@ from runtime_repo.values import (
     instant_ms,
     json_text,
     new_id,
+    skipped,
+    written,
 )
 
 __all__ = ["Interrupts"]
@@ -66,13 +69,14 @@ class Interrupts:
         rows = await self._queries.fetch("interrupts.create", interrupt_id, *given.values(), instant_ms("now", now))
         if rows:
             return interrupt_from_row(rows[0])
-        stored = await self.get(interrupt_id)
+        rows = await self._queries.fetch("interrupts.stored", interrupt_id)
+        stored = interrupt_from_row(written(rows, f"interrupt {interrupt_id!r}"))
         found = {
             "thread_id": stored.thread_id,
             "run_id": stored.run_id,
             "attempt_id": stored.attempt_id,
             # An earlier program may have spelt it differently.
-            "value": json_text("value", stored.value),
+            "value": canonical(stored.value),
         }
         check_same("interrupt", interrupt_id, found, given)
         return stored
@@ -101,23 +105,27 @@ class Interrupts:
         status: InterruptStatus | None = None,
         after: str = "",
         limit: int = 100,
-    ) -> Sequence[Interrupt]:
+    ) -> Page[Interrupt]:
         """
         Return one page of the interrupts of a thread or a status, or of all, ordered by id.
 
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
-        text may differ between databases. A thread and a status are looked up, and a page reads all that have it.
+        text may differ between databases. A thread and a status are looked up, and a page reads all that have it. What
+        cannot be read is left out, and told in the page's ``unreadable``.
         """
-        page = (check_after(after), check_count("limit", limit))
         wanted = None if status is None else check_choice("status", InterruptStatus, status)
+        query, which, rest = "interrupts.list", tuple[str, ...](), tuple[str | None, ...]()
         if thread_id is not None:
-            thread = check_id("thread_id", thread_id)
-            rows = await self._queries.fetch("interrupts.list_by_thread", thread, *page, wanted)
+            query, which, rest = "interrupts.list_by_thread", (check_id("thread_id", thread_id),), (wanted,)
         elif wanted is not None:
-            rows = await self._queries.fetch("interrupts.list_by_status", wanted, *page)
-        else:
-            rows = await self._queries.fetch("interrupts.list", *page)
-        return [interrupt_from_row(row) for row in rows]
+            query, which = "interrupts.list_by_status", (wanted,)
+        return await page(
+            lambda after, limit: self._queries.fetch(query, *which, after, limit, *rest),
+            interrupt_from_row,
+            after=check_after(after),
+            limit=check_count("limit", limit),
+            place=lambda row: row["interrupt_id"],
+        )
 
     async def resume(self, interrupt_id: str, payload: Any, *, now: datetime | None = None) -> Interrupt:
         """
@@ -137,7 +145,7 @@ class Interrupts:
         rows = await self._queries.fetch(
             "interrupts.resume", check_id("interrupt_id", interrupt_id), text, digest, instant_ms("now", now)
         )
-        interrupt = interrupt_from_row(rows[0]) if rows else await self.get(interrupt_id)
+        interrupt = await self._as_it_is(interrupt_id, rows)
         if interrupt.resume_payload_hash is None:
             raise InvalidTransitionError("interrupt", interrupt_id, status=interrupt.status, verb="resume")
         if interrupt.resume_payload_hash != digest:
@@ -153,7 +161,22 @@ class Interrupts:
             InvalidTransitionError: It has been answered already.
         """
         rows = await self._queries.fetch("interrupts.cancel", check_id("interrupt_id", interrupt_id))
-        interrupt = interrupt_from_row(rows[0]) if rows else await self.get(interrupt_id)
+        interrupt = await self._as_it_is(interrupt_id, rows)
         if interrupt.status is not InterruptStatus.CANCELLED:
             raise InvalidTransitionError("interrupt", interrupt_id, status=interrupt.status, verb="cancel")
+        return interrupt
+
+    async def _as_it_is(self, interrupt_id: str, rows: Sequence[Row]) -> Interrupt:
+        """
+        The interrupt that was changed, or the one that need not be.
+
+        The latter answers for what was done before and may not be on any standby yet, so it waits as that did.
+        """
+        changed = bool(rows)
+        rows = rows or await self._queries.fetch("interrupts.stored", interrupt_id)
+        if not rows:
+            raise NotFoundError("interrupt", interrupt_id)
+        interrupt = interrupt_from_row(rows[0])
+        if not changed and interrupt.status is InterruptStatus.PENDING:
+            raise skipped(f"interrupt {interrupt_id!r}")
         return interrupt

@@ -1,12 +1,11 @@
 """Jobs: how each thread is doing, in the application's own words."""
 
-from collections.abc import Sequence
 from datetime import datetime
 
 from runtime_repo.database import Queries
 from runtime_repo.errors import NotFoundError
-from runtime_repo.records import Job, job_from_row
-from runtime_repo.values import check_after, check_count, check_id, instant_ms
+from runtime_repo.records import Job, Page, job_from_row, page
+from runtime_repo.values import check_after, check_count, check_id, instant_ms, written
 
 __all__ = ["Jobs"]
 
@@ -25,14 +24,14 @@ class Jobs:
         """
         Say how a thread is doing, whether it was heard of before or not.
 
-        The status is the application's own: any text of 1 to 512 characters. ``created_at`` is kept and
+        The status is the application's own: any text of 1 to 512 bytes. ``created_at`` is kept and
         ``updated_at`` moves, also when the status is the one that is stored. Repeating the call is safe; of two that
         differ the one that comes last stays.
         """
         rows = await self._queries.fetch(
             "jobs.upsert", check_id("thread_id", thread_id), check_id("status", status), instant_ms("now", now)
         )
-        return job_from_row(rows[0])
+        return job_from_row(written(rows, f"job {thread_id!r}"))
 
     async def get(self, thread_id: str) -> Job:
         """
@@ -51,16 +50,21 @@ class Jobs:
         rows = await self._queries.fetch("jobs.find", check_id("thread_id", thread_id))
         return job_from_row(rows[0]) if rows else None
 
-    async def list(self, *, status: str | None = None, after: str = "", limit: int = 100) -> Sequence[Job]:
+    async def list(self, *, status: str | None = None, after: str = "", limit: int = 100) -> Page[Job]:
         """
         Return one page of the jobs, of one status or of all, ordered by thread.
 
         Pass the last thread of a page as *after* to get the next; a page shorter than *limit* is the last. The order
-        of text may differ between databases. A status is looked up, and a page reads all that have it.
+        of text may differ between databases. A status is looked up, and a page reads all that have it. What cannot be
+        read is left out, and told in the page's ``unreadable``.
         """
-        page = (check_after(after), check_count("limit", limit))
-        if status is None:
-            rows = await self._queries.fetch("jobs.list", *page)
-        else:
-            rows = await self._queries.fetch("jobs.list_by_status", check_id("status", status), *page)
-        return [job_from_row(row) for row in rows]
+        query, given = "jobs.list", tuple[str, ...]()
+        if status is not None:
+            query, given = "jobs.list_by_status", (check_id("status", status),)
+        return await page(
+            lambda after, limit: self._queries.fetch(query, *given, after, limit),
+            job_from_row,
+            after=check_after(after),
+            limit=check_count("limit", limit),
+            place=lambda row: row["thread_id"],
+        )

@@ -9,27 +9,44 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime, timedelta
-from functools import partial
 from typing import cast
 
-from runtime_repo.attempts import ended_by, lost, repeated
+from runtime_repo import fencing
 from runtime_repo.database import Gate, Row
-from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, RuntimeRepoError
-from runtime_repo.fencing import ended, holding
+from runtime_repo.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    RuntimeRepoError,
+    UnreadableRowError,
+)
+from runtime_repo.fencing import check_lease, ended_by, holding, lost, repeated
 from runtime_repo.keeping import MIN_PATIENCE, Keeper, proved_until
 from runtime_repo.outages import Outages
-from runtime_repo.records import DEFAULT_QUEUE, Attempt, AttemptStatus, Lease, attempt_from_row, lease_from_row
+from runtime_repo.records import (
+    DEFAULT_QUEUE,
+    Attempt,
+    AttemptStatus,
+    Lease,
+    Page,
+    attempt_from_row,
+    lease_from_row,
+    page,
+    readable,
+)
 from runtime_repo.shielding import finish
 from runtime_repo.values import (
     check_after,
+    check_batch,
     check_count,
     check_id,
+    check_iterable,
     from_ms,
     instant_ms,
     new_id,
     new_ids,
     queue_names,
     span_ms,
+    storable,
 )
 
 __all__ = ["DEFAULT_TTL", "Leases"]
@@ -38,6 +55,9 @@ _log = logging.getLogger("runtime_repo")
 
 DEFAULT_TTL = timedelta(seconds=30)
 MAX_CLAIM = 10_000
+
+_GIVE_BACK = 0.8
+"""Seconds for which a cancelled claim is given back, while its caller waits to hear of the cancellation."""
 
 
 class Leases:
@@ -66,7 +86,8 @@ class Leases:
         Eligible is an attempt that is queued, and one whose ``retry_at`` has come; of the latter the longest due, in
         each queue at most *limit*, so that a backlog of them does not make a claim slow. Rows that a rival is claiming
         at this instant are skipped, so an empty answer does not prove that the queues are empty: look again. One that
-        cannot be read, since another program wrote it, is logged and left to expire: its tries count like others.
+        cannot be read, since another program wrote it, is logged and parked: it has failed, with the reason as its
+        error.
 
         A caller that is cancelled owns nothing: what was claimed is given back before the cancellation goes on.
         """
@@ -78,15 +99,7 @@ class Leases:
         length = span_ms("ttl", ttl, positive=True)
         ids = json.dumps(list(itertools.islice(new_ids(), check_count("limit", limit, most=MAX_CLAIM))))
         given = (wanted, worker_id, length, ids, instant_ms("now", now))
-        asked_at = time.monotonic()
-        leases = []
-        for row in await self._claim(query, given, ids):
-            try:
-                leases.append(lease_from_row(row, asked_at=asked_at))
-            except RuntimeRepoError as error:
-                # Raised, it would keep those that were claimed with it from being worked on, and end every worker.
-                _log.error("attempt %r was claimed and cannot be read: %s", row["attempt_id"], error)
-        return leases
+        return await self._claim(query, given, ids)
 
     async def claim_attempt(
         self, attempt_id: str, worker_id: str, *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None
@@ -95,6 +108,9 @@ class Leases:
         Take this very attempt, or nothing: None when it is held, final, not due yet, or missing.
 
         A caller that is cancelled owns nothing, as with ``claim``.
+
+        Raises:
+            UnreadableRowError: It cannot be read; it is parked as by ``claim``.
         """
         lease_id = new_id()
         given = (
@@ -104,17 +120,35 @@ class Leases:
             lease_id,
             instant_ms("now", now),
         )
-        asked_at = time.monotonic()
-        rows = await self._claim("leases.claim_attempt", given, json.dumps([lease_id]))
-        return lease_from_row(rows[0], asked_at=asked_at) if rows else None
+        leases = await self._claim("leases.claim_attempt", given, json.dumps([lease_id]))
+        if leases.unreadable:
+            raise leases.unreadable[0]
+        return leases[0] if leases else None
 
-    async def _claim(self, query: str, given: Sequence[object], ids: str) -> Sequence[Row]:
-        """What was claimed under the lease *ids*."""
+    async def _claim(self, query: str, given: Sequence[object], ids: str) -> Page[Lease]:
+        """What was claimed under the lease *ids*. What cannot be read would come first again, and end every worker."""
+        asked_at = time.monotonic()
+        leases: Page[Lease] = Page()
         try:
-            return await self._queries.fetch(query, *given)
+            for row in await self._queries.fetch(query, *given):
+                try:
+                    leases.append(lease_from_row(row, asked_at=asked_at))
+                except UnreadableRowError as error:
+                    leases.unreadable += (error,)
+                    await self._park(row["lease_id"], error, given[-1])
         except asyncio.CancelledError:
-            await finish(self._give_back(ids))
+            await finish(self._give_back(ids), within=_GIVE_BACK)
             raise
+        return leases
+
+    async def _park(self, lease_id: str, error: UnreadableRowError, now: object) -> None:
+        """Let an operator find what cannot be read among what has failed."""
+        _log.error("a claimed attempt is parked as failed: %s", error)
+        try:
+            async with self._queries.atomic() as queries:
+                await queries.fetch("leases.park", lease_id, storable(str(error)), now)
+        except RuntimeRepoError as failure:
+            _log.error("an attempt could not be parked, its lease will expire: %s", failure)
 
     async def _give_back(self, ids: str) -> None:
         """Give back what a cancelled caller may have claimed."""
@@ -122,7 +156,8 @@ class Leases:
             rows = await self._queries.fetch("leases.give_back", ids)
             self._queries.tell({row["queue"] for row in rows})
         except RuntimeRepoError as error:
-            _log.warning("a cancelled claim could not be given back, its leases will expire: %s", error)
+            # Whoever claims again hears of the outage, too.
+            _log.debug("a cancelled claim could not be given back, its leases will expire: %s", error)
 
     async def heartbeat(self, lease: Lease, *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None) -> Lease:
         """
@@ -134,6 +169,7 @@ class Leases:
         Raises:
             LeaseLostError: The lease expired, or the attempt was finished, requeued or claimed by another worker.
         """
+        check_lease(lease)
         asked_at = time.monotonic()
         rows = await self._queries.fetch(
             "leases.heartbeat",
@@ -141,6 +177,7 @@ class Leases:
             lease.version,
             span_ms("ttl", ttl, positive=True),
             instant_ms("now", now),
+            lease.attempt_id,
         )
         if not rows:
             raise await lost(self._queries, lease)
@@ -152,9 +189,10 @@ class Leases:
         """
         Keep many leases in one statement; the answers are in the order given, None for one that is lost.
 
-        As ``heartbeat`` for each, but a lost lease is an answer, not an error.
+        As ``heartbeat`` for each, but a lost lease is an answer, not an error. At most 10,000 at once.
         """
-        kept = list(leases)
+        kept = [check_lease(lease) for lease in check_iterable("leases", leases, "of Lease")]
+        check_batch("leases", len(kept))
         given = [{"lease_id": lease.lease_id, "attempt_id": lease.attempt_id, "token": lease.version} for lease in kept]
         length = span_ms("ttl", ttl, positive=True)
         asked_at = time.monotonic()
@@ -184,6 +222,7 @@ class Leases:
         Raises:
             LeaseLostError: The lease was lost, or can no longer be proved; the block was cancelled.
         """
+        check_lease(lease)
         length = span_ms("ttl", ttl, positive=True) / 1000
         pause = length / 3 if every is None else span_ms("every", every, positive=True) / 1000
         if pause >= length:
@@ -228,41 +267,48 @@ class Leases:
         Raises:
             LeaseLostError: The attempt is no longer this lease's to give back.
         """
+        check_lease(lease)
         rows = await self._queries.fetch(
             "leases.release",
             lease.attempt_id,
             lease.version,
             None if delay is None else span_ms("delay", delay),
             instant_ms("now", now),
+            lease.lease_id,
         )
-        if rows:
-            self._queries.after_commit(partial(ended, [lease.lease_id]))
         attempt = attempt_from_row(rows[0]) if rows else await repeated(self._queries, lease, "release")
+        self._queries.after_commit(lambda: fencing.ended([lease.lease_id]))
         self._queries.tell([attempt.queue])
         return attempt
 
-    async def list(self, *, worker_id: str | None = None, after: str = "", limit: int = 100) -> Sequence[Lease]:
+    async def list(self, *, worker_id: str | None = None, after: str = "", limit: int = 100) -> Page[Lease]:
         """
         Return one page of the leases, of one worker or of all, ordered by id; expired ones are among them.
 
-        Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last.
+        Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. What cannot be
+        read is left out, and told in the page's ``unreadable``.
         """
-        page = (check_after(after), check_count("limit", limit))
-        if worker_id is None:
-            rows = await self._queries.fetch("leases.list", *page)
-        else:
-            rows = await self._queries.fetch("leases.list_by_worker", check_id("worker_id", worker_id), *page)
-        return [lease_from_row(row) for row in rows]
+        query, given = "leases.list", tuple[str, ...]()
+        if worker_id is not None:
+            query, given = "leases.list_by_worker", (check_id("worker_id", worker_id),)
+        return await page(
+            lambda after, limit: self._queries.fetch(query, *given, after, limit),
+            lease_from_row,
+            after=check_after(after),
+            limit=check_count("limit", limit),
+            place=lambda row: row["lease_id"],
+        )
 
     async def requeue_expired(
         self, *, limit: int = 100, grace: timedelta = timedelta(0), now: datetime | None = None
-    ) -> Sequence[Attempt]:
+    ) -> Page[Attempt]:
         """
         Take attempts from workers that fell silent, and make them ready for others.
 
         Returns the attempts whose lease had expired more than *grace* ago, at most *limit*: each is ``queued`` with
         the lost try counted or, after try number ``max_attempts``, ``failed``. Repeat it until it returns fewer than
-        *limit*.
+        *limit*. One that cannot be read is requeued as well, and told in the page's ``unreadable``; a lease whose
+        attempt is gone is deleted.
         """
         rows = await self._queries.fetch(
             "leases.requeue_expired",
@@ -270,7 +316,7 @@ class Leases:
             instant_ms("now", now),
             span_ms("grace", grace),
         )
-        attempts = [attempt_from_row(row) for row in rows]
+        attempts = readable(rows, attempt_from_row)
         self._queries.tell({attempt.queue for attempt in attempts if attempt.status is AttemptStatus.QUEUED})
         return attempts
 

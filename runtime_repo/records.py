@@ -1,15 +1,21 @@
-"""What the repository hands out: frozen records, their statuses, and how each is read from a row."""
+"""
+What the repository hands out: frozen records, their statuses, and how each is read from a row.
+
+A row can hold anything, for other programs write to the database as well. So a conversion raises one error for whatever
+it cannot read, which names the row: ``UnreadableRowError``.
+"""
 
 import math
+import operator
 import random
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from runtime_repo.database import Row
-from runtime_repo.errors import ConfigurationError, RuntimeRepoError
+from runtime_repo.errors import ConfigurationError, UnreadableRowError
 from runtime_repo.values import check_count, from_json, from_ms, maybe_from_ms, span_ms
 
 __all__ = [
@@ -23,6 +29,7 @@ __all__ = [
     "Job",
     "Lease",
     "NewAttempt",
+    "Page",
     "QueueStats",
     "RetryPolicy",
     "StepReport",
@@ -32,12 +39,22 @@ __all__ = [
     "interrupt_from_row",
     "job_from_row",
     "lease_from_row",
+    "page",
+    "readable",
     "stats_from_row",
     "step_report_from_row",
 ]
 
 DEFAULT_QUEUE = "default"
 DEFAULT_MAX_ATTEMPTS = 10
+
+T = TypeVar("T")
+S = TypeVar("S", bound=StrEnum)
+
+_MOST_UNREADABLE = 1000
+"""How many errors a page keeps. It reads on past more of them, too."""
+
+_LONGEST_AGE = timedelta.max // timedelta(milliseconds=1)
 
 
 class AttemptStatus(StrEnum):
@@ -59,6 +76,21 @@ class AttemptStatus(StrEnum):
 
 # To look it up costs a tenth of calling the enum.
 _STATUSES: Mapping[str, AttemptStatus] = {status.value: status for status in AttemptStatus}
+
+
+class Page(list[T], Generic[T]):
+    """
+    What a list returns, as a list.
+
+    Attributes:
+        unreadable: The errors of rows that belong here and cannot be read; an operator should correct or delete them.
+    """
+
+    __slots__ = ("unreadable",)
+
+    def __init__(self, found: Iterable[T] = (), unreadable: Iterable[UnreadableRowError] = ()) -> None:
+        super().__init__(found)
+        self.unreadable = tuple(unreadable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +118,13 @@ class Attempt:
     finished_at: datetime | None
     result: Any
     error: str | None
+    lease_id: str | None = None
+    """The id of the last lease given out; with the token it says whose the attempt is."""
+    ended_by: str | None = None
+    """
+    The verb that took the attempt from its last holder or has decided on it since: complete, fail, release, cancel,
+    retry, expire, give_back, or park for one that could not be read. None while it is held, and before the first claim.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,132 +313,244 @@ class AuditEntry:
 def attempt_from_row(row: Row) -> Attempt:
     """An attempt from the columns that every statement on attempts returns."""
     try:
-        status = _STATUSES[row["status"]]
-    except KeyError:
-        raise _unknown(AttemptStatus, f"attempt {row['attempt_id']!r}", row["status"]) from None
-    return Attempt(
-        attempt_id=row["attempt_id"],
-        run_id=row["run_id"],
-        attempt_no=row["attempt_no"],
-        status=status,
-        queue=row["queue"],
-        priority=row["priority"],
-        payload=from_json(row["payload_json"]),
-        max_attempts=row["max_attempts"],
-        lease_version=row["lease_version"],
-        worker_id=row["worker_id"],
-        enqueued_at=from_ms(row["enqueued_at_ms"]),
-        retry_at=maybe_from_ms(row["retry_at_ms"]),
-        started_at=maybe_from_ms(row["started_at_ms"]),
-        finished_at=maybe_from_ms(row["finished_at_ms"]),
-        result=from_json(row["result_json"]),
-        error=row["error"],
-    )
+        status = _STATUSES.get(row["status"])
+        if status is None:
+            raise _unknown(AttemptStatus, row["status"])
+        attempt_id, run_id, queue = row["attempt_id"], row["run_id"], row["queue"]
+        attempt_no, priority, max_attempts = row["attempt_no"], row["priority"], row["max_attempts"]
+        lease_version = row["lease_version"]
+        _check_types((attempt_id, run_id, queue), attempt_no | priority | max_attempts | lease_version)
+        return Attempt(
+            attempt_id=attempt_id,
+            run_id=run_id,
+            attempt_no=attempt_no,
+            status=status,
+            queue=queue,
+            priority=priority,
+            payload=from_json(row["payload_json"]),
+            max_attempts=max_attempts,
+            lease_version=lease_version,
+            worker_id=row["worker_id"],
+            enqueued_at=from_ms(row["enqueued_at_ms"]),
+            retry_at=maybe_from_ms(row["retry_at_ms"]),
+            started_at=maybe_from_ms(row["started_at_ms"]),
+            finished_at=maybe_from_ms(row["finished_at_ms"]),
+            result=from_json(row["result_json"]),
+            error=row["error"],
+            lease_id=row["lease_id"],
+            ended_by=row["ended_by"],
+        )
+    except _UNREADABLE as error:
+        raise _unreadable("runtime_attempts", row["attempt_id"], error) from None
 
 
 def lease_from_row(row: Row, *, asked_at: float | None = None) -> Lease:
     """A lease, with its attempt, from one joined row."""
-    return Lease(
-        lease_id=row["lease_id"],
-        attempt_id=row["attempt_id"],
-        worker_id=row["worker_id"],
-        version=row["lease_version"],
-        claimed_at=from_ms(row["claimed_at_ms"]),
-        heartbeat_at=from_ms(row["heartbeat_at_ms"]),
-        expires_at=from_ms(row["lease_expires_at_ms"]),
-        attempt=attempt_from_row(row),
-        asked_at=asked_at,
-    )
+    attempt = attempt_from_row(row)
+    try:
+        lease_id, worker_id = row["lease_id"], row["worker_id"]
+        _check_types((lease_id, worker_id), 0)
+        return Lease(
+            lease_id=lease_id,
+            attempt_id=attempt.attempt_id,
+            worker_id=worker_id,
+            version=attempt.lease_version,
+            claimed_at=from_ms(row["claimed_at_ms"]),
+            heartbeat_at=from_ms(row["heartbeat_at_ms"]),
+            expires_at=from_ms(row["lease_expires_at_ms"]),
+            attempt=attempt,
+            asked_at=asked_at,
+        )
+    except _UNREADABLE as error:
+        raise _unreadable("runtime_leases", row["lease_id"], error) from None
 
 
 def stats_from_row(row: Row) -> QueueStats:
     """One queue's numbers."""
-    age = row["oldest_age_ms"]
-    return QueueStats(
-        row["queue"],
-        row["ready"],
-        row["delayed"],
-        row["leased"],
-        None if age is None else timedelta(milliseconds=max(age, 0)),
-    )
+    try:
+        queue, ready, delayed, leased, age = (
+            row[column] for column in ("queue", "ready", "delayed", "leased", "oldest_age_ms")
+        )
+        _check_types((queue,), ready | delayed | leased)
+        # Where its time makes no sense it is as old as can be said.
+        oldest = None if age is None else timedelta(milliseconds=min(max(age, 0), _LONGEST_AGE))
+        return QueueStats(queue, ready, delayed, leased, oldest)
+    except _UNREADABLE as error:
+        raise _unreadable("runtime_attempts", f"of queue {row['queue']!r}", error) from None
 
 
 def job_from_row(row: Row) -> Job:
     """A job from the columns that every statement on jobs returns."""
-    return Job(row["thread_id"], row["status"], from_ms(row["created_at_ms"]), from_ms(row["updated_at_ms"]))
+    try:
+        thread_id, status = row["thread_id"], row["status"]
+        _check_types((thread_id, status), 0)
+        return Job(thread_id, status, from_ms(row["created_at_ms"]), from_ms(row["updated_at_ms"]))
+    except _UNREADABLE as error:
+        raise _unreadable("runtime_jobs", row["thread_id"], error) from None
 
 
 def interrupt_from_row(row: Row) -> Interrupt:
     """An interrupt from the columns that every statement on interrupts returns."""
-    what = f"interrupt {row['interrupt_id']!r}"
     try:
-        status = InterruptStatus(row["status"])
-    except ValueError:
-        raise _unknown(InterruptStatus, what, row["status"]) from None
-    return Interrupt(
-        interrupt_id=row["interrupt_id"],
-        thread_id=row["thread_id"],
-        run_id=row["run_id"],
-        attempt_id=row["attempt_id"],
-        value=from_json(row["value_json"], what),
-        status=status,
-        created_at=from_ms(row["created_at_ms"]),
-        resume_payload=from_json(row["resume_payload_json"], what),
-        resume_payload_hash=row["resume_payload_hash"],
-        resumed_at=maybe_from_ms(row["resumed_at_ms"]),
-    )
+        interrupt_id, thread_id, run_id = row["interrupt_id"], row["thread_id"], row["run_id"]
+        _check_types((interrupt_id, thread_id, run_id), 0)
+        return Interrupt(
+            interrupt_id=interrupt_id,
+            thread_id=thread_id,
+            run_id=run_id,
+            attempt_id=row["attempt_id"],
+            value=from_json(row["value_json"]),
+            status=_known(InterruptStatus, row["status"]),
+            created_at=from_ms(row["created_at_ms"]),
+            resume_payload=from_json(row["resume_payload_json"]),
+            resume_payload_hash=row["resume_payload_hash"],
+            resumed_at=maybe_from_ms(row["resumed_at_ms"]),
+        )
+    except _UNREADABLE as error:
+        raise _unreadable("runtime_interrupts", row["interrupt_id"], error) from None
 
 
 def audit_entry_from_row(row: Row) -> AuditEntry:
     """An audit entry from the columns that every statement on audit entries returns."""
-    return AuditEntry(
-        audit_id=row["audit_id"],
-        actor_type=row["actor_type"],
-        actor_id=row["actor_id"],
-        actor_role=row["actor_role"],
-        action=row["action"],
-        resource_type=row["resource_type"],
-        resource_id=row["resource_id"],
-        result=row["result"],
-        request_id=row["request_id"],
-        details=from_json(row["details_json"], f"audit entry {row['audit_id']}"),
-        created_at=from_ms(row["created_at_ms"]),
-    )
+    try:
+        actor_type, action, resource_type = row["actor_type"], row["action"], row["resource_type"]
+        result, request_id = row["result"], row["request_id"]
+        _check_types((actor_type, action, resource_type, result, request_id), row["audit_id"])
+        return AuditEntry(
+            audit_id=row["audit_id"],
+            actor_type=actor_type,
+            actor_id=row["actor_id"],
+            actor_role=row["actor_role"],
+            action=action,
+            resource_type=resource_type,
+            resource_id=row["resource_id"],
+            result=result,
+            request_id=request_id,
+            details=from_json(row["details_json"]),
+            created_at=from_ms(row["created_at_ms"]),
+        )
+    except _UNREADABLE as error:
+        raise _unreadable("runtime_audit_logs", row["audit_id"], error) from None
 
 
 def step_report_from_row(row: Row, *, is_duplicate: bool = False) -> StepReport:
     """A step report from the columns that every statement on step reports returns."""
-    return StepReport(
-        report_id=row["report_id"],
-        attempt_id=row["attempt_id"],
-        action_id=row["action_id"],
-        status=row["status"],
-        dedupe_token=row["dedupe_token"],
-        payload=from_json(row["payload_json"], f"step report {row['report_id']}"),
-        worker_id=row["worker_id"],
-        lease_version=row["lease_version"],
-        created_at=from_ms(row["created_at_ms"]),
-        is_duplicate=is_duplicate,
-    )
+    try:
+        attempt_id, action_id, status = row["attempt_id"], row["action_id"], row["status"]
+        dedupe_token, worker_id, version = row["dedupe_token"], row["worker_id"], row["lease_version"]
+        _check_types((attempt_id, action_id, status, dedupe_token, worker_id), row["report_id"] | (version or 0))
+        return StepReport(
+            report_id=row["report_id"],
+            attempt_id=attempt_id,
+            action_id=action_id,
+            status=status,
+            dedupe_token=dedupe_token,
+            payload=from_json(row["payload_json"]),
+            worker_id=worker_id,
+            lease_version=version,
+            created_at=from_ms(row["created_at_ms"]),
+            is_duplicate=is_duplicate,
+        )
+    except _UNREADABLE as error:
+        raise _unreadable("runtime_step_reports", row["report_id"], error) from None
 
 
 def api_key_from_row(row: Row) -> ApiKey:
     """An API key from the columns that every statement on API keys returns."""
     try:
-        status = ApiKeyStatus(row["status"])
+        key_id, role = row["key_id"], row["role"]
+        _check_types((key_id, role), 0)
+        return ApiKey(
+            key_id=key_id,
+            role=role,
+            status=_known(ApiKeyStatus, row["status"]),
+            created_at=from_ms(row["created_at_ms"]),
+            updated_at=from_ms(row["updated_at_ms"]),
+        )
+    except _UNREADABLE as error:
+        raise _unreadable("runtime_api_keys", row["key_id"], error) from None
+
+
+def readable(rows: Iterable[Row], read: Callable[[Row], T]) -> Page[T]:
+    """What can be read of *rows*, and the errors of the others."""
+    found: Page[T] = Page()
+    errors = []
+    for row in rows:
+        try:
+            found.append(read(row))
+        except UnreadableRowError as error:
+            errors.append(error)
+    found.unreadable = tuple(errors)
+    return found
+
+
+async def page(
+    fetch: Callable[[Any, int], Awaitable[Sequence[Row]]],
+    read: Callable[[Row], T],
+    *,
+    after: Any,
+    limit: int,
+    place: Callable[[Row], Any],
+) -> Page[T]:
+    """
+    *limit* records, or all that are left, from *fetch*: it returns so many rows after a place, in the order of places.
+
+    It goes on past rows that cannot be read, so that a page shorter than *limit* is the last.
+    """
+    found: list[T] = []
+    errors: dict[str, UnreadableRowError] = {}
+    wanted = limit
+    while True:
+        rows = await fetch(after, wanted)
+        here, kept = after, len(found)
+        for row in rows:
+            try:
+                found.append(read(row))
+            except UnreadableRowError as error:
+                if len(errors) < _MOST_UNREADABLE:
+                    errors[error.key] = error
+            else:
+                if len(found) == limit:
+                    break
+            if _is_place(place(row)):
+                here, kept = place(row), len(found)
+        if len(found) == limit or len(rows) < wanted:
+            return Page(found, errors.values())
+        # No step may be so small that there is no end to it; where no key tells the place, it is made from here anew.
+        wanted = max(wanted, 100) if here != after else 2 * wanted
+        after = here
+        del found[kept:]
+
+
+_UNREADABLE = (TypeError, ValueError, ArithmeticError, RuntimeError)
+"""What a conversion meets: a value of another type, of no known word, out of range, or that nests too deep."""
+
+
+def _check_types(texts: tuple[str, ...], number: int) -> None:
+    """Raise a TypeError unless all are text and a number. Each check is one call, for this is done for every row."""
+    "".join(texts)
+    operator.index(number)
+
+
+def _is_place(key: Any) -> bool:
+    """Whether a page may begin after a key: not where it is NULL or was no UTF-8, which is read as something else."""
+    return key is not None and not (isinstance(key, str) and "\N{REPLACEMENT CHARACTER}" in key)
+
+
+def _known(kind: type[S], status: str) -> S:
+    try:
+        return kind(status)
     except ValueError:
-        raise _unknown(ApiKeyStatus, f"API key {row['key_id']!r}", row["status"]) from None
-    return ApiKey(
-        key_id=row["key_id"],
-        role=row["role"],
-        status=status,
-        created_at=from_ms(row["created_at_ms"]),
-        updated_at=from_ms(row["updated_at_ms"]),
-    )
+        raise _unknown(kind, status) from None
 
 
-def _unknown(kind: type[StrEnum], what: str, status: str) -> RuntimeRepoError:
-    return RuntimeRepoError(
-        f"{what} has the unknown status {status!r}; known are {', '.join(kind)}: "
-        "a newer release or another program wrote it"
-    )
+def _unknown(kind: type[StrEnum], status: object) -> ValueError:
+    return ValueError(f"its status {status!r} is unknown, known are {', '.join(kind)}")
+
+
+def _unreadable(table: str, key: object, error: Exception) -> UnreadableRowError:
+    reason = str(error)
+    if not isinstance(error, ValueError):
+        # Python's own words.
+        reason = f"a value is of another type or out of range ({reason})"
+    return UnreadableRowError(table, "NULL" if key is None else str(key), reason)

@@ -1,20 +1,19 @@
 """Step reports: what a worker says it did within an attempt, each stored once."""
 
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from runtime_repo.attempts import lost
 from runtime_repo.database import Queries
-from runtime_repo.records import Lease, StepReport, step_report_from_row
-from runtime_repo.values import as_read, check_count, check_id, check_same, instant_ms, to_json
+from runtime_repo.fencing import check_lease, refused
+from runtime_repo.records import Lease, Page, StepReport, page, step_report_from_row
+from runtime_repo.values import as_read, canonical, check_count, check_id, check_same, instant_ms, to_json
 
 __all__ = ["StepReports"]
 
 
 class StepReports:
     """
-    The verbs on step reports, which nothing changes or deletes.
+    The verbs on step reports, which nothing changes. They are deleted with their attempt, when that is pruned.
 
     *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
     """
@@ -43,6 +42,7 @@ class StepReports:
             LeaseLostError: The attempt is no longer this lease's to report on: stop working.
             PayloadMismatchError: The dedupe token is stored already with another action, status or payload.
         """
+        check_lease(lease)
         given = {
             "action_id": check_id("action_id", action_id),
             "status": check_id("status", status),
@@ -59,33 +59,37 @@ class StepReports:
             token,
             given["payload"],
             instant_ms("now", now),
+            lease.lease_id,
         )
         if rows:
             return step_report_from_row(rows[0])
-        rows = await self._queries.fetch("step_reports.recorded", lease.attempt_id, lease.version, token)
+        rows = await self._queries.fetch(
+            "step_reports.recorded", lease.attempt_id, lease.version, token, lease.lease_id
+        )
         if not rows:
-            raise await lost(self._queries, lease)
+            raise await refused(self._queries, lease)
         stored = step_report_from_row(rows[0], is_duplicate=True)
         found = {
             "action_id": stored.action_id,
             "status": stored.status,
-            "payload": to_json("payload", stored.payload),
+            "payload": None if stored.payload is None else canonical(stored.payload),
         }
         given["payload"] = given["payload"] and as_read(given["payload"])
         check_same("step report", token, found, given)
         return stored
 
-    async def list(self, attempt_id: str, *, after: int = 0, limit: int = 100) -> Sequence[StepReport]:
+    async def list(self, attempt_id: str, *, after: int = 0, limit: int = 100) -> Page[StepReport]:
         """
         Return one page of an attempt's reports, in the order in which they were stored.
 
         Pass the last ``report_id`` of a page as *after* to get the next, also later: whatever is stored after a page
-        was read comes after it.
+        was read comes after it. What cannot be read is left out, and told in the page's ``unreadable``.
         """
-        rows = await self._queries.fetch(
-            "step_reports.list",
-            check_id("attempt_id", attempt_id),
-            check_count("after", after, least=0, most=2**63 - 1),
-            check_count("limit", limit),
+        of_attempt = check_id("attempt_id", attempt_id)
+        return await page(
+            lambda after, limit: self._queries.fetch("step_reports.list", of_attempt, after, limit),
+            step_report_from_row,
+            after=check_count("after", after, least=0, most=2**63 - 1),
+            limit=check_count("limit", limit),
+            place=lambda row: row["report_id"],
         )
-        return [step_report_from_row(row) for row in rows]

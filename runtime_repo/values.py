@@ -10,20 +10,24 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from runtime_repo.errors import ConfigurationError, PayloadMismatchError, RuntimeRepoError
+from runtime_repo.errors import ConfigurationError, PayloadMismatchError, RefusedError
 
 __all__ = [
     "as_read",
+    "canonical",
     "check_after",
+    "check_batch",
     "check_choice",
     "check_count",
     "check_id",
+    "check_iterable",
     "check_same",
     "from_json",
     "from_ms",
@@ -34,20 +38,31 @@ __all__ = [
     "new_id",
     "new_ids",
     "queue_names",
+    "skipped",
     "span_ms",
     "storable",
     "to_json",
+    "written",
 ]
 
-MAX_ID_LENGTH = 512
+MAX_ID_BYTES = 512
+"""Two or three of them fit into an index row of PostgreSQL's, which has 2,704 bytes."""
+
 MAX_SPAN_MS = 1000 * 366 * 86_400_000
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
+MAX_DEPTH = 100
+MAX_BATCH = 10_000
+MAX_BATCH_BYTES = 64 * 1024 * 1024
 
+T = TypeVar("T")
 S = TypeVar("S", bound=StrEnum)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _EARLIEST, _LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # Made once: json.dumps makes one for each value, unless it is to write what it writes by default.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -89,10 +104,14 @@ def span_ms(name: str, value: timedelta, *, positive: bool = False) -> int:
 
 def check_id(name: str, value: str) -> str:
     """An id or a name that both databases can store."""
-    if not isinstance(value, str) or not value or len(value) > MAX_ID_LENGTH or not is_text(value):
-        shown = repr(value) if not isinstance(value, str) or len(value) <= 80 else f"{len(value)} characters long"
-        raise ConfigurationError(f"{name} is {shown}: expected 1 to {MAX_ID_LENGTH} characters without NUL")
-    return value
+    if isinstance(value, str) and 0 < len(value) <= MAX_ID_BYTES:
+        if value.isascii():
+            if "\0" not in value:
+                return value
+        elif is_text(value) and len(value.encode()) <= MAX_ID_BYTES:
+            return value
+    shown = repr(value) if not isinstance(value, str) or len(value) <= 80 else f"{len(value)} characters long"
+    raise ConfigurationError(f"{name} is {shown}: expected text of 1 to {MAX_ID_BYTES} bytes of UTF-8 without NUL")
 
 
 def queue_names(queues: str | Sequence[str]) -> Sequence[str]:
@@ -127,6 +146,43 @@ def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1)
     return value
 
 
+def check_iterable(name: str, value: Iterable[T], what: str) -> Iterable[T]:
+    """Several of what is expected, or an error that names them."""
+    if not isinstance(value, Iterable):
+        raise ConfigurationError(f"{name} is {value!r}: expected an iterable {what}")
+    return value
+
+
+def check_batch(name: str, count: int, size: int = 0) -> None:
+    """Refuse more in one call than one statement should carry: more things, or more bytes of JSON together."""
+    if count > MAX_BATCH:
+        raise ConfigurationError(f"{name} are {count}: expected at most {MAX_BATCH}; use more calls")
+    if size > MAX_BATCH_BYTES:
+        raise ConfigurationError(
+            f"{name} are {size} bytes of JSON together: expected at most {MAX_BATCH_BYTES}; use more calls"
+        )
+
+
+def written(rows: Sequence[T], what: str) -> T:
+    """
+    The row with which a statement answers that must have one.
+
+    Raises:
+        RefusedError: It has none, and the database gave no reason.
+    """
+    if not rows:
+        raise skipped(what)
+    return rows[0]
+
+
+def skipped(what: str) -> RefusedError:
+    """The error for what the database neither did nor refused."""
+    return RefusedError(
+        f"{what} was neither written nor refused by the database, or it is hidden from this role: look for a trigger "
+        "or a rule that skips the row, or a policy of row security that hides it"
+    )
+
+
 def check_choice(name: str, kind: type[S], value: str) -> S:
     """One of the members of an enumeration."""
     try:
@@ -149,9 +205,13 @@ def to_json(name: str, value: Any) -> str | None:
 def json_text(name: str, value: Any) -> str:
     """Canonical JSON also of None, where that is a value like any other."""
     try:
-        text = _CANONICAL.encode(value)
-    except (TypeError, ValueError, RecursionError) as error:
+        text = canonical(value)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"{name} cannot be stored as JSON: {error}") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and not _is_shallow(text):
+        raise ConfigurationError(
+            f"{name} nests more than {MAX_DEPTH} levels deep: expected at most that; flatten it, or store it as text"
+        )
     if len(text) > MAX_PAYLOAD_BYTES:
         raise ConfigurationError(
             f"{name} is {len(text)} bytes of JSON: expected at most {MAX_PAYLOAD_BYTES}; store it elsewhere "
@@ -160,17 +220,44 @@ def json_text(name: str, value: Any) -> str:
     return text
 
 
+def canonical(value: Any) -> str:
+    """JSON of *value*, the same for equal values, however deep it nests."""
+    return _on_its_own_stack(_CANONICAL.encode, value)
+
+
+def _is_shallow(text: str) -> bool:
+    """Whether JSON nests no deeper than is allowed: without its strings, each pass takes the innermost level away."""
+    levels = _STRING.sub(b"", text.encode()).translate(_BRACKETS, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        levels = levels.replace(b"[]", b"")
+    return not levels
+
+
 def as_read(text: str) -> str:
-    """Canonical JSON of what *text* is read as: what Python had under a number comes back under a text."""
-    return json_text("what is stored", from_json(text))
+    """Re-encode as it will be read back: JSON turns number keys into strings, which changes their order."""
+    return canonical(from_json(text))
 
 
-def from_json(text: str | None, what: str = "a row") -> Any:
-    """The value of a ``_json`` column; *what* it is of is for the error."""
+def from_json(text: str | None) -> Any:
+    """
+    The value of a ``_json`` column.
+
+    Raises:
+        ValueError: It is no JSON, or nests too deep to be parsed.
+    """
     try:
-        return None if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RuntimeRepoError(f"{what} holds what is no JSON ({error}): another program wrote it") from None
+        return None if text is None else _on_its_own_stack(json.loads, text)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"it holds what is no JSON, or nests too deep ({error})") from None
+
+
+def _on_its_own_stack(work: Callable[[Any], T], value: Any) -> T:
+    """Do what recurses; where the caller has left too little of the stack, in a thread, which begins with all of it."""
+    try:
+        return work(value)
+    except RecursionError:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(work, value).result()
 
 
 def new_id() -> str:

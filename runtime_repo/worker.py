@@ -21,7 +21,6 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from runtime_repo.attempts import ended_by
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -31,7 +30,7 @@ from runtime_repo.errors import (
     RepositoryClosedError,
     RuntimeRepoError,
 )
-from runtime_repo.fencing import Holding, holding
+from runtime_repo.fencing import Holding, ended_by, holding
 from runtime_repo.keeping import is_running
 from runtime_repo.leases import DEFAULT_TTL
 from runtime_repo.outages import Outages
@@ -249,21 +248,19 @@ class Worker:
         return time.monotonic() - began > _BLINK
 
     async def _sweep(self) -> None:
-        requeue = self._repo.leases.requeue_expired
-        pause = _PAUSE_LAST
         while True:
             try:
-                while len(await _within(_PATIENCE, requeue(limit=_BATCH))) == _BATCH:
-                    pass
+                found = _BATCH
+                while found == _BATCH:
+                    page = await _within(_PATIENCE, self._repo.leases.requeue_expired(limit=_BATCH))
+                    found = len(page) + len(page.unreadable)
             except (ConfigurationError, RepositoryClosedError):
                 return  # A claim says so, too.
             except Exception as error:  # noqa: BLE001 - as for a claim
                 self._outages.failed("sweep", "look for expired leases", error)
-                await _rest(min(pause, self._sweep_every))
-                pause *= 2
+                await _rest(min(_PAUSE_LAST, self._sweep_every))
             else:
                 self._outages.succeeded("sweep")
-                pause = _PAUSE_LAST
                 # Of random length, so that many workers share the task instead of all doing it at once.
                 await anyio.sleep(self._sweep_every * random.uniform(0.5, 1.5))  # noqa: S311
 

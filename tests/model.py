@@ -37,8 +37,6 @@ class Model:
         self.attempts: dict[str, Attempt] = {}
         self.leases: dict[str, Lease] = {}
         """By the attempt that is held; at most one for each."""
-        self._ended_by: dict[str, str] = {}
-        """By attempt, what ended its last lease, so that repeating it can be told from being too late."""
 
     # --- attempts ---
 
@@ -199,9 +197,8 @@ class Model:
         return [_or_none(partial(self.heartbeat, lease, ttl=ttl, now=now)) for lease in leases]
 
     def release(self, lease: Lease, *, delay: timedelta | None, now: datetime) -> Attempt:
-        """Ready at once or later, the try not counted. One that was retried by hand can look alike, and is as good."""
-        is_alike = self._repeats(lease, "retry") and self.get(lease.attempt_id).error == lease.attempt.error
-        if is_alike or self._repeats(lease, "release"):
+        """Ready at once or later, the try not counted."""
+        if self._repeats(lease, "release"):
             return self.get(lease.attempt_id)
         return self._end(self._held(lease), "release", status=QUEUED, retry_at=None if delay is None else now + delay)
 
@@ -238,30 +235,37 @@ class Model:
         self, attempt: Attempt, worker_id: str, ttl: timedelta, now: datetime, lease_ids: Mapping[str, str]
     ) -> Lease:
         name, token = attempt.attempt_id, attempt.lease_version + 1
-        held = self._change(attempt, status=LEASED, retry_at=None, lease_version=token, worker_id=worker_id)
+        lease_id = lease_ids.get(name, "none")
+        held = self._change(
+            attempt,
+            status=LEASED,
+            retry_at=None,
+            lease_version=token,
+            worker_id=worker_id,
+            lease_id=lease_id,
+            ended_by=None,
+        )
         assert name not in self.leases
-        self.leases[name] = Lease(lease_ids.get(name, "none"), name, worker_id, token, now, now, now + ttl, held)
+        self.leases[name] = Lease(lease_id, name, worker_id, token, now, now, now + ttl, held)
         return self.leases[name]
 
     def _end(self, attempt: Attempt, verb: str, **changes: Any) -> Attempt:
         self.leases.pop(attempt.attempt_id, None)
-        self._ended_by[attempt.attempt_id] = verb
-        return self._change(attempt, **changes)
+        return self._change(attempt, ended_by=verb, **changes)
 
     def _requeue(self, attempt: Attempt, now: datetime) -> Attempt:
         error = f"the lease of worker {attempt.worker_id} expired"
         if attempt.attempt_no >= attempt.max_attempts:
-            return self._end(attempt, "requeue", status=FAILED, error=error, finished_at=now)
-        return self._end(attempt, "requeue", status=QUEUED, error=error, attempt_no=attempt.attempt_no + 1)
+            return self._end(attempt, "expire", status=FAILED, error=error, finished_at=now)
+        return self._end(attempt, "expire", status=QUEUED, error=error, attempt_no=attempt.attempt_no + 1)
 
     def _repeats(self, lease: Lease, verb: str) -> bool:
         attempt = self.get(lease.attempt_id)
-        is_over = attempt.lease_version == lease.version and attempt.status not in HELD
-        return is_over and self._ended_by[lease.attempt_id] == verb
+        return (attempt.lease_version, attempt.lease_id, attempt.ended_by) == (lease.version, lease.lease_id, verb)
 
     def _held(self, lease: Lease) -> Attempt:
         attempt = self.get(lease.attempt_id)
-        if attempt.lease_version != lease.version or attempt.status not in HELD:
+        if (attempt.lease_version, attempt.lease_id) != (lease.version, lease.lease_id) or attempt.status not in HELD:
             raise self._lost(lease)
         return attempt
 

@@ -4,6 +4,10 @@ The named statements, one ``.sql`` file per noun, and how they are loaded.
 A statement stands under ``-- name: verb``; where the databases truly differ, each dialect has its own under
 ``-- name: verb @sqlite`` and ``-- name: verb @postgres``. A query may be several statements on SQLite, which has no
 data-modifying common table expressions; they run in one transaction and the last one's rows are the answer.
+
+The tokens in a statement: ``{schema}`` and ``{now_ms}`` are the database's; ``{attempt}``, ``{attempt_of_a}`` and
+``{lease}`` are the columns that a row of each has, named once, here; the rest is what one dialect says and the other
+need not.
 """
 
 import re
@@ -17,6 +21,25 @@ __all__ = ["fill", "load_queries", "split_statements"]
 
 _TOKEN = re.compile(r"\{(\w*)\}|[{}]")
 _HEADER = re.compile(r"^-- name: (?P<name>\w+)(?: @(?P<backend>sqlite|postgres))?$", re.MULTILINE)
+
+_ATTEMPT = (
+    "attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id, "
+    "enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error, lease_id, ended_by"
+)
+_ATTEMPT_OF_A = ", ".join(f"a.{column}" for column in _ATTEMPT.split(", "))
+_COLUMNS = {
+    "attempt": _ATTEMPT,
+    "attempt_of_a": _ATTEMPT_OF_A,
+    # Of a lease that holds, its attempt's lease_id is its own.
+    "lease": "l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms, "
+    + _ATTEMPT_OF_A.replace("a.lease_id, ", ""),
+}
+_DIALECTS = {
+    # A row that is locked is a write: its commit waits for the standbys, as that of the write does which it stands for.
+    # SQLite's have nobody to wait for.
+    "sqlite": {"durably": ""},
+    "postgres": {"durably": "for no key update"},
+}
 
 
 def fill(text: str, tokens: Mapping[str, str]) -> str:
@@ -34,7 +57,7 @@ def fill(text: str, tokens: Mapping[str, str]) -> str:
 @lru_cache(maxsize=16)
 def load_queries(backend: str, *, schema: str, now_ms: str) -> Mapping[str, str]:
     """Every query of *backend*, as ``noun.verb``; its tokens are filled in when it is first asked for."""
-    return _Filled(_TEXTS[backend], {"schema": schema, "now_ms": now_ms})
+    return _Filled(_TEXTS[backend], {"schema": schema, "now_ms": now_ms} | _COLUMNS | _DIALECTS[backend])
 
 
 class _Filled(Mapping[str, str]):

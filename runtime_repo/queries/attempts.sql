@@ -7,14 +7,19 @@ insert into {schema}.runtime_attempts
        (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
 values ($1, $2, 1, 'queued', $3, $4, $5, $6, $7, coalesce($8, {now_ms}))
     on conflict (attempt_id) do nothing
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+returning {attempt};
 
 -- name: find
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
   from {schema}.runtime_attempts
  where attempt_id = $1;
+
+-- name: stored
+-- What a repeated call is answered with: what it answers for may not be on any standby yet, so it waits like a write.
+select {attempt}
+  from {schema}.runtime_attempts
+ where attempt_id = $1
+   {durably};
 
 -- name: enqueue_many @postgres
 -- Store the attempts of a JSON array ($1), each once, and return the ids of those that were not there. In the order of
@@ -59,24 +64,24 @@ select json_extract(value, '$.attempt_id'), json_extract(value, '$.run_id'), 1, 
        json_extract(value, '$.payload_json'), json_extract(value, '$.max_attempts'), coalesce($2, {now_ms})
   from json_each($1);
 
--- name: find_many @postgres
--- The attempts whose ids are in a JSON array. An array is looked up in the index; IN (SELECT) can become a scan.
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+-- name: stored_many @postgres
+-- As stored, for the ids of a JSON array, locked in the order of ids. An array is looked up in the index; IN (SELECT) can
+-- become a scan.
+select {attempt}
   from {schema}.runtime_attempts
- where attempt_id = any (array(select value from json_array_elements_text($1::text::json)));
+ where attempt_id = any (array(select value from json_array_elements_text($1::text::json)))
+ order by attempt_id
+   {durably};
 
--- name: find_many @sqlite
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+-- name: stored_many @sqlite
+select {attempt}
   from {schema}.runtime_attempts
  where attempt_id in (select value from json_each($1));
 
 -- name: list_by_run
 -- One page of a run, in the order of ids, after the last id of the page before; of one status ($4) and one queue ($5)
 -- if they are given.
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
   from {schema}.runtime_attempts
  where run_id = $1
    and attempt_id > $2
@@ -87,8 +92,7 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
 
 -- name: list_by_status
 -- One page of a status, as above; of one queue ($4) if it is given.
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
   from {schema}.runtime_attempts
  where status = $1
    and attempt_id > $2
@@ -98,8 +102,7 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
 
 -- name: list_all
 -- One page of all, as above; of one queue ($3) if it is given.
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
   from {schema}.runtime_attempts
  where attempt_id > $1
    and (cast($3 as text) is null or queue = $3)
@@ -108,10 +111,8 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
 
 -- name: list_dispatchable
 -- What a claim could take, in its order: what is ready, and what is due and not yet promoted, the longest due first.
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
-  from (select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-               enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
+  from (select {attempt}
           from {schema}.runtime_attempts
          where queue = $1
            and status = 'queued'
@@ -119,10 +120,8 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
          order by priority desc, enqueued_at_ms, attempt_id
          limit $2) as ready
  union all
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
-  from (select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-               enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
+  from (select {attempt}
           from {schema}.runtime_attempts
          where queue = $1
            and status in ('queued', 'retry_backoff')
@@ -134,13 +133,15 @@ select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, ma
  limit $2;
 
 -- name: next @postgres
--- When something of the queues ($1, a JSON array) can be claimed: NULL is never, as things stand.
-select min(case when exists (
-                     select 1
-                       from {schema}.runtime_attempts
-                      where queue = named.queue
-                        and status = 'queued'
-                        and retry_at_ms is null)
+-- When something of the queues ($1, a JSON array) can be claimed: NULL is never, as things stand. For EXISTS, which wants
+-- no order, PostgreSQL reads the table if much is queued anywhere, and SQLite all that is; the order leads to the queue's.
+select min(case when (select attempt_id
+                        from {schema}.runtime_attempts
+                       where queue = named.queue
+                         and status = 'queued'
+                         and retry_at_ms is null
+                       order by priority desc, enqueued_at_ms, attempt_id
+                       limit 1) is not null
                 then 0
                 else (select retry_at_ms
                         from {schema}.runtime_attempts
@@ -153,7 +154,7 @@ select min(case when exists (
   from json_array_elements_text($1::text::json) as named (queue);
 
 -- name: next @sqlite
--- As above. For EXISTS, which wants no order, SQLite reads all that is queued anywhere; the order leads it to the queue's.
+-- As above: each takes JSON apart in its own way.
 select min(case when (select attempt_id
                         from {schema}.runtime_attempts
                        where queue = named.value
@@ -176,13 +177,13 @@ select min(case when (select attempt_id
 -- The holder has begun: remembered once for each try.
 update {schema}.runtime_attempts
    set started_at_ms = case when status = 'running' and started_at_ms is not null then started_at_ms
-                            else coalesce($3, {now_ms}) end,
+                            else coalesce($4, {now_ms}) end,
        status        = 'running'
  where attempt_id    = $1
    and lease_version = $2
+   and lease_id      = $3
    and status in ('leased', 'running')
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+returning {attempt};
 
 -- name: complete @postgres
 -- Finish the attempt, while it is still this token's to finish, and end its lease.
@@ -191,18 +192,18 @@ with done as (
        set status         = 'completed',
            result_json    = $3,
            error          = null,
-           finished_at_ms = coalesce($4, {now_ms})
+           finished_at_ms = coalesce($4, {now_ms}),
+           ended_by       = 'complete'
      where attempt_id    = $1
        and lease_version = $2
+       and lease_id      = $5
        and status in ('leased', 'running')
-    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
-              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+    returning {attempt}
 ), ended as (
     delete from {schema}.runtime_leases
      where attempt_id in (select attempt_id from done)
 )
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
   from done;
 
 -- name: complete @sqlite
@@ -214,29 +215,31 @@ delete from {schema}.runtime_leases
              from {schema}.runtime_attempts
             where attempt_id    = $1
               and lease_version = $2
+              and lease_id      = $5
               and status in ('leased', 'running'));
 update {schema}.runtime_attempts
    set status         = 'completed',
        result_json    = $3,
        error          = null,
-       finished_at_ms = coalesce($4, {now_ms})
+       finished_at_ms = coalesce($4, {now_ms}),
+       ended_by       = 'complete'
  where attempt_id    = $1
    and lease_version = $2
+   and lease_id      = $5
    and status in ('leased', 'running')
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+returning {attempt};
 
 -- name: complete_many @postgres
 -- As complete, for each lease of a JSON array; returns those that were still their token's to finish. Locked in the
 -- order of ids, or two such calls could wait for each other; found by an array, or PostgreSQL may look at all that is
 -- leased.
 with given as (
-    select attempt_id, token, result_json
-      from json_to_recordset($1::text::json) as x (attempt_id text, token bigint, result_json text)
+    select attempt_id, token, lease_id, result_json
+      from json_to_recordset($1::text::json) as x (attempt_id text, token bigint, lease_id text, result_json text)
 ), locked as (
-    select a.attempt_id, given.token, given.result_json
+    select a.attempt_id, given.token, given.lease_id, given.result_json
       from {schema}.runtime_attempts as a
-      join given on given.attempt_id = a.attempt_id and given.token = a.lease_version
+      join given on given.attempt_id = a.attempt_id and given.token = a.lease_version and given.lease_id = a.lease_id
      where a.attempt_id = any (array(select attempt_id from given))
        and a.status in ('leased', 'running')
      order by a.attempt_id
@@ -246,17 +249,19 @@ with given as (
        set status         = 'completed',
            result_json    = locked.result_json,
            error          = null,
-           finished_at_ms = coalesce($2, {now_ms})
+           finished_at_ms = coalesce($2, {now_ms}),
+           ended_by       = 'complete'
       from locked
      where a.attempt_id    = locked.attempt_id
        and a.lease_version = locked.token
+       and a.lease_id      = locked.lease_id
        and a.status in ('leased', 'running')
-    returning a.attempt_id, a.lease_version
+    returning a.attempt_id, a.lease_version, a.lease_id
 ), ended as (
     delete from {schema}.runtime_leases
      where attempt_id = any (array(select attempt_id from done))
 )
-select attempt_id, lease_version from done;
+select attempt_id, lease_version, lease_id from done;
 
 -- name: complete_many @sqlite
 -- As above, in two statements of one transaction. The plus keeps SQLite from reading all that is leased or running.
@@ -267,19 +272,22 @@ delete from {schema}.runtime_leases
              join {schema}.runtime_attempts as a
                on a.attempt_id    = json_extract(given.value, '$.attempt_id')
               and a.lease_version = json_extract(given.value, '$.token')
+              and a.lease_id      = json_extract(given.value, '$.lease_id')
             where +a.status in ('leased', 'running'));
 update {schema}.runtime_attempts as a
    set status         = 'completed',
        result_json    = given.result_json,
        error          = null,
-       finished_at_ms = coalesce($2, {now_ms})
+       finished_at_ms = coalesce($2, {now_ms}),
+       ended_by       = 'complete'
   from (select json_extract(value, '$.attempt_id') as attempt_id, json_extract(value, '$.token') as token,
-               json_extract(value, '$.result_json') as result_json
+               json_extract(value, '$.lease_id') as lease_id, json_extract(value, '$.result_json') as result_json
           from json_each($1)) as given
  where a.attempt_id    = given.attempt_id
    and a.lease_version = given.token
+   and a.lease_id      = given.lease_id
    and +a.status in ('leased', 'running')
-returning attempt_id, lease_version;
+returning attempt_id, lease_version, lease_id;
 
 -- name: fail @postgres
 -- Record a failed try: try again after a delay ($4, NULL is never), unless this was the last one.
@@ -289,18 +297,18 @@ with failed as (
            attempt_no     = case when $4::bigint is null or attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
            retry_at_ms    = case when attempt_no >= max_attempts then null else coalesce($5, {now_ms}) + $4::bigint end,
            finished_at_ms = case when $4::bigint is null or attempt_no >= max_attempts then coalesce($5, {now_ms}) end,
-           error          = $3
+           error          = $3,
+           ended_by       = 'fail'
      where attempt_id    = $1
        and lease_version = $2
+       and lease_id      = $6
        and status in ('leased', 'running')
-    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
-              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+    returning {attempt}
 ), ended as (
     delete from {schema}.runtime_leases
      where attempt_id in (select attempt_id from failed)
 )
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
   from failed;
 
 -- name: fail @sqlite
@@ -311,34 +319,34 @@ delete from {schema}.runtime_leases
              from {schema}.runtime_attempts
             where attempt_id    = $1
               and lease_version = $2
+              and lease_id      = $6
               and status in ('leased', 'running'));
 update {schema}.runtime_attempts
    set status         = case when $4 is null or attempt_no >= max_attempts then 'failed' else 'retry_backoff' end,
        attempt_no     = case when $4 is null or attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
        retry_at_ms    = case when attempt_no >= max_attempts then null else coalesce($5, {now_ms}) + $4 end,
        finished_at_ms = case when $4 is null or attempt_no >= max_attempts then coalesce($5, {now_ms}) end,
-       error          = $3
+       error          = $3,
+       ended_by       = 'fail'
  where attempt_id    = $1
    and lease_version = $2
+   and lease_id      = $6
    and status in ('leased', 'running')
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+returning {attempt};
 
 -- name: cancel @postgres
 -- End an attempt that is not final, and its lease: the holder learns it at its next write.
 with cancelled as (
     update {schema}.runtime_attempts
-       set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($2, {now_ms})
+       set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($2, {now_ms}), ended_by = 'cancel'
      where attempt_id = $1
        and status in ('queued', 'leased', 'running', 'retry_backoff')
-    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+    returning {attempt}
 ), ended as (
     delete from {schema}.runtime_leases
      where attempt_id in (select attempt_id from cancelled)
 )
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
   from cancelled;
 
 -- name: cancel @sqlite
@@ -350,44 +358,61 @@ delete from {schema}.runtime_leases
             where attempt_id = $1
               and status in ('queued', 'leased', 'running', 'retry_backoff'));
 update {schema}.runtime_attempts
-   set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($2, {now_ms})
+   set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($2, {now_ms}), ended_by = 'cancel'
  where attempt_id = $1
    and status in ('queued', 'leased', 'running', 'retry_backoff')
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+returning {attempt};
 
 -- name: retry
 -- Give a failed attempt one more try.
 update {schema}.runtime_attempts
-   set status = 'queued', retry_at_ms = null, finished_at_ms = null
+   set status = 'queued', retry_at_ms = null, finished_at_ms = null, ended_by = 'retry'
  where attempt_id = $1
    and status = 'failed'
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+returning {attempt};
 
 -- name: prune @postgres
--- Delete final attempts that are older than a span ($1), the oldest first, skipping what somebody is writing.
-delete from {schema}.runtime_attempts
- where attempt_id = any (array(
-           select attempt_id
-             from {schema}.runtime_attempts
-            where finished_at_ms is not null
-              and finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint
-            order by finished_at_ms, attempt_id
-            limit $2
-              for update skip locked))
-returning attempt_id;
+-- Delete final attempts that are older than a span ($1), the oldest first, skipping what somebody is writing, and what
+-- was reported and asked in them: the same id enqueued again must not find its steps done.
+with pruned as (
+    delete from {schema}.runtime_attempts
+     where attempt_id = any (array(
+               select attempt_id
+                 from {schema}.runtime_attempts
+                where finished_at_ms is not null
+                  and finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint
+                order by finished_at_ms, attempt_id
+                limit $2
+                  for update skip locked))
+    returning attempt_id
+), reports as (
+    delete from {schema}.runtime_step_reports
+     where attempt_id = any (array(select attempt_id from pruned))
+), questions as (
+    delete from {schema}.runtime_interrupts
+     where attempt_id = any (array(select attempt_id from pruned))
+)
+select attempt_id from pruned;
 
 -- name: prune @sqlite
--- As above: here nobody else is writing.
-delete from {schema}.runtime_attempts
+-- As above, in statements of one transaction. The clock moves between them, so the first one marks what goes.
+update {schema}.runtime_attempts
+   set finished_at_ms = -9223372036854775807
  where attempt_id in (
            select attempt_id
              from {schema}.runtime_attempts
             where finished_at_ms is not null
               and finished_at_ms <= coalesce($3, {now_ms}) - $1
             order by finished_at_ms, attempt_id
-            limit $2)
+            limit $2);
+delete from {schema}.runtime_step_reports
+ where attempt_id in (
+           select attempt_id from {schema}.runtime_attempts where finished_at_ms = -9223372036854775807);
+delete from {schema}.runtime_interrupts
+ where attempt_id in (
+           select attempt_id from {schema}.runtime_attempts where finished_at_ms = -9223372036854775807);
+delete from {schema}.runtime_attempts
+ where finished_at_ms = -9223372036854775807
 returning attempt_id;
 
 -- name: stats

@@ -15,6 +15,14 @@ select interrupt_id, thread_id, run_id, attempt_id, value_json, status, created_
   from {schema}.runtime_interrupts
  where interrupt_id = $1;
 
+-- name: stored
+-- What a repeated call is answered with: what it answers for may not be on any standby yet, so it waits like a write.
+select interrupt_id, thread_id, run_id, attempt_id, value_json, status, created_at_ms, resume_payload_json,
+       resume_payload_hash, resumed_at_ms
+  from {schema}.runtime_interrupts
+ where interrupt_id = $1
+   {durably};
+
 -- name: list
 -- One page of all, in the order of ids, after the last id of the page before.
 select interrupt_id, thread_id, run_id, attempt_id, value_json, status, created_at_ms, resume_payload_json,

@@ -25,18 +25,22 @@ with ready as (
      limit json_array_length($4::text::json)
        for update skip locked
 ), chosen as (
-    select attempt_id
-      from (select attempt_id, priority, enqueued_at_ms from ready
-             union all
-            select attempt_id, priority, enqueued_at_ms from due) as candidates
-     order by priority desc, enqueued_at_ms, attempt_id
-     limit json_array_length($4::text::json)
+    select attempt_id, row_number() over () as n
+      from (select attempt_id
+              from (select attempt_id, priority, enqueued_at_ms from ready
+                     union all
+                    select attempt_id, priority, enqueued_at_ms from due) as candidates
+             order by priority desc, enqueued_at_ms, attempt_id
+             limit json_array_length($4::text::json)) as first
 ), claimed as (
-    update {schema}.runtime_attempts
-       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2
-     where attempt_id = any (array(select attempt_id from chosen))
-    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
-              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+    update {schema}.runtime_attempts as a
+       set status = 'leased', retry_at_ms = null, lease_version = a.lease_version + 1, worker_id = $2,
+           lease_id = given.lease_id, ended_by = null
+      from chosen
+      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = chosen.n
+     where a.attempt_id = any (array(select attempt_id from chosen))
+       and a.attempt_id = chosen.attempt_id
+    returning {attempt_of_a}
 ), promoted as (
     update {schema}.runtime_attempts
        set status = 'queued', retry_at_ms = null
@@ -44,27 +48,23 @@ with ready as (
 ), leased as (
     insert into {schema}.runtime_leases as l
            (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select given.lease_id, mine.attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}),
-           mine.lease_version, coalesce($5, {now_ms})
-      from (select attempt_id, lease_version, row_number() over () as n from claimed) as mine
-      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = mine.n
+    select lease_id, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
+           coalesce($5, {now_ms})
+      from claimed
         on conflict (attempt_id) do update
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
     returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
-       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
-       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
-       a.error
+select {lease}
   from leased as l
   join claimed as a on a.attempt_id = l.attempt_id
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim @sqlite
 -- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
--- what is due is promoted first.
+-- what is due is promoted first. A file of version 1 may hold a key that is NULL, which nothing can be done with.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
  where attempt_id in (
@@ -86,6 +86,7 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
                  where queue = $1
                    and status = 'queued'
                    and retry_at_ms is null
+                   and attempt_id is not null
                  order by priority desc, enqueued_at_ms, attempt_id
                  limit json_array_length($4))) as ready
   join json_each($4) as given on given.key = ready.n
@@ -94,14 +95,12 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
    set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
-update {schema}.runtime_attempts
-   set status = 'leased', lease_version = lease_version + 1, worker_id = $2
- where attempt_id in (
-           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
-select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
-       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
-       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
-       a.error
+update {schema}.runtime_attempts as a
+   set status = 'leased', lease_version = a.lease_version + 1, worker_id = $2, lease_id = l.lease_id, ended_by = null
+  from {schema}.runtime_leases as l
+ where l.lease_id in (select value from json_each($4))
+   and a.attempt_id = l.attempt_id;
+select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
  where l.lease_id in (select value from json_each($4))
@@ -136,18 +135,22 @@ with ready as (
                 limit json_array_length($4::text::json)
                   for update skip locked) as found
 ), chosen as (
-    select attempt_id
-      from (select attempt_id, priority, enqueued_at_ms from ready
-             union all
-            select attempt_id, priority, enqueued_at_ms from due) as candidates
-     order by priority desc, enqueued_at_ms, attempt_id
-     limit json_array_length($4::text::json)
+    select attempt_id, row_number() over () as n
+      from (select attempt_id
+              from (select attempt_id, priority, enqueued_at_ms from ready
+                     union all
+                    select attempt_id, priority, enqueued_at_ms from due) as candidates
+             order by priority desc, enqueued_at_ms, attempt_id
+             limit json_array_length($4::text::json)) as first
 ), claimed as (
-    update {schema}.runtime_attempts
-       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2
-     where attempt_id = any (array(select attempt_id from chosen))
-    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
-              worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+    update {schema}.runtime_attempts as a
+       set status = 'leased', retry_at_ms = null, lease_version = a.lease_version + 1, worker_id = $2,
+           lease_id = given.lease_id, ended_by = null
+      from chosen
+      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = chosen.n
+     where a.attempt_id = any (array(select attempt_id from chosen))
+       and a.attempt_id = chosen.attempt_id
+    returning {attempt_of_a}
 ), promoted as (
     update {schema}.runtime_attempts
        set status = 'queued', retry_at_ms = null
@@ -155,20 +158,16 @@ with ready as (
 ), leased as (
     insert into {schema}.runtime_leases as l
            (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select given.lease_id, mine.attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}),
-           mine.lease_version, coalesce($5, {now_ms})
-      from (select attempt_id, lease_version, row_number() over () as n from claimed) as mine
-      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = mine.n
+    select lease_id, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
+           coalesce($5, {now_ms})
+      from claimed
         on conflict (attempt_id) do update
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
     returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
-       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
-       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
-       a.error
+select {lease}
   from leased as l
   join claimed as a on a.attempt_id = l.attempt_id
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
@@ -206,6 +205,7 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
                                     where queue = named.value
                                       and status = 'queued'
                                       and retry_at_ms is null
+                                      and attempt_id is not null
                                     order by priority desc, enqueued_at_ms, attempt_id
                                     limit json_array_length($4))) as candidates
                  order by priority desc, enqueued_at_ms, attempt_id
@@ -216,14 +216,12 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
    set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
-update {schema}.runtime_attempts
-   set status = 'leased', lease_version = lease_version + 1, worker_id = $2
- where attempt_id in (
-           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
-select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
-       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
-       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
-       a.error
+update {schema}.runtime_attempts as a
+   set status = 'leased', lease_version = a.lease_version + 1, worker_id = $2, lease_id = l.lease_id, ended_by = null
+  from {schema}.runtime_leases as l
+ where l.lease_id in (select value from json_each($4))
+   and a.attempt_id = l.attempt_id;
+select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
  where l.lease_id in (select value from json_each($4))
@@ -233,16 +231,16 @@ select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
 -- Take this attempt ($1), if it is ready or due, under the lease id $4.
 with claimed as (
     update {schema}.runtime_attempts
-       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2
+       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2,
+           lease_id = $4, ended_by = null
      where attempt_id = $1
        and status in ('queued', 'retry_backoff')
        and (retry_at_ms is null or retry_at_ms <= coalesce($5, {now_ms}))
-    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+    returning {attempt}
 ), leased as (
     insert into {schema}.runtime_leases as l
            (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select $4, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
+    select lease_id, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
            coalesce($5, {now_ms})
       from claimed
         on conflict (attempt_id) do update
@@ -251,10 +249,7 @@ with claimed as (
            claimed_at_ms = excluded.claimed_at_ms
     returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
-       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
-       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
-       a.error
+select {lease}
   from leased as l
   join claimed as a on a.attempt_id = l.attempt_id;
 
@@ -273,12 +268,10 @@ select $4, attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}), 
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
 update {schema}.runtime_attempts
-   set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2
+   set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2, lease_id = $4,
+       ended_by = null
  where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $4);
-select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
-       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
-       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
-       a.error
+select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
  where l.lease_id = $4;
@@ -297,36 +290,46 @@ with mine as (
     delete from {schema}.runtime_leases
      where lease_id in (select value from json_array_elements_text($1::text::json))
        and attempt_id in (select attempt_id from mine)
-    returning attempt_id, version
+    returning attempt_id, version, lease_id
 )
 update {schema}.runtime_attempts as a
-   set status = 'queued', retry_at_ms = null
+   set status = 'queued', retry_at_ms = null, ended_by = 'give_back'
   from ended
  where a.attempt_id    = ended.attempt_id
    and a.lease_version = ended.version
+   and a.lease_id      = ended.lease_id
    and a.status in ('leased', 'running')
 returning a.queue;
 
 -- name: give_back @sqlite
 -- As above, in two statements of one transaction.
 update {schema}.runtime_attempts
-   set status = 'queued', retry_at_ms = null
+   set status = 'queued', retry_at_ms = null, ended_by = 'give_back'
  where status in ('leased', 'running')
-   and (attempt_id, lease_version) in (
-           select attempt_id, version from {schema}.runtime_leases
+   and (attempt_id, lease_version, lease_id) in (
+           select attempt_id, version, lease_id from {schema}.runtime_leases
             where lease_id in (select value from json_each($1)))
 returning queue;
 delete from {schema}.runtime_leases
  where lease_id in (select value from json_each($1));
 
 -- name: heartbeat
--- Keep a lease, while it is still this token's and has not run out. Fenced on the lease's own row.
+-- Keep a lease, while it is still this token's and has not run out. Fenced on the lease's own row, and it looks at the
+-- attempt as well: a cancel that waited for a claim to commit did not see its lease, which is there still and owns
+-- nothing.
 update {schema}.runtime_leases
    set heartbeat_at_ms     = coalesce($4, {now_ms}),
        lease_expires_at_ms = coalesce($4, {now_ms}) + $3
  where lease_id = $1
    and version  = $2
    and lease_expires_at_ms > coalesce($4, {now_ms})
+   and exists (
+           select 1
+             from {schema}.runtime_attempts
+            where attempt_id    = $5
+              and lease_version = $2
+              and lease_id      = $1
+              and status in ('leased', 'running'))
 returning heartbeat_at_ms, lease_expires_at_ms;
 
 -- name: heartbeat_many @postgres
@@ -336,19 +339,20 @@ with given as (
     select lease_id, attempt_id, token
       from json_to_recordset($1::text::json) as x (lease_id text, attempt_id text, token bigint)
 ), locked as (
-    select a.attempt_id
+    select given.lease_id, given.token
       from {schema}.runtime_attempts as a
+      join given on given.attempt_id = a.attempt_id and given.token = a.lease_version and given.lease_id = a.lease_id
      where a.attempt_id = any (array(select attempt_id from given))
+       and a.status in ('leased', 'running')
      order by a.attempt_id
-       for update
+       for update of a
 )
 update {schema}.runtime_leases as l
    set heartbeat_at_ms     = coalesce($3, {now_ms}),
        lease_expires_at_ms = coalesce($3, {now_ms}) + $2::bigint
-  from given
-  join locked on locked.attempt_id = given.attempt_id
- where l.lease_id = given.lease_id
-   and l.version  = given.token
+  from locked
+ where l.lease_id = locked.lease_id
+   and l.version  = locked.token
    and l.lease_expires_at_ms > coalesce($3, {now_ms})
 returning l.lease_id, l.heartbeat_at_ms, l.lease_expires_at_ms;
 
@@ -358,7 +362,13 @@ update {schema}.runtime_leases
    set heartbeat_at_ms     = coalesce($3, {now_ms}),
        lease_expires_at_ms = coalesce($3, {now_ms}) + $2
  where (lease_id, version) in (
-           select json_extract(value, '$.lease_id'), json_extract(value, '$.token') from json_each($1))
+           select a.lease_id, a.lease_version
+             from json_each($1) as given
+             join {schema}.runtime_attempts as a
+               on a.attempt_id    = json_extract(given.value, '$.attempt_id')
+              and a.lease_version = json_extract(given.value, '$.token')
+              and a.lease_id      = json_extract(given.value, '$.lease_id')
+            where +a.status in ('leased', 'running'))
    and lease_expires_at_ms > coalesce($3, {now_ms})
 returning lease_id, heartbeat_at_ms, lease_expires_at_ms;
 
@@ -366,18 +376,17 @@ returning lease_id, heartbeat_at_ms, lease_expires_at_ms;
 -- Give the attempt back, at once or after a delay ($3): the try does not count.
 with released as (
     update {schema}.runtime_attempts
-       set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3::bigint
+       set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3::bigint, ended_by = 'release'
      where attempt_id    = $1
        and lease_version = $2
+       and lease_id      = $5
        and status in ('leased', 'running')
-    returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-              enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+    returning {attempt}
 ), ended as (
     delete from {schema}.runtime_leases
      where attempt_id in (select attempt_id from released)
 )
-select attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-       enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error
+select {attempt}
   from released;
 
 -- name: release @sqlite
@@ -388,21 +397,19 @@ delete from {schema}.runtime_leases
              from {schema}.runtime_attempts
             where attempt_id    = $1
               and lease_version = $2
+              and lease_id      = $5
               and status in ('leased', 'running'));
 update {schema}.runtime_attempts
-   set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3
+   set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3, ended_by = 'release'
  where attempt_id    = $1
    and lease_version = $2
+   and lease_id      = $5
    and status in ('leased', 'running')
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+returning {attempt};
 
 -- name: list
 -- One page of all leases, in the order of their ids, after the last id of the page before.
-select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
-       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
-       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
-       a.error
+select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
  where l.lease_id > $1
@@ -411,10 +418,7 @@ select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
 
 -- name: list_by_worker
 -- As above, of one worker.
-select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
-       a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
-       a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms, a.result_json,
-       a.error
+select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
  where l.worker_id = $1
@@ -424,23 +428,53 @@ select l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms,
 
 -- name: holder
 -- Who holds an attempt now, and under which token.
-select a.status, a.lease_version, l.worker_id
+select a.status, a.lease_version, a.lease_id, l.worker_id
   from {schema}.runtime_attempts as a
   left join {schema}.runtime_leases as l on l.attempt_id = a.attempt_id
  where a.attempt_id = $1;
+
+-- name: park @postgres
+-- Take out of the way what was just claimed under a lease ($1) and cannot be read, and say why ($2): as a failed one an
+-- operator finds it. Fenced by the lease's id, for what it holds may be anything.
+with parked as (
+    update {schema}.runtime_attempts
+       set status = 'failed', retry_at_ms = null, error = $2, finished_at_ms = coalesce($3, {now_ms}), ended_by = 'park'
+     where attempt_id = any (array(select attempt_id from {schema}.runtime_leases where lease_id = $1))
+       and lease_id = $1
+       and status in ('leased', 'running')
+    returning attempt_id
+)
+delete from {schema}.runtime_leases
+ where lease_id = $1
+   and attempt_id in (select attempt_id from parked);
+
+-- name: park @sqlite
+-- As above, in two statements of one transaction.
+update {schema}.runtime_attempts
+   set status = 'failed', retry_at_ms = null, error = $2, finished_at_ms = coalesce($3, {now_ms}), ended_by = 'park'
+ where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $1)
+   and lease_id = $1
+   and +status in ('leased', 'running');
+delete from {schema}.runtime_leases
+ where lease_id = $1;
 
 -- name: requeue_expired @postgres
 -- Take attempts from workers that fell silent. The attempt is locked first, skipping those that are being written, then
 -- the lease is deleted only if it still is expired (a heartbeat may have come in between), and only what was deleted
 -- is requeued. The lost try counts, so an attempt that kills its workers ends as failed.
+-- A lease whose attempt is gone, or is nobody's to hold, is deleted with them: as many as are looked at, skipping what
+-- a claim is writing anew. None keeps the sweep from those behind it.
 with expired as (
     select attempt_id
       from {schema}.runtime_attempts
      where attempt_id = any (array(
-               select attempt_id
-                 from {schema}.runtime_leases
-                where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
-                order by lease_expires_at_ms
+               select l.attempt_id
+                 from {schema}.runtime_leases as l
+                where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+                  and (select a.status
+                         from {schema}.runtime_attempts as a
+                        where a.attempt_id = l.attempt_id) in ('leased', 'running')
+                order by l.lease_expires_at_ms
                 limit $1))
      order by attempt_id
        for update skip locked
@@ -450,41 +484,71 @@ with expired as (
      where l.attempt_id = expired.attempt_id
        and l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
     returning l.attempt_id, l.worker_id
+), orphans as (
+    delete from {schema}.runtime_leases
+     where lease_id = any (array(
+               select l.lease_id
+                 from {schema}.runtime_leases as l
+                where l.lease_id = any (array(
+                          select lease_id
+                            from {schema}.runtime_leases
+                           where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+                           order by lease_expires_at_ms
+                           limit $1))
+                  and l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+                  and not exists (
+                          select 1
+                            from {schema}.runtime_attempts as a
+                           where a.attempt_id = l.attempt_id
+                             and a.status in ('leased', 'running'))
+                  for update of l skip locked))
 )
 update {schema}.runtime_attempts as a
    set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
        attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
        retry_at_ms    = null,
        finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
-       error          = 'the lease of worker ' || ended.worker_id || ' expired'
+       error          = 'the lease of worker ' || ended.worker_id || ' expired',
+       ended_by       = 'expire'
   from ended
  where a.attempt_id = ended.attempt_id
    and a.status in ('leased', 'running')
-returning a.attempt_id, a.run_id, a.attempt_no, a.status, a.queue, a.priority, a.payload_json, a.max_attempts,
-          a.lease_version, a.worker_id, a.enqueued_at_ms, a.retry_at_ms, a.started_at_ms, a.finished_at_ms,
-          a.result_json, a.error;
+returning {attempt_of_a};
 
 -- name: requeue_expired @sqlite
--- As above, in two statements of one transaction. The clock moves between them, so the second one keeps every lease
--- whose attempt the first one left alone.
+-- As above, in statements of one transaction. The clock moves between them, so each deletes only the leases of what is
+-- not held. By their rowid: a key may be NULL.
 update {schema}.runtime_attempts
    set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
        attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
        retry_at_ms    = null,
        finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
-       error          = 'the lease of worker ' || worker_id || ' expired'
- where status in ('leased', 'running')
+       error          = 'the lease of worker ' || worker_id || ' expired',
+       ended_by       = 'expire'
+ where +status in ('leased', 'running')
    and attempt_id in (
-           select attempt_id
-             from {schema}.runtime_leases
-            where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
-            order by lease_expires_at_ms
+           select l.attempt_id
+             from {schema}.runtime_leases as l
+            where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
+              and (select a.status
+                     from {schema}.runtime_attempts as a
+                    where a.attempt_id = l.attempt_id) in ('leased', 'running')
+            order by l.lease_expires_at_ms
             limit $1)
-returning attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id,
-          enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error;
+returning {attempt};
 delete from {schema}.runtime_leases
- where lease_id in (
-           select lease_id
+ where rowid in (
+           select l.rowid
+             from {schema}.runtime_leases as l
+            where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
+              and (select a.status in ('queued', 'failed') and a.ended_by = 'expire' and a.lease_id = l.lease_id
+                     from {schema}.runtime_attempts as a
+                    where a.attempt_id = l.attempt_id)
+            order by l.lease_expires_at_ms
+            limit $1);
+delete from {schema}.runtime_leases
+ where rowid in (
+           select rowid
              from {schema}.runtime_leases
             where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
             order by lease_expires_at_ms

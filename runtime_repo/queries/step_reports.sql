@@ -10,6 +10,7 @@ with held as (
       from {schema}.runtime_attempts
      where attempt_id    = $1
        and lease_version = $2
+       and lease_id      = $9
        and status in ('leased', 'running')
        for no key update
 )
@@ -28,23 +29,29 @@ select $3, attempt_id, $4, $5, $6, $7, lease_version, coalesce($8, {now_ms})
   from {schema}.runtime_attempts
  where attempt_id    = $1
    and lease_version = $2
+   and lease_id      = $9
    and status in ('leased', 'running')
     on conflict (attempt_id, dedupe_token) do nothing
 returning report_id, worker_id, attempt_id, action_id, status, dedupe_token, payload_json, lease_version, created_at_ms;
 
 -- name: recorded
--- The report that is stored under a dedupe token ($3), for the lease that stored it or that holds the attempt now.
-select report_id, worker_id, attempt_id, action_id, status, dedupe_token, payload_json, lease_version, created_at_ms
-  from {schema}.runtime_step_reports
- where attempt_id   = $1
-   and dedupe_token = $3
-   and (lease_version = $2
-        or exists (
-               select 1
-                 from {schema}.runtime_attempts
-                where attempt_id    = $1
-                  and lease_version = $2
-                  and status in ('leased', 'running')));
+-- The report that is stored under a dedupe token ($3), for the lease that stored it or that holds the attempt now. What
+-- is stored may not be on any standby yet, so the answer waits like a write: reports are never changed, so it locks the
+-- attempt. Where another history gave the same token to another lease, that one's reports are not this one's.
+with attempt as (
+    select attempt_id, lease_version, lease_id, status
+      from {schema}.runtime_attempts
+     where attempt_id = $1
+       {durably}
+)
+select r.report_id, r.worker_id, r.attempt_id, r.action_id, r.status, r.dedupe_token, r.payload_json, r.lease_version,
+       r.created_at_ms
+  from {schema}.runtime_step_reports as r
+  left join attempt as a on a.attempt_id = r.attempt_id
+ where r.attempt_id   = $1
+   and r.dedupe_token = $3
+   and (a.lease_version = $2 and a.lease_id = $4 and a.status in ('leased', 'running')
+        or r.lease_version = $2 and (a.attempt_id is null or a.lease_version <> $2 or a.lease_id = $4));
 
 -- name: list
 -- One page of an attempt's reports, in the order of their numbers, after the last number of the page before. Ordered by

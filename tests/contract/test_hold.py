@@ -18,7 +18,7 @@ from runtime_repo import (
     RuntimeRepository,
 )
 from runtime_repo.leases import Leases
-from tests.contract.conftest import Factory
+from tests.contract.conftest import Factory, eventually
 
 TTL = timedelta(seconds=0.5)
 OFTEN = timedelta(milliseconds=5)
@@ -36,14 +36,6 @@ async def claimed(repo: RuntimeRepository, ttl: timedelta = LONG) -> Lease:
 async def for_ever() -> None:
     """Work that never ends by itself."""
     await asyncio.Event().wait()
-
-
-async def eventually(fact: Callable[[], object]) -> None:
-    """Wait until *fact* holds."""
-    deadline = time.monotonic() + 10
-    while not fact():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
 
 
 async def renewed(repo: RuntimeRepository, lease: Lease) -> None:

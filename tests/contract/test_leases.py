@@ -48,7 +48,7 @@ async def test_what_cannot_be_read_keeps_nobody_from_the_rest(
     await execute(repo, "update {schema}.runtime_attempts set payload_json = '{oops' where attempt_id in ('a', 'c')")
     (lease,) = await repo.leases.claim("worker", limit=2, now=clock.now)
     assert lease.attempt_id == "b"
-    assert "attempt 'a' was claimed and cannot be read" in caplog.text
+    assert "the row a of runtime_attempts cannot be read" in caplog.text
     with pytest.raises(RuntimeRepoError, match="no JSON"):
         await repo.leases.claim_attempt("c", "worker", now=clock.now)
 

@@ -28,6 +28,7 @@ from runtime_repo import (
     MigrationError,
     NewAttempt,
     NotFoundError,
+    Page,
     PayloadMismatchError,
     PostgresRuntimeRepository,
     QueueStats,
@@ -90,7 +91,7 @@ async def a_worker_claims_and_finishes(repo: RuntimeRepository) -> None:
     assert_type(attempt, Attempt)
     assert_type(await repo.attempts.get("a"), Attempt)
     assert_type(await repo.attempts.find("a"), Attempt | None)
-    assert_type(await repo.attempts.list(run_id="run", after="a", limit=10), Sequence[Attempt])
+    assert_type(await repo.attempts.list(run_id="run", after="a", limit=10), Page[Attempt])
     leases = await repo.leases.claim("worker", limit=10, queues="mail", ttl=timedelta(minutes=1))
     assert_type(leases, Sequence[Lease])
     for lease in leases:
@@ -107,12 +108,12 @@ async def a_worker_claims_and_finishes(repo: RuntimeRepository) -> None:
     assert_type(await repo.leases.heartbeat_many(leases), Sequence[Lease | None])
     assert_type(await repo.leases.claim("worker", queues=["mail", "default"]), Sequence[Lease])
     assert_type(await repo.leases.claim_attempt("a", "worker"), Lease | None)
-    assert_type(await repo.leases.list(worker_id="worker"), Sequence[Lease])
-    assert_type(await repo.leases.requeue_expired(limit=10, grace=timedelta(seconds=5)), Sequence[Attempt])
+    assert_type(await repo.leases.list(worker_id="worker"), Page[Lease])
+    assert_type(await repo.leases.requeue_expired(limit=10, grace=timedelta(seconds=5)), Page[Attempt])
     assert_type(await repo.attempts.enqueue_many([NewAttempt("run", priority=1)]), Sequence[str])
-    assert_type(await repo.attempts.list(status=AttemptStatus.FAILED, queue="mail"), Sequence[Attempt])
-    assert_type(await repo.attempts.list_dispatchable(queue="mail"), Sequence[Attempt])
-    assert_type(await repo.attempts.stats(), Sequence[QueueStats])
+    assert_type(await repo.attempts.list(status=AttemptStatus.FAILED, queue="mail"), Page[Attempt])
+    assert_type(await repo.attempts.list_dispatchable(queue="mail"), Page[Attempt])
+    assert_type(await repo.attempts.stats(), Page[QueueStats])
     assert_type(await repo.attempts.cancel("a"), Attempt)
     assert_type(await repo.attempts.retry("a"), Attempt)
     assert_type(await repo.attempts.prune(older_than=timedelta(days=7)), int)
@@ -133,7 +134,7 @@ async def a_person_answers(repo: RuntimeRepository) -> None:
     assert_type(await repo.interrupts.get("i"), Interrupt)
     assert_type(await repo.interrupts.find("i"), Interrupt | None)
     pending = await repo.interrupts.list(thread_id="thread", status=InterruptStatus.PENDING, after="i", limit=10)
-    assert_type(pending, Sequence[Interrupt])
+    assert_type(pending, Page[Interrupt])
     async with repo.transaction() as transaction:
         assert_type(await transaction.interrupts.resume("i", {"go": True}), Interrupt)
         await transaction.attempts.enqueue("run", attempt_id="after-i")
@@ -147,7 +148,7 @@ async def an_application_keeps_its_books(repo: RuntimeRepository) -> None:
     assert_type((job.status, job.created_at, job.updated_at), tuple[str, datetime, datetime])
     assert_type(await repo.jobs.get("thread"), Job)
     assert_type(await repo.jobs.find("thread"), Job | None)
-    assert_type(await repo.jobs.list(status="active", after="thread", limit=10), Sequence[Job])
+    assert_type(await repo.jobs.list(status="active", after="thread", limit=10), Page[Job])
     entry = await repo.audit.append(
         actor_type="user",
         actor_id="u-1",
@@ -165,8 +166,8 @@ async def an_application_keeps_its_books(repo: RuntimeRepository) -> None:
     entries = await repo.audit.list(
         action="job.cancel", since=entry.created_at - hour, until=entry.created_at, after=entry.audit_id, limit=10
     )
-    assert_type(entries, Sequence[AuditEntry])
-    assert_type(await repo.audit.list(request_id="r-1"), Sequence[AuditEntry])
+    assert_type(entries, Page[AuditEntry])
+    assert_type(await repo.audit.list(request_id="r-1"), Page[AuditEntry])
 
 
 async def a_worker_reports_its_steps(repo: RuntimeRepository, lease: Lease) -> None:
@@ -176,7 +177,7 @@ async def a_worker_reports_its_steps(repo: RuntimeRepository, lease: Lease) -> N
     assert_type((report.report_id, report.lease_version), tuple[int, int | None])
     assert_type(report.is_duplicate, bool)
     assert_type(report.payload, Any)
-    assert_type(await repo.step_reports.list("a", after=report.report_id, limit=10), Sequence[StepReport])
+    assert_type(await repo.step_reports.list("a", after=report.report_id, limit=10), Page[StepReport])
 
 
 async def a_caller_is_authenticated(repo: RuntimeRepository) -> None:
@@ -190,7 +191,7 @@ async def a_caller_is_authenticated(repo: RuntimeRepository) -> None:
     assert_type(await repo.api_keys.set_active("key", active=False), ApiKey)
     assert_type(await repo.api_keys.get("key"), ApiKey)
     assert_type(await repo.api_keys.find("key"), ApiKey | None)
-    assert_type(await repo.api_keys.list(after="key", limit=10), Sequence[ApiKey])
+    assert_type(await repo.api_keys.list(after="key", limit=10), Page[ApiKey])
 
 
 async def verbs_commit_together(embedded: SqliteRuntimeRepository, shared: PostgresRuntimeRepository) -> None:
