@@ -140,7 +140,6 @@ class Worker:
         self._told_to_stop = asyncio.Event()
         self._running: anyio.CancelScope | None = None
         self._searching: anyio.CancelScope | None = None
-        self._is_cancelled: Callable[[], bool] = lambda: False
         self._failure: BaseException | None = None
 
     def stop(self) -> None:
@@ -161,27 +160,20 @@ class Worker:
             raise ConfigurationError(
                 f"worker {self.worker_id} has run before, and a worker runs once: construct another"
             )
-        self._is_cancelled = _cancellation_of_this_task()
         with self._stopped_by_signals():
-            async with anyio.create_task_group() as group:
-                self._running = group.cancel_scope
+            async with anyio.create_task_group() as handlers:
+                self._running = handlers.cancel_scope
                 if not self._told_to_stop.is_set():
-                    # In a task of its own: this one does nothing but wait, so that only others cancel it.
-                    group.start_soon(self._serve)
+                    handlers.start_soon(self._search, handlers)
+                    await self._told_to_stop.wait()
+                    with anyio.move_on_after(self._grace):
+                        for _ in range(self._concurrency):
+                            await self._room.acquire()
+                    handlers.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
         if not self._told_to_stop.is_set():
             raise asyncio.CancelledError(f"the tasks of worker {self.worker_id} were cancelled")
-
-    async def _serve(self) -> None:
-        """Search for work and do it, until told to stop and the grace is over."""
-        async with anyio.create_task_group() as handlers:
-            handlers.start_soon(self._search, handlers)
-            await self._told_to_stop.wait()
-            with anyio.move_on_after(self._grace):
-                for _ in range(self._concurrency):
-                    await self._room.acquire()
-            handlers.cancel_scope.cancel()
 
     async def _search(self, handlers: TaskGroup) -> None:
         """Claim and sweep, until told to stop, or until it is of no use."""
@@ -330,18 +322,21 @@ class Worker:
         return await answer
 
     async def _pass_on_the_end(self) -> None:
-        """Let the end of the lease or of the worker through; any other cancellation was the handler's own affair."""
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        """
+        Let the end of the lease or of the worker through; any other cancellation was the handler's own affair.
+
+        Only their scopes tell the two apart. The task's own count does not say who cancelled it, nor does that of the
+        worker's task, which each of its own time-outs moves.
+        """
         task = asyncio.current_task()
-        if task is not None and task.cancelling() and not self._is_cancelled():
+        if task is not None and task.cancelling():
             while task.cancelling():
                 task.uncancel()
+            # It may not have been delivered yet. And the end of an event loop cancels all tasks in any order: the
+            # worker's has heard of it by the next turn.
             with contextlib.suppress(asyncio.CancelledError):
-                # It may not have been delivered yet.
                 await asyncio.sleep(0)
-        if self._is_cancelled():
-            # asyncio.run() cancels every task at its end and may reach this one before run()'s: the try did not fail.
-            raise asyncio.CancelledError
+        await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def _fail(self, lease: Lease, error: BaseException) -> None:
         _log.warning("attempt %r failed", lease.attempt_id, exc_info=error)
@@ -465,17 +460,6 @@ async def _within(seconds: float, call: Awaitable[T]) -> T:
 
 async def _rest(pause: float) -> None:
     await anyio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311
-
-
-def _cancellation_of_this_task() -> Callable[[], bool]:
-    """
-    What tells whether this task has been cancelled since, as soon as somebody does it.
-
-    The count moves with every time-out and cancel scope within the task, too: so it must have none but those of others.
-    """
-    task = asyncio.current_task()
-    before = 0 if task is None else task.cancelling()
-    return lambda: task is not None and task.cancelling() > before
 
 
 def _check_handler(handler: object) -> None:

@@ -275,6 +275,8 @@ async def test_a_failure_in_the_instant_of_a_time_out_is_a_failure(
                 return await wait(self, *arguments)
         except TimeoutError:
             return False
+        finally:
+            waiting.clear()
 
     async def handle(lease: Lease) -> None:
         if lease.attempt.attempt_no == 1:
