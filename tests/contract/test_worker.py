@@ -283,8 +283,9 @@ async def test_a_failure_in_the_instant_of_a_time_out_is_a_failure(
             while not waiting:  # noqa: ASYNC110 - the time-out must not end before
                 await asyncio.sleep(0)
             turn = asyncio.get_running_loop().create_future()
-            waiting[-1].reschedule(0)
+            # So that this task has its turn after the worker's was cancelled, and before that knows.
             asyncio.get_running_loop().call_soon(turn.set_result, None)
+            waiting[-1].reschedule(0)
             await turn
             raise ValueError("at the same instant")
 
