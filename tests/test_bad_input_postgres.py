@@ -16,6 +16,7 @@ from runtime_repo import (
     DatabaseUnavailableError,
     MigrationError,
     PostgresRuntimeRepository,
+    RefusedError,
     RepositoryClosedError,
     RuntimeRepoError,
     SchemaOutOfDateError,
@@ -123,6 +124,8 @@ async def test_a_server_setting_that_the_server_refuses_is_named(postgres_url: s
         ({"startup_timeout": float("nan")}, "startup_timeout is nan"),
         ({"startup_timeout": float("inf")}, "startup_timeout is inf"),
         ({"startup_timeout": "5"}, "startup_timeout is '5'"),
+        ({"verb_timeout": 0}, "verb_timeout is 0: expected a number of seconds, more than 0"),
+        ({"verb_timeout": float("inf")}, "verb_timeout is inf"),
         ({"lock_timeout": -1}, "lock_timeout is -1: expected a number of seconds, 0 or more"),
         ({"on_drift": "ignore"}, "on_drift is 'ignore': expected 'refuse' or 'warn'"),
     ],
@@ -229,13 +232,13 @@ async def test_a_role_needs_to_read_the_ledger_and_no_more_to_boot(
     async with PostgresRuntimeRepository(postgres_server.url(), schema=private_schema):
         pass
     for grant in (f"usage on schema {private_schema}", f"select on {private_schema}.runtime_schema_migrations"):
-        error = await refused(DatabaseUnavailableError, url, schema=private_schema)
+        error = await refused(RefusedError, url, schema=private_schema)
         assert isinstance(error.__cause__, asyncpg.InsufficientPrivilegeError)
         assert "grant the role what it lacks" in str(error)
         await admin.execute(f"grant {grant} to {role}")
     async with PostgresRuntimeRepository(url, schema=private_schema) as repo:
         assert repo.boot_report.from_version == 2
-        with pytest.raises(DatabaseUnavailableError, match="permission denied for table runtime_attempts"):
+        with pytest.raises(RefusedError, match="permission denied for table runtime_attempts"):
             await repo.attempts.find("a")
 
 
