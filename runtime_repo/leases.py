@@ -111,7 +111,7 @@ class Leases:
         try:
             return await self._queries.fetch(query, *given)
         except asyncio.CancelledError:
-            await finish(self._give_back(ids))
+            await finish(self._give_back(ids), within=0.8)
             raise
 
     async def _give_back(self, ids: str) -> None:
