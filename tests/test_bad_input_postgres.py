@@ -1,8 +1,10 @@
 """PostgreSQL: whatever cannot be meant or reached is refused in one line; awkward but valid names and settings work."""
 
+import pickle
 import secrets
 import socket
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -79,13 +81,26 @@ def test_a_dsn_that_cannot_be_parsed_is_refused_at_construction(dsn: object) -> 
         *("postgresql://127.0.0.1:port/db", "postgresql://127.0.0.1:99999/db", "postgresql://127.0.0.1:-1/db"),
         *("postgresql://127.0.0.1:5:6/db", "postgresql://127.0.0.1/db?sslmode=bogus", f"postgresql://{'h' * 70}/db"),
         *("postgresql://127.0.0.1/db?target_session_attrs=bogus", "postgresql://a..b/db"),
+        *("postgresql://u:hidden@127.0.0.1,,localhost/db", "postgresql://u:hidden@,/db", "postgresql://h,h:x/db"),
+        *("postgresql://u:hidden@/db?host=h,,h", "postgresql://u:hidden@/db?host=h,h&port=1,2,3"),
     ],
 )
 async def test_a_dsn_that_the_driver_cannot_use_is_refused_at_once(dsn: str) -> None:
     """No waiting for what cannot become right: a wrong port or option is a configuration error, in our words."""
     started = time.monotonic()
-    await refused(ConfigurationError, dsn, startup_timeout=60)
+    error = await refused(ConfigurationError, dsn, startup_timeout=60)
     assert time.monotonic() - started < 5
+    assert error.__cause__ is None
+    assert error.__context__ is None
+    frames = traceback.TracebackException.from_exception(error, capture_locals=True)
+    shown = "".join(line for frame in frames.stack if "runtime_repo/" in frame.filename for line in str(frame.locals))
+    assert "hidden" not in shown
+
+
+def test_where_to_connect_cannot_be_pickled() -> None:
+    """It may hold a password, and what crosses a process in a file or a pipe is read by others."""
+    with pytest.raises(ConfigurationError, match="cannot be pickled"):
+        pickle.dumps(PostgresRuntimeRepository("postgresql://u:hidden@h/db")._postgres._target)
 
 
 @pytest.mark.parametrize("database", ["\ud800", "a\0b"])

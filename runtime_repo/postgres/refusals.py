@@ -71,17 +71,17 @@ def meaning(error: BaseException, place: str, *, connecting: bool = False) -> Ru
     Whatever is refused while *connecting* is an outage: who waits for a password to be set is right to try again.
     """
     code = _code(error)
+    if _is_drivers_own(error):
+        return RefusedError(
+            f"{place}: a value cannot be encoded for the server: correct it, such as text with a lone surrogate "
+            "or a number that is too large (it is not repeated here, since it may be secret)"
+        )
     if isinstance(error, asyncpg.PostgresError):
         usual = "mend what the server names"
         if isinstance(error, asyncpg.PostgresConnectionError):
             usual = _REMEDIES["08"]
         kind = DatabaseUnavailableError if connecting or code.startswith(_UNAVAILABLE) else RefusedError
         return kind(f"{place}: {_words(error)}: {_of(_REMEDIES, code) or usual}")
-    if isinstance(error, asyncpg.DataError):
-        return RefusedError(
-            f"{place}: a value cannot be encoded for the server: correct it, such as text with a lone surrogate "
-            "or a number that is too large (it is not repeated here, since it may be secret)"
-        )
     if isinstance(error, asyncpg.exceptions.OutdatedSchemaCacheError):
         return DatabaseUnavailableError(f"{place}: the schema was changed meanwhile: repeat it")
     if isinstance(error, asyncpg.InterfaceError):
@@ -144,9 +144,14 @@ def bare(error: BaseException) -> BaseException:
     for name in _TOUCHED:
         if getattr(error, name, None) is not None:
             setattr(error, name, None)
-    if isinstance(error, asyncpg.DataError):
+    if _is_drivers_own(error):
         error.args = ("invalid input for a query argument",)
     return error.with_traceback(None)
+
+
+def _is_drivers_own(error: BaseException) -> bool:
+    """Whether the driver could not encode an argument, which its message repeats: no server has seen it."""
+    return isinstance(error, asyncpg.DataError) and error.severity is None
 
 
 def _code(error: BaseException | None) -> str:

@@ -166,6 +166,7 @@ async def test_who_gives_up_leaves_soon(relay: Relay, make: Make, verb: Verb, ho
     """The clean-up waits for a server that answers, and not for one that does not."""
     repo = await make()
     await verb(repo)
+    await asyncio.sleep(0.02)  # until the pool has its connection back
     relay.fall_silent()
     with within(0.1 + SOON):
         if how == "asyncio.timeout":
