@@ -194,10 +194,8 @@ class Keeper:
         return task
 
     async def _hush(self, beating: "asyncio.Task[None]") -> None:
-        """End what is under way; what does not end is left to itself."""
+        """Send no heartbeat any more; one that is under way may end, for its connection would not survive otherwise."""
         beating.cancel()
-        for call in self._calls:
-            call.cancel()
         with contextlib.suppress(TimeoutError):
             await settle(asyncio.gather(*self._calls, return_exceptions=True), within=_GOODBYE)
 

@@ -217,7 +217,7 @@ class Leases:
         is tried, each with more patience.
 
         A block that ends the lease itself, by complete, fail or release, goes on undisturbed. When the block has ended
-        no heartbeat is under way any more, or it was cancelled and half a second has not been enough for its end.
+        no heartbeat is under way any more, or half a second has not been enough for its end and it was cancelled.
 
         Raises:
             LeaseLostError: The lease was lost, or can no longer be proved; the block was cancelled.

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Literal, cast
 
 from runtime_repo.catalog import LEDGER, Catalog, LedgerRow, Look, catalog_from_json, compare
-from runtime_repo.database import Busy, Database, Transaction
+from runtime_repo.database import Busy, Database, Lost, Transaction
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     Difference,
     ForeignSchemaError,
     MigrationError,
+    RuntimeRepoError,
     SchemaDriftError,
     SchemaError,
     SchemaHistoryError,
@@ -237,6 +238,8 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
             if preparation is not None and preparation.backup is not None:
                 preparation.backup.unlink(missing_ok=True)
             raise
+        except Lost as lost:
+            raise cast(BaseException, lost.__cause__) from None
         except Busy as busy:
             if patience.exhausted:
                 raise SchemaLockTimeoutError(patience.waited, await database.lock_holder()) from busy.__cause__
@@ -310,7 +313,7 @@ async def _apply(transaction: Transaction, look: Look, decision: Migrate) -> tup
                     await transaction.execute("schema.create_ledger")
             await transaction.script(migration.sql)
             await transaction.fetch("schema.record", migration.version, migration.name)
-        except DatabaseUnavailableError as error:
+        except RuntimeRepoError as error:
             raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
         applied.append(AppliedMigration(migration.version, migration.name, time.monotonic() - started))
     return tuple(applied)

@@ -1,5 +1,6 @@
 """What boot reads of a PostgreSQL database, and what it does under the advisory lock."""
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ import asyncpg
 from runtime_repo.catalog import LEDGER, Catalog, Ledger, Look
 from runtime_repo.database import Busy, Row
 from runtime_repo.postgres.catalog import fingerprint, ledger_from_lines, tables_from_rows
-from runtime_repo.postgres.connections import rolled_back
+from runtime_repo.postgres.connections import NO_LIMIT, rolled_back
 from runtime_repo.queries import fill
 from runtime_repo.shielding import finish
 
@@ -41,7 +42,8 @@ class Looks:
         # Several statements must see one state, or a migration that commits between them would look like drift.
         try:
             await connection.execute(
-                f"begin isolation level repeatable read read only; set local lock_timeout = '{LOCK_TIMEOUT}'"
+                f"begin isolation level repeatable read read only; set local lock_timeout = '{LOCK_TIMEOUT}'",
+                timeout=NO_LIMIT,
             )
             return await self.look_closely(connection, shipped)
         finally:
@@ -55,7 +57,7 @@ class Looks:
     async def find_nothing(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look | None:
         """The look, in one cheap statement, if nothing bears one of our names."""
         names = self._qualified([LEDGER, *shipped[-1].tables])
-        (row,) = await connection.fetch(self.queries["schema.taken"], self.tokens["schema"], names)
+        (row,) = await connection.fetch(self.queries["schema.taken"], self.tokens["schema"], names, timeout=NO_LIMIT)
         return None if row["taken"] else Look(None, Catalog(), namespace=row["namespace"])
 
     async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
@@ -67,7 +69,7 @@ class Looks:
                 has it: somebody is migrating.
         """
         names = [LEDGER, *shipped[-1].tables]
-        rows = await connection.fetch(self.queries["schema.catalog"], self._schema, names)
+        rows = await connection.fetch(self.queries["schema.catalog"], self._schema, names, timeout=NO_LIMIT)
         tables = tables_from_rows([row for row in rows if row["relname"] is not None])
         if tables is None:
             raise Busy
@@ -78,7 +80,8 @@ class Looks:
         return Look(ledger, Catalog(tables, text))
 
     async def _glance(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Ledger | None, str]:
-        (row,) = await connection.fetch(self.queries["schema.look"], self._qualified(sorted(shipped[-1].tables)))
+        names = self._qualified(sorted(shipped[-1].tables))
+        (row,) = await connection.fetch(self.queries["schema.look"], names, timeout=NO_LIMIT)
         return ledger_from_lines(row["ledger"]), fingerprint(row, self._schema)
 
     def _qualified(self, names: Iterable[str]) -> list[str]:
@@ -89,33 +92,42 @@ class BootTransaction:
     """What boot does under the advisory lock, which ends with this transaction."""
 
     def __init__(
-        self, looks: Looks, connection: "Connection", translated: Callable[[], AbstractContextManager[None]]
+        self,
+        looks: Looks,
+        connection: "Connection",
+        translated: Callable[[], AbstractContextManager[None]],
+        look_timeout: float,
     ) -> None:
         self._looks = looks
         self._translated = translated
+        self._look_timeout = look_timeout
         self._connection = connection
         self._has_recorded = False
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         with self._translated():
-            rows = await self._connection.fetch(self._looks.queries[query], *args)
+            rows = await self._connection.fetch(self._looks.queries[query], *args, timeout=NO_LIMIT)
         self._has_recorded |= query == "schema.record"
         return rows
 
     async def execute(self, query: str) -> None:
         # Not prepared: one round trip instead of two.
         with self._translated():
-            await self._connection.execute(self._looks.queries[query])
+            await self._connection.execute(self._looks.queries[query], timeout=NO_LIMIT)
 
     async def script(self, text: str) -> None:
         with self._translated():
-            await self._connection.execute(fill(text, self._looks.tokens))
+            await self._connection.execute(fill(text, self._looks.tokens), timeout=NO_LIMIT)
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         with self._translated():
-            # A ledger that took a row is there, and may be named without risk to the transaction.
-            first = self._looks.recognize if self._has_recorded else self._looks.find_nothing
-            return await first(self._connection, shipped) or await self._looks.look_closely(self._connection, shipped)
+            async with asyncio.timeout(self._look_timeout):
+                return await self._look(shipped)
+
+    async def _look(self, shipped: Sequence[Catalog]) -> Look:
+        # A ledger that took a row is there, and may be named without risk to the transaction.
+        first = self._looks.recognize if self._has_recorded else self._looks.find_nothing
+        return await first(self._connection, shipped) or await self._looks.look_closely(self._connection, shipped)
 
 
 def begin(server: int) -> str:
