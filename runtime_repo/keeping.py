@@ -146,7 +146,8 @@ class Keeper:
         patience = max(self._ttl / 6, MIN_PATIENCE)
         while True:
             await asyncio.sleep(max(wake_at - time.monotonic(), 0))
-            left = self._until - time.monotonic()
+            began = time.monotonic()
+            left = self._until - began
             if left <= 0 or self._held.ended:
                 return
             try:
@@ -159,7 +160,7 @@ class Keeper:
                 self._end(error)
                 return
             except Exception as error:  # noqa: BLE001 - the lease is proved still, and a later heartbeat may succeed
-                self._held.outages.failed(self, "renew a lease", error)
+                self._held.outages.failed(self, "renew a lease", error, began=began)
                 wake_at = time.monotonic() + self._every / 10
                 # The connection may be silent, or the database only slow.
                 patience *= 2
@@ -194,8 +195,15 @@ class Keeper:
         return task
 
     async def _hush(self, beating: "asyncio.Task[None]") -> None:
-        """Send no heartbeat any more; one that is under way may end, for its connection would not survive otherwise."""
+        """
+        Send no heartbeat any more.
+
+        One that is under way may end where all is well, for the connection would not survive its cancellation.
+        """
         beating.cancel()
+        if self._block.cancel_called:
+            for call in self._calls:
+                call.cancel()
         with contextlib.suppress(TimeoutError):
             await settle(asyncio.gather(*self._calls, return_exceptions=True), within=_GOODBYE)
 

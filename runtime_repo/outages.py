@@ -24,13 +24,18 @@ class Outages:
     def __init__(self, who: str) -> None:
         self._who = who
         self._since = 0.0
+        self._over_at = 0.0
         self._failing: set[object] = set()
         self._told: set[type[Exception]] = set()
         self._lost = 0
 
-    def failed(self, key: object, doing: str, error: Exception) -> None:
-        """A call of *key*'s has failed, and will be tried again."""
+    def failed(self, key: object, doing: str, error: Exception, *, began: float) -> None:
+        """A call of *key*'s that *began* then, by the monotonic clock, has failed and will be tried again."""
         if not self._told:
+            if began < self._over_at:
+                # On a connection that died in the outage before.
+                _log.debug("%s could not %s: %s", self._who, doing, error)
+                return
             self._since = time.monotonic()
         self._failing.add(key)
         kind = DatabaseUnavailableError if isinstance(error, TimeoutError) else type(error)
@@ -55,6 +60,7 @@ class Outages:
         lost = f"; leases that it could not keep: {self._lost}" if self._lost else ""
         _log.warning("%s can go on after %.1f s%s", self._who, time.monotonic() - self._since, lost)
         self._told.clear()
+        self._over_at = time.monotonic()
         self._lost = 0
 
     def given_up(self, key: object) -> None:

@@ -192,12 +192,14 @@ class Worker:
         """Claim as much as there is room for, again and again; wait where there is nothing."""
         pause = _PAUSE_FIRST
         while True:
+            await self._room.acquire()
+            began = time.monotonic()
             try:
                 leases, wanted = await self._claim_once()
             except (ConfigurationError, RepositoryClosedError):
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed
-                self._outages.failed("claim", "claim", error)
+                self._outages.failed("claim", "claim", error, began=began)
             else:
                 self._outages.succeeded("claim")
                 for lease in leases:
@@ -210,8 +212,7 @@ class Worker:
             pause = min(pause * 2, _PAUSE_LAST)
 
     async def _claim_once(self) -> tuple[Sequence[Lease], int]:
-        """What was claimed, and how many there was room for."""
-        await self._room.acquire()
+        """What was claimed, and how many there was room for, where there was room for one."""
         wanted = 1
         while wanted < _BATCH and not self._room.locked():
             await self._room.acquire()
@@ -241,6 +242,7 @@ class Worker:
 
     async def _sweep(self) -> None:
         while True:
+            began = time.monotonic()
             try:
                 found = _BATCH
                 while found == _BATCH:
@@ -249,7 +251,7 @@ class Worker:
             except (ConfigurationError, RepositoryClosedError):
                 return  # A claim says so, too.
             except Exception as error:  # noqa: BLE001 - as for a claim
-                self._outages.failed("sweep", "look for expired leases", error)
+                self._outages.failed("sweep", "look for expired leases", error, began=began)
                 await _rest(min(_PAUSE_LAST, self._sweep_every))
             else:
                 self._outages.succeeded("sweep")
@@ -356,10 +358,11 @@ class Worker:
         key = object()
         try:
             while True:
+                began = time.monotonic()
                 try:
                     await _within(patience, report())
                 except (DatabaseUnavailableError, OverloadedError) as error:
-                    self._outages.failed(key, "report", error)
+                    self._outages.failed(key, "report", error, began=began)
                     if time.monotonic() + pause > deadline:
                         raise
                 else:
@@ -387,12 +390,13 @@ class Worker:
         return False
 
     async def _give_back(self, lease: Lease) -> None:
+        began = time.monotonic()
         try:
             await self._repo.leases.release(lease)
         except LeaseLostError as error:
             _log.debug("worker %s need not release an attempt: %s", self.worker_id, error)
         except RuntimeRepoError as error:
-            self._outages.failed(lease.lease_id, "release an attempt", error)
+            self._outages.failed(lease.lease_id, "release an attempt", error, began=began)
             self._outages.given_up(lease.lease_id)
 
     def _fall(self, error: BaseException) -> None:
