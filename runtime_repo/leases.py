@@ -11,18 +11,17 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import cast
 
-import anyio
-
 from runtime_repo import fencing
 from runtime_repo.database import Gate, Row
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
-    LeaseLostError,
     RuntimeRepoError,
     UnreadableRowError,
 )
-from runtime_repo.fencing import check_lease, ended_by, lost, repeated
+from runtime_repo.fencing import check_lease, ended_by, holding, lost, repeated
+from runtime_repo.keeping import MIN_PATIENCE, Keeper, proved_until
+from runtime_repo.outages import Outages
 from runtime_repo.records import (
     DEFAULT_QUEUE,
     Attempt,
@@ -158,7 +157,8 @@ class Leases:
             rows = await self._queries.fetch("leases.give_back", ids)
             self._queries.tell({row["queue"] for row in rows})
         except RuntimeRepoError as error:
-            _log.warning("a cancelled claim could not be given back, its leases will expire: %s", error)
+            # Whoever claims again hears of the outage, too.
+            _log.debug("a cancelled claim could not be given back, its leases will expire: %s", error)
 
     async def heartbeat(self, lease: Lease, *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None) -> Lease:
         """
@@ -213,75 +213,50 @@ class Leases:
 
         The block is cancelled as soon as the lease is lost, and also when it can no longer be proved: when *ttl* has
         passed since the last heartbeat that succeeded was **sent**, by this process's clock, because the database did
-        not answer. So nobody else's try begins while the block still runs, provided that it yields to the event loop.
+        not answer; whatever the connection does then. So nobody else's try begins while the block still runs, provided
+        that it yields to the event loop. A heartbeat is waited for no longer than a sixth of *ttl*, then the next one
+        is tried, each with more patience.
+
         A block that ends the lease itself, by complete, fail or release, goes on undisturbed. When the block has ended
-        no heartbeat is under way any more.
+        no heartbeat is under way any more, or half a second has not been enough for its end and it was cancelled.
 
         Raises:
-            LeaseLostError: The lease was lost; the block was cancelled.
+            LeaseLostError: The lease was lost, or can no longer be proved; the block was cancelled.
         """
+        check_lease(lease)
         length = span_ms("ttl", ttl, positive=True) / 1000
         pause = length / 3 if every is None else span_ms("every", every, positive=True) / 1000
         if pause >= length:
             raise ConfigurationError(f"every is {every!r}: expected less than the ttl, {ttl!r}")
-        proved_until = _proved_until(lease)
-        if proved_until is None or proved_until <= time.monotonic():
+        with contextlib.suppress(TimeoutError, DatabaseUnavailableError):
+            # What can have no heartbeats is refused at once; what is only away may be back when one is due.
+            async with asyncio.timeout(max(length / 6, MIN_PATIENCE)):
+                await self._queries.heartbeats()
+        until = proved_until(lease)
+        if until is None or until <= time.monotonic():
             # It was read, or comes from another process, or was claimed long ago.
-            lease = await self.heartbeat(lease, ttl=ttl)
-        ended: RuntimeRepoError | None = None
-        failure: BaseException | None = None
-
-        async def keep(block: anyio.CancelScope) -> None:
-            nonlocal ended
-            try:
-                await self._keep(lease, ttl, pause)
-            except RuntimeRepoError as error:
-                ended = error
-                block.cancel()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(keep, group.cancel_scope)
-            try:
+            lease = await self._renew(lease, ttl)
+        with holding(lease.lease_id, Outages(f"the hold of attempt {lease.attempt_id!r}")) as held:
+            keeper = Keeper(
+                lease,
+                held,
+                renew=lambda lease: self._renew(lease, ttl),
+                was_ended=self._ended_by_its_holder,
+                ttl=length,
+                every=pause,
+            )
+            async with keeper.keeping():
                 yield
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:  # noqa: BLE001 - raised below, outside of any exception group
-                failure = error
-            finally:
-                group.cancel_scope.cancel()
-        if ended is not None:
-            raise ended from failure
-        if failure is not None:
-            raise failure
 
-    async def _keep(self, lease: Lease, ttl: timedelta, pause: float) -> None:
-        """Renew the lease again and again, until its own holder has ended it."""
-        until = cast(float, _proved_until(lease))
-        wake_at = cast(float, lease.asked_at) + pause
-        while True:
-            await anyio.sleep(max(min(wake_at, until) - time.monotonic(), 0))
-            try:
-                with anyio.fail_after(max(until - time.monotonic(), 0)):
-                    lease = await self.heartbeat(lease, ttl=ttl)
-            except TimeoutError:
-                raise LeaseLostError(
-                    lease.attempt_id, token=lease.version, current=None, status=None, worker_id=None
-                ) from None
-            except LeaseLostError:
-                with anyio.move_on_after(max(until - time.monotonic(), 0)):
-                    if await self._ended_by_its_holder(lease):
-                        return
-                raise
-            except DatabaseUnavailableError as error:
-                _log.warning("a heartbeat failed and is tried again: %s", error)
-                wake_at = time.monotonic() + pause / 10
-            else:
-                until = cast(float, _proved_until(lease))
-                wake_at = cast(float, lease.asked_at) + pause
+    async def _renew(self, lease: Lease, ttl: timedelta) -> Lease:
+        """One heartbeat, which does not wait behind the work."""
+        beats = await self._queries.heartbeats()
+        return await Leases(cast("Gate", beats)).heartbeat(lease, ttl=ttl)
 
     async def _ended_by_its_holder(self, lease: Lease) -> bool:
         """Whether what ended the lease was complete, fail or release under this very token."""
-        rows = await self._queries.fetch("attempts.find", lease.attempt_id)
+        beats = await self._queries.heartbeats()
+        rows = await beats.fetch("attempts.find", lease.attempt_id)
         return bool(rows) and ended_by(lease, attempt_from_row(rows[0])) is not None
 
     async def release(self, lease: Lease, *, delay: timedelta | None = None, now: datetime | None = None) -> Attempt:
@@ -345,11 +320,6 @@ class Leases:
         attempts = readable(rows, attempt_from_row)
         self._queries.tell({attempt.queue for attempt in attempts if attempt.status is AttemptStatus.QUEUED})
         return attempts
-
-
-def _proved_until(lease: Lease) -> float | None:
-    """Until when, by this process's monotonic clock, the lease is certainly nobody else's."""
-    return None if lease.asked_at is None else lease.asked_at + (lease.expires_at - lease.heartbeat_at).total_seconds()
 
 
 def _renewed(lease: Lease, row: Row, asked_at: float) -> Lease:

@@ -60,7 +60,7 @@ async def settle(future: "asyncio.Future[T]", *, within: float = CLEAN_UP) -> T:
 
 
 def leave(future: "asyncio.Future[Any]") -> None:
-    """Nobody waits for it any more: let it end by itself, and let its error be no news."""
+    """Cancel what nobody waits for any more: it ends by itself, and its error is no news."""
     _left.add(future)
     future.add_done_callback(_ended)
     future.cancel()

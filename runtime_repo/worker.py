@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import functools
+import inspect
 import logging
 import os
 import random
@@ -12,14 +14,26 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from types import FunctionType, MethodType
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, LeaseLostError, RuntimeRepoError
+from runtime_repo.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    LeaseLostError,
+    OverloadedError,
+    RefusedError,
+    RepositoryClosedError,
+    RuntimeRepoError,
+)
+from runtime_repo.fencing import Holding, ended_by, holding
+from runtime_repo.keeping import is_running
 from runtime_repo.leases import DEFAULT_TTL
+from runtime_repo.outages import Outages
 from runtime_repo.records import DEFAULT_QUEUE, Lease, RetryPolicy
 from runtime_repo.repository import RuntimeRepository
 from runtime_repo.shielding import finish
@@ -30,6 +44,8 @@ __all__ = ["Handler", "Worker"]
 Handler = Callable[[Lease], Awaitable[Any]]
 """Does the work of one attempt; what it returns becomes the result."""
 
+T = TypeVar("T")
+
 _log = logging.getLogger("runtime_repo")
 
 _BATCH = 100
@@ -37,7 +53,10 @@ _PAUSE_FIRST = 0.01
 _PAUSE_LAST = 1.0
 _BLINK = 0.05
 """Seconds within which a wait that ends has not waited."""
+_PATIENCE = 5.0
+"""Seconds within which the database has to answer a call of the worker's own; then another connection is tried."""
 _ERROR_LENGTH = 4000
+_UNSTORABLE = "the database refused to store how this try ended; the worker's log has more"
 
 _stops: dict[tuple[asyncio.AbstractEventLoop, signal.Signals], tuple[Any, list[Callable[[], None]]]] = {}
 """
@@ -56,11 +75,15 @@ class Worker:
     for an attempt, for a worker can die between the work and the report: make its effects safe to repeat.
 
     It also makes ready again, every *sweep_every*, what silent workers held, so no other process has to. While the
-    database cannot be reached it keeps trying, and a result waits for it as long as the lease holds.
+    database cannot be reached, or refuses, it keeps trying, and a result waits for it as long as the lease holds; its
+    log has one line when that begins and one when it ends. A result, or the words of an error, that the database
+    refuses to store fails the attempt.
 
     At SIGTERM or SIGINT, or ``stop()``, it claims nothing more and gives running handlers *grace* to end; those that
-    have not ended by then are cancelled and their attempts released, the try not counted. A second signal acts as if
-    nobody had been listening. Cancelling ``run`` releases at once.
+    have not ended by then are cancelled and their attempts released, the try not counted. It ends within 5 s of that,
+    whatever the database does, provided that the handlers let themselves be cancelled. A second signal acts as if
+    nobody had been listening. Cancelling ``run`` releases at once, and so does a handler that raises SystemExit or
+    KeyboardInterrupt, which ``run`` then raises. Whatever else a handler raises is how that try ended.
 
     Args:
         repo: An open repository.
@@ -94,8 +117,7 @@ class Worker:
         sweep_every: timedelta = timedelta(seconds=10),
         signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
     ) -> None:
-        if not callable(handler):
-            raise ConfigurationError(f"handler is {handler!r}: expected a coroutine function")
+        _check_handler(handler)
         if retry is not None and not isinstance(retry, RetryPolicy):
             raise ConfigurationError(f"retry is {retry!r}: expected a RetryPolicy, or None")
         self._repo = repo
@@ -112,16 +134,19 @@ class Worker:
             self._signals = tuple(map(signal.Signals, signals))
         except (TypeError, ValueError):
             raise ConfigurationError(f"signals is {signals!r}: expected some of signal.Signals") from None
+        self._patience = min(_PATIENCE, ttl.total_seconds())
+        self._outages = Outages(f"worker {self.worker_id}")
         self._room = asyncio.Semaphore(self._concurrency)
-        self._task: asyncio.Task[Any] | None = None
-        self._claiming: anyio.CancelScope | None = None
-        self._stopped = False
+        self._told_to_stop = asyncio.Event()
+        self._running: anyio.CancelScope | None = None
+        self._searching: anyio.CancelScope | None = None
+        self._failure: BaseException | None = None
 
     def stop(self) -> None:
         """Tell it to stop, from its own event loop: ``run`` returns when the handlers have ended. May be repeated."""
-        self._stopped = True
-        if self._claiming is not None:
-            self._claiming.cancel()
+        self._told_to_stop.set()
+        if self._searching is not None:
+            self._searching.cancel()
 
     async def run(self) -> None:
         """
@@ -131,143 +156,255 @@ class Worker:
             ConfigurationError: It has run before, or a signal cannot be caught here.
             RepositoryClosedError: The repository was closed.
         """
-        if self._claiming is not None:
+        if self._running is not None:
             raise ConfigurationError(
                 f"worker {self.worker_id} has run before, and a worker runs once: construct another"
             )
-        failure: RuntimeRepoError | None = None
-        self._task = asyncio.current_task()
         with self._stopped_by_signals():
             async with anyio.create_task_group() as handlers:
-                with anyio.CancelScope() as self._claiming:
-                    if self._stopped:
-                        return
-                    async with anyio.create_task_group() as sweeping:
-                        sweeping.start_soon(self._sweep)
-                        try:
-                            await self._claim(handlers)
-                        except RuntimeRepoError as error:
-                            failure = error
-                        sweeping.cancel_scope.cancel()
-                with anyio.move_on_after(self._grace):
-                    for _ in range(self._concurrency):
-                        await self._room.acquire()
-                handlers.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+                self._running = handlers.cancel_scope
+                if not self._told_to_stop.is_set():
+                    handlers.start_soon(self._search, handlers)
+                    await self._told_to_stop.wait()
+                    with anyio.move_on_after(self._grace):
+                        for _ in range(self._concurrency):
+                            await self._room.acquire()
+                    handlers.cancel_scope.cancel()
+        if self._failure is not None:
+            raise self._failure
+        if not self._told_to_stop.is_set():
+            raise asyncio.CancelledError(f"the tasks of worker {self.worker_id} were cancelled")
+
+    async def _search(self, handlers: TaskGroup) -> None:
+        """Claim and sweep, until told to stop, or until it is of no use."""
+        with anyio.CancelScope() as self._searching:
+            if self._told_to_stop.is_set():
+                return
+            async with anyio.create_task_group() as sweeping:
+                sweeping.start_soon(self._sweep)
+                try:
+                    await self._claim(handlers)
+                except (ConfigurationError, RepositoryClosedError) as error:
+                    self._failure = error
+                self.stop()
 
     async def _claim(self, handlers: TaskGroup) -> None:
         """Claim as much as there is room for, again and again; wait where there is nothing."""
         pause = _PAUSE_FIRST
         while True:
-            leases, wanted = await self._claim_once()
-            for lease in leases:
-                handlers.start_soon(self._work, lease)
-            if len(leases) == wanted:
-                continue
-            has_waited = False
+            await self._room.acquire()
             began = time.monotonic()
-            with contextlib.suppress(DatabaseUnavailableError):
-                await self._repo.attempts.wait(self._queues)
-                has_waited = time.monotonic() - began > _BLINK
-            if leases or has_waited:
-                pause = _PAUSE_FIRST
-                continue
+            try:
+                leases, wanted = await self._claim_once()
+            except (ConfigurationError, RepositoryClosedError):
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed
+                self._outages.failed("claim", "claim", error, began=began)
+            else:
+                self._outages.succeeded("claim")
+                for lease in leases:
+                    handlers.start_soon(self._work, lease)
+                if len(leases) == wanted or await self._has_waited() or leases:
+                    pause = _PAUSE_FIRST
+                    continue
             # What is said to be there cannot be claimed: a rival is just claiming it, or the database is away.
-            await anyio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311
+            await _rest(pause)
             pause = min(pause * 2, _PAUSE_LAST)
 
     async def _claim_once(self) -> tuple[Sequence[Lease], int]:
-        """What was claimed, and how many there was room for."""
-        await self._room.acquire()
+        """What was claimed, and how many there was room for, where there was room for one."""
         wanted = 1
         while wanted < _BATCH and not self._room.locked():
             await self._room.acquire()
             wanted += 1
         leases: Sequence[Lease] = ()
+        claim = self._repo.leases.claim
         try:
-            leases = await self._repo.leases.claim(self.worker_id, limit=wanted, queues=self._queues, ttl=self._ttl)
-        except DatabaseUnavailableError as error:
-            _log.warning("worker %s cannot claim and tries again: %s", self.worker_id, error)
+            leases = await _within(
+                self._patience, claim(self.worker_id, limit=wanted, queues=self._queues, ttl=self._ttl)
+            )
         finally:
             for _ in range(wanted - len(leases)):
                 self._room.release()
         return leases, wanted
 
+    async def _has_waited(self) -> bool:
+        """Whether there was anything to wait for: the next claim tells what is wrong where there was not."""
+        began = time.monotonic()
+        try:
+            await self._repo.attempts.wait(self._queues)
+        except (ConfigurationError, RepositoryClosedError):
+            raise
+        except Exception as error:  # noqa: BLE001 - as for a claim
+            _log.debug("worker %s cannot wait for work: %s", self.worker_id, error)
+            return False
+        return time.monotonic() - began > _BLINK
+
     async def _sweep(self) -> None:
         while True:
+            began = time.monotonic()
             try:
-                while len(await self._repo.leases.requeue_expired(limit=_BATCH)) == _BATCH:
-                    pass
-            except RuntimeRepoError as error:
-                _log.warning("worker %s cannot look for expired leases: %s", self.worker_id, error)
-            # Of random length, so that many workers share the task instead of all doing it at once.
-            await anyio.sleep(self._sweep_every * random.uniform(0.5, 1.5))  # noqa: S311
+                found = _BATCH
+                while found == _BATCH:
+                    page = await _within(_PATIENCE, self._repo.leases.requeue_expired(limit=_BATCH))
+                    found = len(page) + len(page.unreadable)
+            except (ConfigurationError, RepositoryClosedError):
+                return  # A claim says so, too.
+            except Exception as error:  # noqa: BLE001 - as for a claim
+                self._outages.failed("sweep", "look for expired leases", error, began=began)
+                await _rest(min(_PAUSE_LAST, self._sweep_every))
+            else:
+                self._outages.succeeded("sweep")
+                # Of random length, so that many workers share the task instead of all doing it at once.
+                await anyio.sleep(self._sweep_every * random.uniform(0.5, 1.5))  # noqa: S311
 
     async def _work(self, lease: Lease) -> None:
-        try:
-            async with self._repo.leases.hold(lease, ttl=self._ttl):
-                await self._handle(lease)
-        except LeaseLostError as error:
-            _log.warning("worker %s discards what it did: %s", self.worker_id, error)
-        except Exception as error:  # noqa: BLE001 - what befalls one attempt is not the end of the worker
-            # Its lease expires, and the attempt is made ready again.
-            _log.error("worker %s cannot report on attempt %r: %s", self.worker_id, lease.attempt_id, error)
-        except asyncio.CancelledError:
-            await finish(self._give_back(lease))
-            raise
-        finally:
-            self._room.release()
+        with holding(lease.lease_id, self._outages) as held:
+            try:
+                async with self._repo.leases.hold(lease, ttl=self._ttl):
+                    await self._handle(lease, held)
+            except LeaseLostError as error:
+                await self._discard(lease, held, error)
+            except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
+                # No cancellation goes on from here: to the task group it would be the end of the worker.
+                if not held.ended:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await finish(self._give_back(lease))
+                if not isinstance(error, asyncio.CancelledError):
+                    self._fall(error)
+            except DatabaseUnavailableError as error:
+                # Here as below its lease expires, and the attempt is made ready again.
+                self._outages.lost(error)
+            except Exception as error:  # noqa: BLE001 - what befalls one attempt is not the end of the worker
+                _log.error("worker %s cannot report on attempt %r: %s", self.worker_id, lease.attempt_id, error)
+            finally:
+                self._room.release()
 
-    async def _handle(self, lease: Lease) -> None:
-        """Run the handler and report how it ended."""
+    async def _handle(self, lease: Lease, held: Holding) -> None:
+        """Run the handler and report how it ended, unless it has done so itself."""
         attempts = self._repo.attempts
-        await self._insist(lambda: attempts.start(lease))
         try:
-            result = await self._handler(lease)
-        except (Exception, asyncio.CancelledError, BaseExceptionGroup) as error:
-            if isinstance(error, LeaseLostError) and error.attempt_id == lease.attempt_id:
+            await self._insist(lambda: attempts.start(lease))
+            result, failure = await self._outcome(lease)
+            if held.ended:
+                if failure is not None:
+                    _log.warning("attempt %r failed after it had ended its lease", lease.attempt_id, exc_info=failure)
+                return
+            if failure is None:
+                await self._insist(lambda: attempts.complete(lease, result))
+        except (ConfigurationError, RefusedError) as error:
+            # To insist is no use: it will never be stored.
+            failure = error
+        if failure is not None:
+            await self._fail(lease, failure)
+
+    async def _outcome(self, lease: Lease) -> tuple[object, BaseException | None]:
+        """What the handler returned, or how it failed; the end of the lease or of the worker is neither."""
+        task = asyncio.current_task()
+        result: object = None
+        failure: BaseException | None = None
+        try:
+            result = await self._call(lease)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            if not is_running(task) or (isinstance(error, LeaseLostError) and error.attempt_id == lease.attempt_id):
                 raise
-            # The end of the lease or of the worker goes through; any other cancellation is how this try ended.
-            await anyio.lowlevel.checkpoint_if_cancelled()
-            if self._task is not None and self._task.cancelling():
-                # With all tasks of the event loop, so that it comes to this one first.
-                raise asyncio.CancelledError from error
-            _forget_cancellation()
-            await self._fail(lease, error)
-            return
-        try:
-            await self._insist(lambda: attempts.complete(lease, result))
-        except ConfigurationError as error:
-            await self._fail(lease, error)
+            failure = error
+        await self._pass_on_the_end()
+        return result, failure
+
+    async def _call(self, lease: Lease) -> object:
+        answer: object = self._handler(lease)
+        if not inspect.isawaitable(answer):
+            raise TypeError(
+                f"the handler returned {type(answer).__name__} instead of an awaitable: "
+                "declare it with 'async def', so that it is a coroutine function"
+            )
+        return await answer
+
+    async def _pass_on_the_end(self) -> None:
+        """
+        Let the end of the lease or of the worker through; any other cancellation was the handler's own affair.
+
+        Only their scopes tell the two apart. The task's own count does not say who cancelled it, nor does that of the
+        worker's task, which each of its own time-outs moves.
+        """
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            while task.cancelling():
+                task.uncancel()
+            # It may not have been delivered yet. And the end of an event loop cancels all tasks in any order: the
+            # worker's has heard of it by the next turn.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def _fail(self, lease: Lease, error: BaseException) -> None:
         _log.warning("attempt %r failed", lease.attempt_id, exc_info=error)
         # It may be one that cannot be shown.
         words = "".join(traceback.format_exception_only(error)).strip()[:_ERROR_LENGTH]
-        await self._insist(lambda: self._repo.attempts.fail(lease, words, retry_in=self._retry))
+        fail = functools.partial(self._repo.attempts.fail, lease, retry_in=self._retry)
+        try:
+            await self._insist(lambda: fail(words))
+        except RefusedError as refused:
+            _log.debug("worker %s cannot store why attempt %r failed: %s", self.worker_id, lease.attempt_id, refused)
+            await self._insist(lambda: fail(_UNSTORABLE))
 
     async def _insist(self, report: Callable[[], Awaitable[object]]) -> None:
         """Report, also when the database is away for a while; no longer than the lease is taken for."""
         deadline = time.monotonic() + self._ttl.total_seconds()
-        pause = _PAUSE_FIRST
-        while True:
-            try:
-                await report()
-            except DatabaseUnavailableError as error:
-                if time.monotonic() + pause > deadline:
-                    raise
-                _log.warning("worker %s cannot report and tries again: %s", self.worker_id, error)
-            else:
-                return
-            await anyio.sleep(pause)
-            pause = min(pause * 2, _PAUSE_LAST)
+        pause, patience = _PAUSE_FIRST, self._patience
+        key = object()
+        try:
+            while True:
+                began = time.monotonic()
+                try:
+                    await _within(patience, report())
+                except (DatabaseUnavailableError, OverloadedError) as error:
+                    self._outages.failed(key, "report", error, began=began)
+                    if time.monotonic() + pause > deadline:
+                        raise
+                else:
+                    self._outages.succeeded(key)
+                    return
+                await _rest(pause)
+                pause = min(pause * 2, _PAUSE_LAST)
+                # A large result may take its time.
+                patience = min(patience * 2, self._ttl.total_seconds())
+        finally:
+            self._outages.given_up(key)
+
+    async def _discard(self, lease: Lease, held: Holding, error: LeaseLostError) -> None:
+        """The lease is gone; say so, unless its holder has ended it himself, or the outage says it all."""
+        if error.current is None:
+            self._outages.lost(error)
+        elif not held.ended and not await self._was_ended_by_handler(lease):
+            _log.warning("worker %s discards what it did: %s", self.worker_id, error)
+
+    async def _was_ended_by_handler(self, lease: Lease) -> bool:
+        """Whether the handler ended its lease in a transaction of the application's own, whose end nobody told us."""
+        with contextlib.suppress(RuntimeRepoError):
+            attempt = await _within(self._patience, self._repo.attempts.get(lease.attempt_id))
+            return ended_by(lease, attempt) is not None
+        return False
 
     async def _give_back(self, lease: Lease) -> None:
+        began = time.monotonic()
         try:
             await self._repo.leases.release(lease)
+        except LeaseLostError as error:
+            _log.debug("worker %s need not release an attempt: %s", self.worker_id, error)
         except RuntimeRepoError as error:
-            _log.warning("worker %s could not release attempt %r: %s", self.worker_id, lease.attempt_id, error)
+            self._outages.failed(lease.lease_id, "release an attempt", error, began=began)
+            self._outages.given_up(lease.lease_id)
+
+    def _fall(self, error: BaseException) -> None:
+        """End at once with *error*, and release what runs."""
+        self._failure = error
+        self.stop()
+        if self._running is not None:
+            self._running.cancel()
 
     @contextlib.contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
@@ -316,10 +453,27 @@ def _catch(loop: asyncio.AbstractEventLoop, number: signal.Signals) -> tuple[Any
     return _stops.setdefault((loop, number), (before, stops))
 
 
-def _forget_cancellation() -> None:
-    task = asyncio.current_task()
-    while task is not None and task.cancelling():
-        task.uncancel()
+async def _within(seconds: float, call: Awaitable[T]) -> T:
+    """What *call* answers; the database is away when that takes too long."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await call
+    except TimeoutError as error:
+        raise DatabaseUnavailableError(f"the database did not answer within {seconds:g} s") from error
+
+
+async def _rest(pause: float) -> None:
+    await anyio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311
+
+
+def _check_handler(handler: object) -> None:
+    """Refuse what certainly is no coroutine function; of other callables it shows when they are called."""
+    function: Any = handler
+    while isinstance(function, functools.partial):
+        function = function.func
+    is_function = isinstance(function, (FunctionType, MethodType)) and function.__name__ != "<lambda>"
+    if not callable(handler) or (is_function and not inspect.iscoroutinefunction(inspect.unwrap(function))):
+        raise ConfigurationError(f"handler is {handler!r}: expected a coroutine function, declared with 'async def'")
 
 
 def _unique_id() -> str:

@@ -1,8 +1,10 @@
 """PostgreSQL: whatever cannot be meant or reached is refused in one line; awkward but valid names and settings work."""
 
+import pickle
 import secrets
 import socket
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from runtime_repo import (
     DatabaseUnavailableError,
     MigrationError,
     PostgresRuntimeRepository,
+    RefusedError,
     RepositoryClosedError,
     RuntimeRepoError,
     SchemaOutOfDateError,
@@ -78,13 +81,26 @@ def test_a_dsn_that_cannot_be_parsed_is_refused_at_construction(dsn: object) -> 
         *("postgresql://127.0.0.1:port/db", "postgresql://127.0.0.1:99999/db", "postgresql://127.0.0.1:-1/db"),
         *("postgresql://127.0.0.1:5:6/db", "postgresql://127.0.0.1/db?sslmode=bogus", f"postgresql://{'h' * 70}/db"),
         *("postgresql://127.0.0.1/db?target_session_attrs=bogus", "postgresql://a..b/db"),
+        *("postgresql://u:hidden@127.0.0.1,,localhost/db", "postgresql://u:hidden@,/db", "postgresql://h,h:x/db"),
+        *("postgresql://u:hidden@/db?host=h,,h", "postgresql://u:hidden@/db?host=h,h&port=1,2,3"),
     ],
 )
 async def test_a_dsn_that_the_driver_cannot_use_is_refused_at_once(dsn: str) -> None:
     """No waiting for what cannot become right: a wrong port or option is a configuration error, in our words."""
     started = time.monotonic()
-    await refused(ConfigurationError, dsn, startup_timeout=60)
+    error = await refused(ConfigurationError, dsn, startup_timeout=60)
     assert time.monotonic() - started < 5
+    assert error.__cause__ is None
+    assert error.__context__ is None
+    frames = traceback.TracebackException.from_exception(error, capture_locals=True)
+    shown = "".join(line for frame in frames.stack if "runtime_repo/" in frame.filename for line in str(frame.locals))
+    assert "hidden" not in shown
+
+
+def test_where_to_connect_cannot_be_pickled() -> None:
+    """It may hold a password, and what crosses a process in a file or a pipe is read by others."""
+    with pytest.raises(ConfigurationError, match="cannot be pickled"):
+        pickle.dumps(PostgresRuntimeRepository("postgresql://u:hidden@h/db")._postgres._target)
 
 
 @pytest.mark.parametrize("database", ["\ud800", "a\0b"])
@@ -123,6 +139,8 @@ async def test_a_server_setting_that_the_server_refuses_is_named(postgres_url: s
         ({"startup_timeout": float("nan")}, "startup_timeout is nan"),
         ({"startup_timeout": float("inf")}, "startup_timeout is inf"),
         ({"startup_timeout": "5"}, "startup_timeout is '5'"),
+        ({"verb_timeout": 0}, "verb_timeout is 0: expected a number of seconds, more than 0"),
+        ({"verb_timeout": float("inf")}, "verb_timeout is inf"),
         ({"lock_timeout": -1}, "lock_timeout is -1: expected a number of seconds, 0 or more"),
         ({"on_drift": "ignore"}, "on_drift is 'ignore': expected 'refuse' or 'warn'"),
     ],
@@ -229,13 +247,13 @@ async def test_a_role_needs_to_read_the_ledger_and_no_more_to_boot(
     async with PostgresRuntimeRepository(postgres_server.url(), schema=private_schema):
         pass
     for grant in (f"usage on schema {private_schema}", f"select on {private_schema}.runtime_schema_migrations"):
-        error = await refused(DatabaseUnavailableError, url, schema=private_schema)
+        error = await refused(RefusedError, url, schema=private_schema)
         assert isinstance(error.__cause__, asyncpg.InsufficientPrivilegeError)
         assert "grant the role what it lacks" in str(error)
         await admin.execute(f"grant {grant} to {role}")
     async with PostgresRuntimeRepository(url, schema=private_schema) as repo:
         assert repo.boot_report.from_version == 2
-        with pytest.raises(DatabaseUnavailableError, match="permission denied for table runtime_attempts"):
+        with pytest.raises(RefusedError, match="permission denied for table runtime_attempts"):
             await repo.attempts.find("a")
 
 

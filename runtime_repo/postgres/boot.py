@@ -1,5 +1,6 @@
 """What boot reads of a PostgreSQL database, and what it does under the advisory lock."""
 
+import asyncio
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from runtime_repo.catalog import LEDGER, Catalog, Ledger, Look
 from runtime_repo.database import Busy, Row
 from runtime_repo.errors import Difference
 from runtime_repo.postgres.catalog import fingerprint, ledger_from_lines, tables_from_rows
-from runtime_repo.postgres.connections import rolled_back
+from runtime_repo.postgres.connections import NO_LIMIT, rolled_back
 from runtime_repo.queries import fill
 from runtime_repo.shielding import finish
 
@@ -48,7 +49,7 @@ class Looks:
             return look
         # Several statements must see one state, or a migration that commits between them would look like drift.
         try:
-            await connection.execute(f"begin isolation level repeatable read read only; {_BOUNDED}")
+            await connection.execute(f"begin isolation level repeatable read read only; {_BOUNDED}", timeout=NO_LIMIT)
             return await self.look_closely(connection, shipped, look)
         finally:
             await finish(rolled_back(connection))
@@ -70,7 +71,9 @@ class Looks:
         newest = shipped[-1].tables
         names = [LEDGER, *newest, *(index for table in newest.values() for index in table.indexes)]
         qualified = self._qualified(names)
-        row, *_ = await connection.fetch(self.queries["schema.surroundings"], self.tokens["schema"], qualified)
+        row, *_ = await connection.fetch(
+            self.queries["schema.surroundings"], self.tokens["schema"], qualified, timeout=NO_LIMIT
+        )
         stranger = Difference(
             f"schema {self._schema}",
             f"owned by {row['role']}, a role that it belongs to, the database's owner or a superuser",
@@ -94,8 +97,8 @@ class Looks:
                 has it: somebody is migrating.
         """
         names = [LEDGER, *shipped[-1].tables]
-        rows = await connection.fetch(self.queries["schema.catalog"], self._schema, names)
-        attached = await connection.fetch(self.queries["schema.attached"], self._schema, names)
+        rows = await connection.fetch(self.queries["schema.catalog"], self._schema, names, timeout=NO_LIMIT)
+        attached = await connection.fetch(self.queries["schema.attached"], self._schema, names, timeout=NO_LIMIT)
         tables = tables_from_rows([row for row in rows if row["relname"] is not None], attached)
         if tables is None:
             raise Busy
@@ -107,7 +110,8 @@ class Looks:
         return replace(around, ledger=ledger, catalog=known)
 
     async def _glance(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Ledger | None, str]:
-        (row,) = await connection.fetch(self.queries["schema.look"], self._qualified(sorted(shipped[-1].tables)))
+        names = self._qualified(sorted(shipped[-1].tables))
+        (row,) = await connection.fetch(self.queries["schema.look"], names, timeout=NO_LIMIT)
         return ledger_from_lines(row["ledger"]), fingerprint(row)
 
     def _qualified(self, names: Iterable[str]) -> list[str]:
@@ -143,41 +147,50 @@ class BootTransaction:
     """What boot does under the advisory lock, which ends with this transaction."""
 
     def __init__(
-        self, looks: Looks, connection: "Connection", translated: Callable[[], AbstractContextManager[None]]
+        self,
+        looks: Looks,
+        connection: "Connection",
+        translated: Callable[[], AbstractContextManager[None]],
+        look_timeout: float,
     ) -> None:
         self._looks = looks
         self._translated = translated
+        self._look_timeout = look_timeout
         self._connection = connection
         self._has_recorded = False
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         with self._translated():
-            rows = await self._connection.fetch(self._looks.queries[query], *args)
+            rows = await self._connection.fetch(self._looks.queries[query], *args, timeout=NO_LIMIT)
         self._has_recorded |= query == "schema.record"
         return rows
 
     async def execute(self, query: str) -> None:
         # Not prepared: one round trip instead of two.
         with self._translated():
-            await self._connection.execute(self._looks.queries[query])
+            await self._connection.execute(self._looks.queries[query], timeout=NO_LIMIT)
 
     async def script(self, text: str) -> None:
         with self._translated():
-            await self._connection.execute(fill(text, self._looks.tokens))
+            await self._connection.execute(fill(text, self._looks.tokens), timeout=NO_LIMIT)
 
     async def ask(self, text: str) -> Sequence[Row]:
         with self._translated():
-            return await self._connection.fetch(fill(text, self._looks.tokens))
+            return await self._connection.fetch(fill(text, self._looks.tokens), timeout=NO_LIMIT)
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         with self._translated():
-            # A ledger that took a row is there, and may be named without risk to the transaction.
-            if self._has_recorded and (look := await self._looks.recognize(self._connection, shipped)):
-                return look
-            look = await self._looks.look_around(self._connection, shipped)
-            if look.problems or not look.names:
-                return look
-            return await self._looks.look_closely(self._connection, shipped, look)
+            async with asyncio.timeout(self._look_timeout):
+                return await self._look(shipped)
+
+    async def _look(self, shipped: Sequence[Catalog]) -> Look:
+        # A ledger that took a row is there, and may be named without risk to the transaction.
+        if self._has_recorded and (look := await self._looks.recognize(self._connection, shipped)):
+            return look
+        look = await self._looks.look_around(self._connection, shipped)
+        if look.problems or not look.names:
+            return look
+        return await self._looks.look_closely(self._connection, shipped, look)
 
 
 def begin(server: int) -> str:

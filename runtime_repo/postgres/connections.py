@@ -5,15 +5,18 @@ import contextlib
 import inspect
 import os
 import re
+import socket
 import ssl
+import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Never, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
 
 from runtime_repo.errors import ConfigurationError
+from runtime_repo.shielding import CLEAN_UP
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -22,17 +25,50 @@ if TYPE_CHECKING:
     Lent = PoolConnectionProxy[asyncpg.Record]
     Connection = asyncpg.Connection[asyncpg.Record] | Lent
 
-__all__ = ["CLOSE_TIMEOUT", "DRIVER_ERRORS", "Target", "bare", "closed", "is_transient", "released", "rolled_back"]
+__all__ = [
+    "DRIVER_ERRORS",
+    "NO_LIMIT",
+    "PATIENCE",
+    "Target",
+    "Unusable",
+    "alive",
+    "closed",
+    "is_gone",
+    "is_transient",
+    "released",
+    "rolled_back",
+    "terminated",
+]
 
 DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
-CLOSE_TIMEOUT = 5.0
-"""Seconds for saying goodbye to the server, before the connections are dropped."""
+PATIENCE = CLEAN_UP - 0.2
+"""Seconds for the server's answer in a clean-up; then its connection is terminated, before itself is given up."""
+
+NO_LIMIT = 1e9
+"""Seconds, for the driver: None would be the application's own command_timeout."""
+
+_TRY = 5.0
+"""Seconds in which one server, of one or several, has to answer who connects, unless it has been seen to need more."""
 
 _POOL_OPTIONS = set(inspect.signature(asyncpg.create_pool).parameters) - {"connection_class", "record_class"}
 """What a pool keeps for itself; it passes everything else to its connections."""
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:,]*)(:\d*)?")
+
+_KEEPALIVE = (
+    ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+    ("IPPROTO_TCP", "TCP_KEEPIDLE", 10),
+    ("IPPROTO_TCP", "TCP_KEEPALIVE", 10),  # macOS's name for it
+    ("IPPROTO_TCP", "TCP_KEEPINTVL", 5),
+    ("IPPROTO_TCP", "TCP_KEEPCNT", 3),
+    ("IPPROTO_TCP", "TCP_USER_TIMEOUT", 15_000),
+)
+"""A peer that is gone is noticed within half a minute: by who waits for it, since the driver sets nothing of this."""
+
+
+class Unusable(Exception):  # noqa: N818 - between the driver and the database; it never leaves the package
+    """The driver can't make anything of the DSN or the options. Its own words, which may repeat a part, stay behind."""
 
 
 class Target:
@@ -41,7 +77,7 @@ class Target:
     def __init__(self, dsn: "str | Pool", options: dict[str, Any]) -> None:
         self.pool = dsn if isinstance(dsn, asyncpg.Pool) else None
         self._dsn = dsn if isinstance(dsn, str) else ""
-        self._connect = options.get("connect") or asyncpg.connect
+        self._connect = options.get("connect")
         self._init = options.get("init")
         self._setup = options.get("setup")
         self._is_tuned = bool(options)
@@ -56,6 +92,10 @@ class Target:
             problem = None if self._shown else "it is no postgresql:// URL that can be parsed"
         else:
             problem = "an existing pool has its options already" if options else None
+        # A connect of the application's own finds its way by itself.
+        self._hosts = [{}] if self._connect or not self._shown else _hosts(self._dsn, options)
+        self._rounds = _rounds(self._dsn, options) if len(self._hosts) > 1 else [{}]
+        self._slowest = 0.0
         dsn, options = "", {}
         if problem:
             raise ConfigurationError(
@@ -74,12 +114,29 @@ class Target:
         """Whether the pool shall have connections before somebody wants one."""
         return bool(self._options["min_size"] or self._options.get("init_size"))
 
-    def new_pool(self, connect: Callable[..., Awaitable["Connection"]]) -> "Pool":
-        """A pool, not yet open, that connects by *connect*."""
-        return asyncpg.create_pool(self._dsn, **self._options | {"connect": connect})
+    def patience(self, startup_timeout: float) -> float:
+        """For how long, in seconds, one server may be silent to who connects, so that there is time for all of them."""
+        tries = len(self._hosts) * len(self._rounds) + 1
+        # Of one that has answered, if slowly, the next answer is expected to take no longer than twice as long.
+        return max(min(_TRY, startup_timeout / tries), min(2 * self._slowest, startup_timeout))
 
-    async def lend(self) -> "Connection":
-        """A connection as a pool lends it: a plain one, which costs less than to make and close a pool for it."""
+    def new_pool(self, connect: Callable[..., Awaitable["Connection"]]) -> "Pool":
+        """
+        A pool, not yet open, that connects by *connect*.
+
+        Raises:
+            Unusable: asyncpg refuses the options.
+        """
+        with contextlib.suppress(Exception):
+            return asyncpg.create_pool(self._dsn, **self._options | {"connect": connect})
+        raise Unusable
+
+    async def lend(self, patience: float) -> "Connection":
+        """
+        A connection as a pool lends it: a plain one, which costs less than to make and close a pool for it.
+
+        Of a pool that was given it is one of the pool's, however long that takes. *patience* as in ``connect``.
+        """
         if self.pool is not None:
             # There is no public way to either, nor to the socket below.
             if getattr(self.pool, "_loop", None) is not asyncio.get_running_loop():
@@ -87,17 +144,28 @@ class Target:
                     "the pool belongs to another event loop, or to the parent of this process: create one here"
                 )
             await self.pool
-            return await self.pool.acquire()
+            connection = await self.pool.acquire()
+            alive(connection)
+            return connection
         if self._is_tuned:
-            asyncpg.create_pool(self._dsn, **self._options)  # not to be used: it refuses sizes that cannot be meant
+            self.new_pool(asyncpg.connect)  # not to be used: it refuses sizes that cannot be meant
         options = {name: value for name, value in self._options.items() if name not in _POOL_OPTIONS}
-        return await self.connect(self._dsn, setup=self._setup, **options)
+        return await self.connect(self._dsn, patience=patience, setup=self._setup, **options)
 
-    async def connect(self, *args: Any, setup: Callable[..., Any] | None = None, **options: Any) -> "Connection":
-        """Connect as asyncpg's pools do, for the pool or instead of it."""
-        connection: Connection = await self._connect(*args, **options)
+    async def connect(
+        self, *args: Any, patience: float, setup: Callable[..., Any] | None = None, **options: Any
+    ) -> "Connection":
+        """
+        Connect as asyncpg's pools do, for the pool or instead of it; each server has *patience* seconds to answer.
+
+        Raises:
+            Unusable: asyncpg cannot make anything of the DSN or the options.
+            Exception: Whatever the driver raises, or the application's own *connect*, *init* or *setup*.
+        """
+        connection = await self._first_of_all(args, options, patience)
         self._made.add(cast("asyncpg.Connection[asyncpg.Record]", connection))
         try:
+            alive(connection)
             for prepare in (self._init, setup):
                 if prepare is not None:
                     await prepare(connection)
@@ -119,6 +187,44 @@ class Target:
                 transport: Any = getattr(connection, "_transport", None)
                 os.dup2(nothing, transport.get_extra_info("socket").fileno(), inheritable=False)
         os.close(nothing)
+
+    async def _first_of_all(self, args: Sequence[Any], options: dict[str, Any], patience: float) -> "Connection":
+        """
+        The first server that answers as it should.
+
+        asyncpg would go through them by itself, but under one time-out for all: one that is silent takes all of it.
+        """
+        failures: list[Exception] = []
+        for wanted in self._rounds:
+            for host in self._hosts:
+                began = time.monotonic()
+                try:
+                    async with asyncio.timeout(patience):
+                        connection = await self._connected(args, options | host | wanted)
+                except Exception as error:
+                    if not is_transient(error):
+                        raise
+                    failures.append(error)
+                else:
+                    self._slowest = max(self._slowest, time.monotonic() - began)
+                    return connection
+        # One that refuses says more than one that is silent.
+        raise next((failure for failure in failures if not isinstance(failure, TimeoutError)), failures[0])
+
+    async def _connected(self, args: Sequence[Any], options: dict[str, Any]) -> "Connection":
+        if self._connect is not None:
+            return cast("Connection", await self._connect(*args, **options))
+        try:
+            connection: Connection = await asyncpg.connect(*args, **options)
+            return connection
+        except (asyncpg.PostgresError, OSError):
+            raise
+        except Exception as error:
+            if is_transient(error) or type(error) is asyncpg.InterfaceError or callable(options.get("password")):
+                raise
+        # asyncpg meets many things only when they fail it: IndexError, TypeError, its ClientConfigurationError. Raised
+        # out here this has no context, whose frames would hold the DSN.
+        raise Unusable
 
 
 def _shown(dsn: str) -> str:
@@ -142,31 +248,140 @@ async def _nothing_to_reset(_connection: "Connection") -> None:
     pass
 
 
-async def closed(opened: "Pool | Connection") -> None:
-    """Say goodbye to the server; drop what is open when it does not answer."""
+def _hosts(dsn: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    Each server that is named, as options that win over the DSN's; where it is only one, or asyncpg has to look
+    elsewhere for it or to refuse it, a single one without options.
+    """
     try:
-        async with asyncio.timeout(CLOSE_TIMEOUT):
+        found = list(_named(dsn, options))
+    except (ValueError, TypeError, AttributeError):
+        found = []
+    return found if len(found) > 1 else [{}]
+
+
+def _named(dsn: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The servers as asyncpg finds them: in the options, in the DSN, in its query, or in the environment."""
+    parts = urlsplit(dsn)
+    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    names, port = options.get("host"), options.get("port")
+    if isinstance(names, str) or "service" in query or "service" in options:
+        return
+    netloc = "" if names else parts.netloc.rpartition("@")[2]
+    text = netloc or query.get("host") or os.environ.get("PGHOST", "")
+    specs = [(name, "") for name in names] if names else [_split(spec, quoted=bool(netloc)) for spec in text.split(",")]
+    if not netloc and not port and "port" in query:
+        port = query["port"].split(",")
+    if not all(name for name, _ in specs):
+        return
+    ports: list[Any] = list(port) if isinstance(port, (list, tuple)) else [port] * len(specs)
+    if not port:
+        usual = os.environ.get("PGPORT", "5432").split(",")
+        usual = usual * len(specs) if len(usual) == 1 else usual
+        ports = [own or other for (_, own), other in zip(specs, usual, strict=True)]
+    for (name, _), number in zip(specs, ports * len(specs) if len(ports) == 1 else ports, strict=True):
+        yield {"host": name, "port": int(number)}
+
+
+def _split(spec: str, *, quoted: bool) -> tuple[str, str]:
+    """A host and its port, which may be empty."""
+    if spec.startswith("/"):
+        return spec, ""
+    if spec.startswith("["):
+        name, _, port = spec[1:].partition("]")
+        port = port.removeprefix(":")
+    else:
+        name, _, port = spec.partition(":")
+    return (unquote(name), unquote(port)) if quoted else (name, port)
+
+
+def _rounds(dsn: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is asked of each server, in as many rounds: asyncpg itself can't prefer one when it is shown one only."""
+    with contextlib.suppress(ValueError):
+        query = parse_qs(urlsplit(dsn).query).get("target_session_attrs", [None])
+        wanted = options.get("target_session_attrs") or query[-1] or os.environ.get("PGTARGETSESSIONATTRS")
+        if wanted == "prefer-standby":
+            return [{"target_session_attrs": "standby"}, {"target_session_attrs": "any"}]
+    return [{}]
+
+
+def alive(connection: "Connection") -> None:
+    """Let the system notice when the other side is gone."""
+    # There is no public way to the socket.
+    transport = getattr(connection, "_transport", None)
+    found = transport.get_extra_info("socket") if transport is not None else None
+    if found is not None and found.family in (socket.AF_INET, socket.AF_INET6):
+        for level, name, value in _KEEPALIVE:
+            if hasattr(socket, name):
+                # Some systems know an option and refuse it all the same.
+                with contextlib.suppress(OSError):
+                    found.setsockopt(getattr(socket, level), getattr(socket, name), value)
+
+
+def is_gone(connection: "Connection") -> bool:
+    """Whether it can't be used any more, also because its pool has it back."""
+    with contextlib.suppress(asyncpg.InterfaceError):
+        return connection.is_closed()
+    return True
+
+
+def terminated(opened: "Pool | Connection | None") -> None:
+    """Let go of it at once, whatever state it and its event loop are in."""
+    if opened is not None:
+        with contextlib.suppress(Exception):
+            opened.terminate()
+
+
+async def closed(opened: "Pool | Connection", within: float = PATIENCE) -> bool:
+    """Say goodbye to the server; drop what is open, and return False, when it does not answer."""
+    try:
+        async with asyncio.timeout(within):
             await opened.close()
-    except (TimeoutError, *DRIVER_ERRORS):
+    except TimeoutError:
         opened.terminate()
+        return False
+    except DRIVER_ERRORS:
+        opened.terminate()
+    return True
 
 
-async def released(pool: "Pool", connection: "Connection") -> None:
-    # One that cannot be reset is dropped by its pool.
-    with contextlib.suppress(*DRIVER_ERRORS):
-        await pool.release(cast("Lent", connection))
+async def released(pool: "Pool", connection: "Connection", within: float = PATIENCE) -> bool:
+    """
+    Give it back when the server is done with what was cancelled; drop it, and return False, when it does not answer.
+    """
+    try:
+        await pool.release(cast("Lent", connection), timeout=within)
+    except TimeoutError:
+        # It has been dropped by its pool.
+        return False
+    except DRIVER_ERRORS:
+        # As has one that cannot be reset.
+        pass
+    return True
 
 
-async def rolled_back(connection: "Connection", rollback: str = "rollback") -> None:
-    # A connection that is gone has rolled back already.
-    with contextlib.suppress(*DRIVER_ERRORS):
-        await connection.execute(rollback)
+async def rolled_back(connection: "Connection", rollback: str = "rollback") -> bool:
+    """Roll back; drop the connection, and return False, when the server does not answer."""
+    try:
+        # It also waits for the end of what was cancelled.
+        async with asyncio.timeout(PATIENCE):
+            await connection.execute(rollback, timeout=NO_LIMIT)
+    except TimeoutError:
+        terminated(connection)
+        return False
+    except DRIVER_ERRORS:
+        # A connection that is gone has rolled back already.
+        pass
+    return True
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the server may accept the very same connection a moment later."""
     if isinstance(error, asyncpg.PostgresConnectionError):
         return not isinstance(error, asyncpg.ProtocolViolationError)
+    if isinstance(error, RuntimeError):
+        # To resolve a name takes a thread.
+        return "can't start new thread" in str(error)
     return isinstance(
         error,
         (
@@ -176,9 +391,3 @@ def is_transient(error: BaseException) -> bool:
             OSError,
         ),
     ) and not isinstance(error, ssl.SSLError)
-
-
-def bare(error: BaseException) -> BaseException:
-    """The error without the frames behind it: asyncpg's hold the password in their locals."""
-    error.__context__ = error.__cause__ = None
-    return error.with_traceback(None)

@@ -9,15 +9,17 @@ import asyncio
 import contextlib
 import json
 import random
+import secrets
+import weakref
 import zlib
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
 from runtime_repo.catalog import Catalog, Look
-from runtime_repo.database import Backend, Busy, Queries, Row, Watch
+from runtime_repo.database import Backend, Busy, Lost, Queries, Row, Watch
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -28,16 +30,19 @@ from runtime_repo.errors import (
 )
 from runtime_repo.postgres.boot import BootTransaction, Looks, begin
 from runtime_repo.postgres.connections import (
-    CLOSE_TIMEOUT,
-    DRIVER_ERRORS,
+    NO_LIMIT,
     Target,
-    bare,
+    Unusable,
+    alive,
     closed,
     is_transient,
     released,
     rolled_back,
+    terminated,
 )
-from runtime_repo.postgres.notifications import Hear, Listener, Teller
+from runtime_repo.postgres.heartbeats import Heartbeats
+from runtime_repo.postgres.notifications import Deaf, Hear, Listener, Teller
+from runtime_repo.postgres.refusals import bare, is_conflict, is_lost, is_spoilt, meaning
 from runtime_repo.queries import load_queries
 from runtime_repo.repository import check_seconds
 from runtime_repo.shielding import finish
@@ -47,24 +52,35 @@ if TYPE_CHECKING:
 
 __all__ = ["PostgresDatabase"]
 
+T = TypeVar("T")
+
 _LOCK_CLASS = 0x72756E74
 """The first of the advisory lock's two integers; it must never change, or two releases would not exclude each other."""
 
 _REST = 0.4
 """Seconds between two such tries, whoever makes them."""
 
-_LISTEN_CHECK = 30.0
-"""Seconds after which a connection that listens is asked whether it still does."""
+_LISTEN_CHECK = 4.0
+"""Seconds after which a connection that listens is asked whether it still does, and for which it may be silent then."""
 
-_REMEDIES = {
-    "28000": "check the user and the server's pg_hba.conf",
-    "28P01": "check the user and the password",
-    "3D000": "create the database, or name another one",
-    "42501": "grant the role what it lacks, or boot once under a role that has it",
-    "25006": "the server is a standby or the session is read-only: migrate on the primary, in a session that may write",
-    "53300": "free some connections, or raise the server's max_connections",
-    "57P03": "the server was starting or stopping: wait for it, or raise startup_timeout",
-}
+_OWN_VOICE = 3.0
+"""Seconds in which a connection that listens has to hear what this process tells it."""
+
+_CLOSING = 2.0
+_FAREWELL = 0.7
+"""Seconds for closing everything, and for each step of it, before what is left is dropped."""
+
+_POOL_WAIT = 30.0
+"""Seconds to wait for a connection of the pool where verbs have no limit."""
+
+_TRIES = 5
+"""How often a verb is tried that the server gives up for another's sake."""
+
+_GRACE = 1.0
+"""
+Seconds for the last try to connect, which begins when the time is up; and for answers that are still under way when a
+server that was silent is heard again.
+"""
 
 
 class PostgresDatabase:
@@ -72,12 +88,23 @@ class PostgresDatabase:
 
     backend: Backend = "postgres"
 
-    def __init__(self, target: Target, *, schema: str, startup_timeout: float, listen: bool = True) -> None:
+    def __init__(
+        self,
+        target: Target,
+        *,
+        schema: str,
+        startup_timeout: float,
+        verb_timeout: float | None = 30.0,
+        listen: bool = True,
+    ) -> None:
         self._target = target
         self._schema = schema
         _check_schema(schema)
         check_seconds("startup_timeout", startup_timeout, positive=True)
         self._startup_timeout = startup_timeout
+        if verb_timeout is not None:
+            check_seconds("verb_timeout", verb_timeout, positive=True)
+        self._verb_timeout = verb_timeout
         self.tokens = {
             "schema": '"' + schema.replace('"', '""') + '"',
             "now_ms": "(extract(epoch from pg_catalog.statement_timestamp()) * 1000::numeric)::bigint",
@@ -93,81 +120,114 @@ class PostgresDatabase:
         # Boot's own connection. The first verb makes the pool, which takes it over.
         self._own: Connection | None = None
         self._has_booted = False
+        # Until when boot goes on connecting and looking, from its first try on.
+        self._boot_until: float | None = None
         # The pool's connection that was used last, until the event loop's next turn.
         self._spare: Lent | None = None
         self._handing_back: asyncio.Future[None] | None = None
         self._waiting = 0
-        has_room = target.pool is None or target.pool.get_max_size() > 1
+        # Those that a pool of ours has, those that are in use, and since when which of these owes a verb its answer.
+        self._made: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._lent: set[Connection] = set()
+        self._unanswered: dict[Connection, float] = {}
+        self._silent_since: float | None = None
+        # Whether the session's default isolation level would give a verb another meaning; None is not known.
+        self._is_isolated: bool | None = None
         self._teller = Teller(self._tell_now)
+        # Of a pool that was given one is for heartbeats, and one has to be left for the verbs.
+        has_room = target.pool is None or target.pool.get_max_size() > 2
         self._listener = Listener(self._listening if listen and has_room else None)
+        self._hearing: Connection | None = None
+        self._heartbeats = Heartbeats(self._lend, self._verb, target.pool)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target!r}, schema={self._schema!r})"
 
-    async def _connect(self) -> None:
-        """Connect, trying again while the server may come up."""
-        deadline = asyncio.get_running_loop().time() + self._startup_timeout
+    async def _connected(self) -> "Connection":
+        """Connect, trying again while the server may come up; the last try begins when the time is up."""
+        now = asyncio.get_running_loop().time
+        deadline = self._boot_until = self._boot_until or now() + self._startup_timeout
         pause = 0.05
+        patience = self._target.patience(self._startup_timeout)
         failure: RuntimeRepoError | None = None
-        while error := await self._try_to_connect(deadline):
-            again = error.__cause__ is not None and is_transient(error.__cause__)
-            if not again or asyncio.get_running_loop().time() + pause >= deadline:
-                # A try that the deadline cut short says less than the one before it.
-                raise failure if failure and isinstance(error.__cause__, TimeoutError) else error
-            failure = error
-            await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+        while True:
+            answer = await self._try_to_connect(max(deadline, now() + _GRACE), patience)
+            if not isinstance(answer, RuntimeRepoError):
+                return answer
+            cause = answer.__cause__
+            if cause is None or not is_transient(cause) or now() >= deadline:
+                self._boot_until = None
+                # One that was cut short says less than the one before it.
+                raise failure if failure and isinstance(cause, TimeoutError) else answer
+            if failure is None or not isinstance(cause, TimeoutError):
+                failure = answer
+            if isinstance(cause, TimeoutError):
+                # It may be slow rather than silent.
+                patience *= 2
+            await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(deadline - now(), 0)))  # noqa: S311
             pause = min(pause * 2, 1.0)
 
-    async def _try_to_connect(self, deadline: float) -> RuntimeRepoError | None:
+    async def _try_to_connect(self, deadline: float, patience: float) -> "Connection | RuntimeRepoError":
         """Try once. An error is returned, not raised, so that asyncpg's own frames and words stay behind."""
         try:
             async with asyncio.timeout_at(deadline):
-                self._own = await self._target.lend()
-        except (TypeError, ValueError, ArithmeticError, AttributeError, *DRIVER_ERRORS) as error:
-            # asyncpg's ClientConfigurationError is a ValueError, too.
-            if not isinstance(error, (asyncpg.PostgresError, OSError)) and type(error) is not asyncpg.InterfaceError:
-                # asyncpg's own words may repeat a part of the DSN.
-                return ConfigurationError(
-                    f"asyncpg cannot use the DSN or the pool options for {self._target}: check their spelling "
-                    "(its message is not repeated here, since it may hold a password)"
-                )
-            failure = self._unavailable(error)
-            failure.__cause__ = bare(error)
-            return failure
-        return None
+                return await self._target.lend(patience)
+        except Exception as error:  # noqa: BLE001 - also what the application's own connect or init raises
+            failure = self._meaning(error, connecting=True)
+            if not isinstance(error, Unusable):
+                failure.__cause__ = bare(error)
+        return failure
 
     async def _take_over(self, *args: Any, **options: Any) -> "Connection":
         """Connect for the pool: its first connection is boot's, if that still lives."""
         own, self._own = self._own, None
-        return own if own is not None and not own.is_closed() else await self._target.connect(*args, **options)
+        if own is None or own.is_closed():
+            own = await self._target.connect(*args, patience=self._target.patience(self._startup_timeout), **options)
+            self._is_heard()
+        self._made.add(own)
+        return own
+
+    async def _lend(self) -> "Connection":
+        """A connection for something else than verbs, outside of a pool of ours."""
+        async with self._in_time(self._startup_timeout, "startup_timeout"):
+            with self.translated(connecting=True):
+                connection = await self._target.lend(self._target.patience(self._startup_timeout))
+        self._is_heard()
+        return connection
 
     async def close(self) -> None:
-        await finish(self._close())
+        await finish(self._close(), within=_CLOSING)
 
     async def _close(self) -> None:
-        await self._listener.close()
-        await self._teller.close(CLOSE_TIMEOUT)
+        _, _, told = await asyncio.gather(
+            self._listener.close(), self._heartbeats.close(_FAREWELL), self._teller.close(_FAREWELL)
+        )
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
         self._has_booted = False
+        self._boot_until = None
         if pool is not None:
             self._hand_back(pool)
         if own is not None:
             # The pool, if it is ours, has not been opened.
-            await (closed(own) if self._target.pool is None else released(self._target.pool, own))
+            given = self._target.pool
+            await (closed(own, _FAREWELL) if given is None else released(given, own, _FAREWELL))
         elif pool is not None and pool is not self._target.pool:
-            await closed(pool)
+            if told:
+                await closed(pool, _FAREWELL)
+            else:
+                terminated(pool)
 
     def abandon(self) -> None:
         with contextlib.suppress(Exception):
             self._listener.abandon()
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
+        self._heartbeats.drop()
         for opened in (own, pool):
-            if opened is not None and opened is not self._target.pool:
+            if opened is not self._target.pool:
                 # The event loop may be closed by now; its end has closed the sockets then.
-                with contextlib.suppress(Exception):
-                    opened.terminate()
+                terminated(opened)
 
     def inherited(self) -> None:
         self._target.inherited()
@@ -180,12 +240,42 @@ class PostgresDatabase:
         return await self._pool
 
     @contextlib.contextmanager
-    def translated(self) -> Iterator[None]:
+    def translated(self, *, connecting: bool = False) -> Iterator[None]:
         """Let no driver's exception out but as a cause, without its frames: a verb may have had to connect anew."""
         try:
             yield
-        except DRIVER_ERRORS as error:
-            raise self._unavailable(error) from bare(error)
+        except (RuntimeRepoError, Busy, Lost):
+            raise
+        except Unusable:
+            failure = self._meaning(Unusable(), connecting=connecting)
+        except Exception as error:  # noqa: BLE001 - nothing else leaves a verb, whatever the driver meets
+            raise self._meaning(error, connecting=connecting) from bare(error)
+        else:
+            return
+        raise failure
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self, seconds: float | None, name: str) -> AsyncIterator[None]:
+        """
+        For the driver's calls within ``translated``, whose own time-outs have become errors of ours.
+
+        Raises:
+            DatabaseUnavailableError: The block has been cancelled after so many seconds.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError as error:
+            raise self._late(seconds, name) from bare(error)
+
+    async def answer(self, ask: Callable[..., Awaitable[T]], *args: object) -> T:
+        """The server's answer to one statement, within ``verb_timeout``."""
+        try:
+            async with asyncio.timeout(self._verb_timeout):
+                with self.translated():
+                    return await ask(*args)
+        except TimeoutError as error:
+            raise self._late(self._verb_timeout, "verb_timeout") from bare(error)
 
     @contextlib.asynccontextmanager
     async def _acquired(self) -> AsyncIterator["Connection"]:
@@ -193,42 +283,146 @@ class PostgresDatabase:
         if self._own is not None and not self._has_booted:
             yield self._own
             return
-        with self.translated():
+        with self.translated(connecting=True):
             pool = await self._open_pool()
-            connection = self._taken_spare() or await self._waited_for(pool)
+        connection = self._taken_spare() or await self._waited_for(pool)
+        self._lent.add(connection)
         try:
             yield connection
-        except BaseException:
+        except BaseException as error:
+            if is_spoilt(error):
+                self._dismiss(connection, error)
             # It is back when the server is done with it, whoever does not want to wait for that.
-            await finish(released(pool, connection))
+            await finish(self._give_back(pool, connection))
             raise
+        finally:
+            self._lent.discard(connection)
         # To hand it to the pool and have it back costs a tenth of a quick statement. So the pool has to wait until the
         # event loop's next turn: whoever goes on at once takes it from here, unless others want one.
         if self._target.can_reuse and self._spare is None and not self._waiting:
             self._spare = connection
             asyncio.get_running_loop().call_soon(self._hand_back, pool)
         else:
-            await released(pool, connection)
+            await self._give_back(pool, connection)
 
     def _taken_spare(self) -> "Lent | None":
         spare, self._spare = self._spare, None
         return spare
 
     async def _waited_for(self, pool: "Pool") -> "Lent":
+        """A connection of the pool, which may have to connect, in bounded time."""
+        seconds, name = self._verb_timeout or _POOL_WAIT, "verb_timeout"
         self._waiting += 1
         try:
-            return await pool.acquire()
+            async with asyncio.timeout(seconds):
+                with self.translated(connecting=True):
+                    connection = await pool.acquire()
+        except TimeoutError as error:
+            if pool.get_idle_size() or pool.get_size() < pool.get_max_size():
+                raise self._late(seconds, name) from bare(error)
+            raise DatabaseUnavailableError(
+                f"PostgreSQL {self._target}: none of the pool's {pool.get_max_size()} connections became free within "
+                f"{seconds:g} s ({name}), transactions of other tasks hold them: within a transaction use the nouns of "
+                "what it yields, end transactions sooner, or raise the pool's max_size"
+            ) from bare(error)
         finally:
             self._waiting -= 1
+        if self._target.pool is not None:
+            alive(connection)
+        return connection
 
     def _hand_back(self, pool: "Pool") -> None:
         if (spare := self._taken_spare()) is not None:
-            self._handing_back = asyncio.ensure_future(released(pool, spare))
+            self._handing_back = asyncio.ensure_future(self._give_back(pool, spare))
+
+    async def _give_back(self, pool: "Pool", connection: "Connection") -> None:
+        if not await released(pool, connection):
+            self._fell_silent()
+
+    async def _roll_back(self, connection: "Connection", rollback: str = "rollback") -> None:
+        if not await rolled_back(connection, rollback):
+            self._fell_silent()
+
+    def _dismiss(self, connection: "Connection", error: BaseException) -> None:
+        """Give up a connection that would go on failing, and with one that is read-only all that may be so."""
+        terminated(connection)
+        if is_spoilt(error, "25006"):
+            self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        """Let the pool, if it is ours, connect anew."""
+        terminated(self._taken_spare())
+        busy = set()
+        for connection in self._lent:
+            with contextlib.suppress(asyncpg.InterfaceError):
+                busy.add(connection.get_server_pid())
+        for made in tuple(self._made):
+            if not made.is_closed() and made.get_server_pid() not in busy:
+                terminated(made)
+
+    def _fell_silent(self) -> None:
+        """
+        The server, or the network, answers nothing on a connection of ours: what else is idle may be as dead.
+
+        A pool that was given is its owner's: of it only the connection that was silent has gone.
+        """
+        if self._silent_since is None:
+            self._silent_since = asyncio.get_running_loop().time()
+        if self._target.pool is None:
+            self._drop_idle()
+            self._heartbeats.drop()
+            terminated(self._hearing)
+
+    def _is_heard(self) -> None:
+        """A new connection works: verbs that have waited since before the silence wait for what was lost."""
+        if (since := self._silent_since) is not None:
+            self._silent_since = None
+            asyncio.get_running_loop().call_later(_GRACE, self._drop_unanswered, since)
+
+    def _drop_unanswered(self, since: float) -> None:
+        for connection, began in tuple(self._unanswered.items()):
+            if began < since:
+                terminated(connection)
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        async with self._acquired() as connection:
-            with self.translated():
-                return await connection.fetch(self.queries[query], *args)
+        tries = 1
+        while True:
+            try:
+                async with self._acquired() as connection:
+                    return await self._verb(connection, query, args)
+            except DatabaseUnavailableError as error:
+                # Whoever called is in no transaction, and a verb is safe to repeat.
+                if tries == _TRIES or not is_conflict(error.__cause__):
+                    raise
+            await asyncio.sleep(random.uniform(0, 0.01) * 2**tries)  # noqa: S311
+            tries += 1
+
+    async def _verb(self, connection: "Connection", query: str, args: Sequence[object]) -> Sequence[Row]:
+        """One statement as a transaction of its own, under READ COMMITTED."""
+        text = self.queries[query]
+        if self._is_isolated:
+            async with self._together(connection, "begin isolation level read committed", "commit", "rollback"):
+                return await self.answer(connection.fetch, text, *args)
+        self._unanswered[connection] = asyncio.get_running_loop().time()
+        try:
+            return await self.answer(connection.fetch, text, *args)
+        except DatabaseUnavailableError as error:
+            if self._is_isolated is None and is_conflict(error.__cause__):
+                await self._ask_for_isolation(connection)
+            raise
+        finally:
+            self._unanswered.pop(connection, None)
+
+    async def _ask_for_isolation(self, connection: "Connection") -> None:
+        """
+        Learn, after the first conflict, whether the role or the database has another default isolation level.
+
+        Under it a verb fails where it should wait for a rival and go on, and does nothing else otherwise: to ask each
+        connection beforehand would cost a round trip.
+        """
+        with contextlib.suppress(RuntimeRepoError):
+            level = await self.answer(connection.fetchval, "show default_transaction_isolation")
+            self._is_isolated = level != "read committed"
 
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator["_Statements"]:
@@ -257,7 +451,8 @@ class PostgresDatabase:
                 await statements.fetch("schema.tell", self._channel, json.dumps(list(untold)))
 
     async def heartbeats(self) -> Queries:
-        return self
+        await self._heartbeats.reserve()
+        return self._heartbeats
 
     def tell(self, queues: Iterable[str]) -> None:
         self._teller.tell(queues)
@@ -270,46 +465,75 @@ class PostgresDatabase:
 
     @contextlib.asynccontextmanager
     async def _listening(self, hear: Hear) -> AsyncIterator[Callable[[], Coroutine[Any, Any, None]]]:
-        """A connection of its own that listens, and what returns when it is lost."""
+        """
+        A connection of its own that listens, and what returns when it is lost.
+
+        Raises:
+            Deaf: It does not hear what this process tells it.
+        """
         over = asyncio.Event()
-        with self.translated():
-            async with asyncio.timeout(self._startup_timeout):
-                connection = await self._target.lend()
+        heard = asyncio.Event()
+        # No queue's name is as long.
+        marker = secrets.token_hex(1000)
+
+        def told(*words: Any) -> None:
+            if words[3] == marker:
+                heard.set()
+            else:
+                hear(words[3])
+
+        def lost_it(_connection: "Connection") -> None:
+            over.set()
+            heard.set()
+
+        self._hearing = connection = await self._lend()
         try:
-            with self.translated():
-                connection.add_termination_listener(lambda *_: over.set())
-                await connection.add_listener(self._channel, lambda *words: hear(words[3]))
+            connection.add_termination_listener(lost_it)
+            await self.answer(connection.add_listener, self._channel, told)
+            await self._tell_now([marker])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_OWN_VOICE):
+                    await heard.wait()
+            if not heard.is_set():
+                raise Deaf(
+                    f"PostgreSQL {self._target}: a connection that listens does not hear what this process tells it: "
+                    "pass listen=False where a transaction-pooling pgbouncer is in between, as there nobody can listen"
+                )
 
             async def lost() -> None:
-                with self.translated():
-                    while not over.is_set():
-                        with contextlib.suppress(TimeoutError):
-                            async with asyncio.timeout(_LISTEN_CHECK):
-                                await over.wait()
-                                return
-                        # A network that is cut says nothing.
+                while not over.is_set():
+                    with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(_LISTEN_CHECK):
-                            await connection.execute(f"listen {self._channel}")
+                            await over.wait()
+                            return
+                    # A network that is cut says nothing.
+                    try:
+                        async with self._in_time(_LISTEN_CHECK, "an idle connection's"):
+                            with self.translated():
+                                await connection.execute(f"listen {self._channel}", timeout=NO_LIMIT)
+                    except DatabaseUnavailableError as error:
+                        if isinstance(error.__cause__, TimeoutError):
+                            self._fell_silent()
+                        raise
 
             yield lost
         finally:
+            self._hearing = None
             await finish(self._hung_up(connection))
 
     async def _hung_up(self, connection: "Connection") -> None:
-        await closed(connection)
+        await closed(connection, _FAREWELL)
         if self._target.pool is not None:
-            await released(self._target.pool, connection)
+            await released(self._target.pool, connection, _FAREWELL)
 
     @contextlib.asynccontextmanager
     async def _together(self, connection: "Connection", begin: str, commit: str, rollback: str) -> AsyncIterator[None]:
         # asyncpg's own transaction() is left corrupt by a BEGIN that is cancelled, and can't send its ROLLBACK in a
         # scope of anyio's that was cancelled.
         try:
-            with self.translated():
-                await connection.execute(begin)
+            await self.answer(connection.execute, begin)
             yield
-            with self.translated():
-                answer = await connection.execute(commit)
+            answer = await self.answer(connection.execute, commit)
             if answer == "ROLLBACK":
                 # That is no error to PostgreSQL.
                 raise DatabaseUnavailableError(
@@ -317,49 +541,70 @@ class PostgresDatabase:
                     "let the error leave the block, or run what may fail within connection.transaction()"
                 )
         except BaseException:
-            await finish(rolled_back(connection, rollback))
+            await finish(self._roll_back(connection, rollback))
             raise
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         if not self._has_booted and (self._own is None or self._own.is_closed()):
+            until = self._boot_until
             await self.close()
-            await self._connect()
+            self._boot_until = until
+            self._own = await self._connected()
         async with self._acquired() as connection:
-            try:
+            look = await self._looked(connection, shipped)
+        self._boot_until = None
+        return look
+
+    async def _looked(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
+        """The look, in bounded time."""
+        now = asyncio.get_running_loop().time()
+        left = self._startup_timeout if self._boot_until is None else max(self._boot_until - now, _GRACE)
+        try:
+            # Half, so that there is time for another try on another connection.
+            async with self._in_time(max(left / 2, _GRACE), "a half of what was left of startup_timeout"):
                 with self.translated():
                     return await self._looks.look(connection, shipped)
-            except DatabaseUnavailableError as error:
-                # Somebody is changing our tables: one is locked, or an index went away while it was described ("cache
-                # lookup failed", an internal error).
-                if isinstance(error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.InternalServerError)):
-                    raise Busy from error.__cause__
-                raise
+        except DatabaseUnavailableError as error:
+            cause = error.__cause__
+            # Somebody is changing our tables: one is locked, or an index went away while it was described ("cache
+            # lookup failed", an internal error).
+            if isinstance(cause, (asyncpg.LockNotAvailableError, asyncpg.InternalServerError)):
+                raise Busy from cause
+            if is_lost(cause):
+                terminated(connection)
+                if self._boot_until is None or self._boot_until > asyncio.get_running_loop().time():
+                    raise Lost from error
+                self._boot_until = None
+            raise
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator[BootTransaction]:
         async with self._acquired() as connection:
-            # In a transaction of its own, for most who try at once fail, and need not begin or roll back for that.
-            with self.translated():
-                await self._try_lock(connection)
             try:
+                # In a transaction of its own, for most who try at once fail, and need not begin or roll back for that.
+                await self._try_lock(connection)
+                await self._try_lock(connection, begin(connection.get_server_version().major))
+                yield BootTransaction(self._looks, connection, self.translated, self._startup_timeout)
                 with self.translated():
-                    await self._try_lock(connection, begin(connection.get_server_version().major))
-                yield BootTransaction(self._looks, connection, self.translated)
-                with self.translated():
-                    await connection.execute("commit")
+                    await connection.execute("commit", timeout=NO_LIMIT)
             except BaseException as error:
-                await finish(rolled_back(connection))
-                if isinstance(error, (MigrationError, DatabaseUnavailableError)) and isinstance(
-                    error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
-                ):
-                    await self._rest(connection)
-                    raise Busy from error.__cause__
+                await finish(self._roll_back(connection))
+                if isinstance(error, (MigrationError, RuntimeRepoError)):
+                    if isinstance(error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)):
+                        await self._rest(connection)
+                        raise Busy from error.__cause__
+                    if is_lost(error.__cause__):
+                        terminated(connection)
+                        raise Lost from error
                 raise
 
     async def _try_lock(self, connection: "Connection", begin: str = "") -> None:
         """Try once, in one round trip: what is executed without arguments answers with its number of rows."""
         query = f"select where pg_try_advisory_xact_lock({_LOCK_CLASS}, {self._lock_key})"
-        if await connection.execute(f"{begin} {query}") != "SELECT 1":
+        async with self._in_time(self._startup_timeout, "startup_timeout"):
+            with self.translated():
+                answer = await connection.execute(f"{begin} {query}", timeout=NO_LIMIT)
+        if answer != "SELECT 1":
             raise Busy
 
     async def _rest(self, connection: "Connection") -> None:
@@ -370,20 +615,30 @@ class PostgresDatabase:
         them rest. Should one of them be quicker than this, it rests after its own try.
         """
         try:
-            with self.translated(), contextlib.suppress(Busy):
+            with contextlib.suppress(Busy):
                 await self._try_lock(connection, begin(connection.get_server_version().major))
             await asyncio.sleep(_REST)
         finally:
-            await finish(rolled_back(connection))
+            await finish(self._roll_back(connection))
 
     async def inspect(self, shipped: Sequence[Catalog]) -> Look:
         if self._has_booted:
-            return await self.look(shipped)
-        apart = PostgresDatabase(self._target, schema=self._schema, startup_timeout=self._startup_timeout, listen=False)
+            async with self._acquired() as connection:
+                return await self._inspected(connection, shipped)
+        answer = await self._try_to_connect(
+            asyncio.get_running_loop().time() + self._startup_timeout, self._target.patience(self._startup_timeout)
+        )
+        if isinstance(answer, RuntimeRepoError):
+            raise answer
         try:
-            return await apart.look(shipped)
+            return await self._inspected(answer, shipped)
         finally:
-            await apart.close()
+            await finish(self._hung_up(answer))
+
+    async def _inspected(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
+        async with self._in_time(self._startup_timeout, "startup_timeout"):
+            with self.translated():
+                return await self._looks.look(connection, shipped)
 
     async def lock_holder(self) -> LockHolder | None:
         rows = await self.fetch("schema.lock_holder", _LOCK_CLASS, self._lock_key, self._schema)
@@ -400,22 +655,25 @@ class PostgresDatabase:
             own, self._own = self._own, None
             await released(self._target.pool, own)
         elif self._target.is_eager:
-            with self.translated():
+            with self.translated(connecting=True):
                 await self._open_pool()
 
     async def take_backup(self, from_version: int) -> Path | None:  # noqa: ARG002
         return None
 
-    def _unavailable(self, error: BaseException) -> DatabaseUnavailableError:
-        code = getattr(error, "sqlstate", None)
-        # Of an OSError's arguments the first is its number.
-        words = " ".join(str(getattr(error, "strerror", None) or (error.args[0] if error.args else "")).split())
-        if isinstance(error, TimeoutError):
-            words = words or "no answer in time"
-        reachable = isinstance(error, asyncpg.PostgresError) and not isinstance(error, asyncpg.PostgresConnectionError)
-        usual = "mend what the server names" if reachable else "check that the server runs and can be reached from here"
-        remedy = _REMEDIES.get(str(code), usual)
-        return DatabaseUnavailableError(f"PostgreSQL {self._target}: {words or type(error).__name__}: {remedy}")
+    def _meaning(self, error: BaseException, *, connecting: bool = False) -> RuntimeRepoError:
+        if isinstance(error, Unusable):
+            return ConfigurationError(
+                f"asyncpg cannot use the DSN or the pool options for {self._target}: check their spelling "
+                "(its message is not repeated here, since it may hold a password)"
+            )
+        return meaning(error, f"PostgreSQL {self._target}", connecting=connecting)
+
+    def _late(self, seconds: float | None, name: str) -> DatabaseUnavailableError:
+        return DatabaseUnavailableError(
+            f"PostgreSQL {self._target}: no answer within {seconds:g} s ({name}), so whether it has happened is not "
+            "known: check that the server runs and can be reached from here, then repeat it"
+        )
 
 
 class _Statements:
@@ -427,8 +685,7 @@ class _Statements:
         self.connection = connection
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        with self._database.translated():
-            return await self.connection.fetch(self._database.queries[query], *args)
+        return await self._database.answer(self.connection.fetch, self._database.queries[query], *args)
 
     def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
         return self._database.part(self.connection, self._untold)

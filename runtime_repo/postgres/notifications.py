@@ -17,7 +17,7 @@ from typing import Any
 
 from runtime_repo.errors import RuntimeRepoError
 
-__all__ = ["Hear", "Listener", "Teller", "Watch"]
+__all__ = ["Deaf", "Hear", "Listener", "Teller", "Watch"]
 
 _log = logging.getLogger("runtime_repo")
 
@@ -35,6 +35,13 @@ _PAUSE_LAST = 15.0
 _GAP = 0.005
 """Seconds in which what is to be told is gathered, after something was told."""
 
+_VAIN_LOOKS = 8
+"""How many looks of one process may have been for nothing within any second, after hints."""
+
+
+class Deaf(Exception):  # noqa: N818 - between the listener and its database; it never leaves the package
+    """What is told does not arrive, and never will: something in between gives each statement another session."""
+
 
 class Listener:
     """
@@ -42,7 +49,8 @@ class Listener:
 
     Args:
         listen: Enters a connection that listens, given what is to be called for each hint; yields a coroutine function
-            that returns, or raises, when the connection is lost. None is never to listen.
+            that returns, or raises, when the connection is lost. Raises Deaf where it is no use to try again. None is
+            never to listen.
     """
 
     def __init__(
@@ -52,6 +60,8 @@ class Listener:
         self._waiting: set[Watch] = set()
         self._task: asyncio.Task[None] | None = None
         self.is_listening = False
+        # Any login to the database can send hints, as many as it likes.
+        self._looks = asyncio.Semaphore(_VAIN_LOOKS)
 
     @contextlib.asynccontextmanager
     async def watch(self, queues: Collection[str]) -> AsyncIterator["Watch"]:
@@ -64,11 +74,25 @@ class Listener:
             yield watch
         finally:
             self._waiting.discard(watch)
+            # Whoever does not look again has found something, or has gone.
+            if watch.looks_at_hint:
+                self._looks.release()
+
+    async def may_look(self) -> None:
+        """Wait until one more look after a hint is allowed: those that find work are, as many as there are."""
+        await self._looks.acquire()
+
+    def looked_in_vain(self) -> None:
+        """Count a look that was allowed and found nothing, for a second."""
+        asyncio.get_running_loop().call_later(1.0, self._looks.release)
 
     async def close(self) -> None:
         """Leave no connection and no task. May be repeated."""
         task, self._task = self._task, None
         self._wake()
+        for _ in self._waiting:
+            # Nobody waits any more until he may look: he learns that it is closed.
+            self._looks.release()
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
@@ -98,6 +122,9 @@ class Listener:
                     # What was told before is not heard any more.
                     self._wake()
                     await lost()
+            except Deaf as error:
+                _log.warning("waiting workers look once a second: %s", error)
+                return
             except Exception as error:  # noqa: BLE001 - also what the application's own connect or init raises
                 _log.warning("not listening, waiting workers look once a second instead: %s", _words(error))
             finally:
@@ -113,15 +140,21 @@ class Watch:
         self._listener = listener
         self.queues = frozenset(queues)
         self.hint = asyncio.Event()
+        self.looks_at_hint = False
 
     async def change(self, within: float) -> None:
         """Return at a hint, and without one when it is time to look again, after *within* seconds at most."""
+        if self.looks_at_hint:
+            self.looks_at_hint = False
+            self._listener.looked_in_vain()
         look_again = _LOOK_LISTENING if self._listener.is_listening else _LOOK_DEAF
         # Of random length, so that those who wait do not all look at once.
         patience = min(within, look_again * random.uniform(0.9, 1.3))  # noqa: S311
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self.hint.wait()
+                await self._listener.may_look()
+                self.looks_at_hint = True
         self.hint.clear()
 
 
@@ -144,14 +177,16 @@ class Teller:
         if self._untold and self._task is None:
             self._task = asyncio.create_task(self._run(), name="runtime_repo teller")
 
-    async def close(self, within: float) -> None:
-        """Tell what is untold, in so many seconds at most, and leave no task."""
+    async def close(self, within: float) -> bool:
+        """Tell what is untold, in so many seconds at most, and leave no task. Return whether there was time enough."""
         task = self._task
-        if task is not None:
-            try:
-                await asyncio.wait([task], timeout=within)
-            finally:
-                task.cancel()
+        if task is None:
+            return True
+        try:
+            _, late = await asyncio.wait([task], timeout=within)
+        finally:
+            task.cancel()
+        return not late
 
     async def _run(self) -> None:
         try:

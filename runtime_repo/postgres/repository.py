@@ -35,10 +35,15 @@ class PostgresRuntimeRepository(RuntimeRepository):
             the place for a backup.
         lock_timeout: Seconds to wait for another process's migration, or for the locks of live traffic.
         startup_timeout: Seconds for connecting. A server that refuses connections, is starting or is full, and a name
-            that does not resolve yet, are tried again until then; a wrong password or a missing database fail at once.
+            that does not resolve yet, are tried again until then, and so is one that stays silent, of several in the
+            DSN the next; a wrong password or a missing database fail at once. Boot's looks have as long, and its
+            migrations no limit.
+        verb_timeout: Seconds for a verb, and for each statement, begin and commit of a transaction: without an answer
+            until then the database is unavailable. None is no limit.
         listen: Whether ``attempts.wait`` and ``Worker`` are told of new work by the server, on one connection of their
-            own from the first wait on (of a pool that is given, one of its connections, if it may have more than one).
-            False looks once a second instead: behind a transaction-pooling pgbouncer nobody can listen.
+            own from the first wait on (of a pool that is given, one of its connections, if it may have more than two:
+            one is for heartbeats). False looks once a second instead: behind a transaction-pooling pgbouncer nobody can
+            listen, which is found out otherwise, with a warning.
         pool_options: Passed to ``asyncpg.create_pool``. ``min_size`` is 0 unless given.
 
     Raises:
@@ -55,6 +60,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
         before_migrate: Callable[[], Awaitable[object]] | None = None,
         lock_timeout: float = 60.0,
         startup_timeout: float = 30.0,
+        verb_timeout: float | None = 30.0,
         listen: bool = True,
         **pool_options: Any,
     ) -> None:
@@ -64,7 +70,9 @@ class PostgresRuntimeRepository(RuntimeRepository):
             # From here on no frame of ours holds a password that a traceback with locals could show.
             dsn, pool_options = "", {}
         check_flag("listen", listen)
-        self._postgres = PostgresDatabase(target, schema=schema, startup_timeout=startup_timeout, listen=listen)
+        self._postgres = PostgresDatabase(
+            target, schema=schema, startup_timeout=startup_timeout, verb_timeout=verb_timeout, listen=listen
+        )
         super().__init__(
             self._postgres,
             migrate=migrate,

@@ -1,5 +1,7 @@
 """Every contract test runs on both backends, through public verbs only."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,6 +55,14 @@ async def execute(repo: RuntimeRepository, statement: str) -> None:
     """Run a statement of another program's; ``{schema}`` stands for the runtime schema."""
     async with repo.transaction() as transaction:
         await transaction.connection.execute(statement.replace("{schema}", runtime_schema(repo)))
+
+
+async def eventually(fact: Callable[[], object]) -> None:
+    """Wait until *fact* holds."""
+    deadline = time.monotonic() + 10
+    while not fact():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
 
 
 class Clock:

@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import functools
+import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator
-from datetime import timedelta
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -18,12 +21,18 @@ from runtime_repo import (
     DatabaseUnavailableError,
     Lease,
     NewAttempt,
+    OverloadedError,
+    RefusedError,
     RepositoryClosedError,
     RetryPolicy,
     RuntimeRepository,
+    UnreadableRowError,
     Worker,
+    fencing,
 )
-from tests.contract.conftest import Clock, Factory
+from runtime_repo.attempts import Attempts
+from runtime_repo.leases import Leases
+from tests.contract.conftest import Clock, Factory, eventually
 
 SHORT = timedelta(seconds=0.3)
 AT_ONCE = RetryPolicy(base=timedelta(0))
@@ -140,6 +149,28 @@ async def cancelling_itself(_lease: Lease) -> None:
     await asyncio.sleep(0)
 
 
+async def cancelling_itself_last(_lease: Lease) -> None:
+    """The same, but the cancellation has not arrived yet when the handler has ended."""
+    task = asyncio.current_task()
+    assert task
+    task.cancel()
+    raise ValueError("ended before it was cancelled")
+
+
+async def closing_itself(_lease: Lease) -> None:
+    """What a generator of its own ends with when it is closed."""
+    raise GeneratorExit
+
+
+class UnusualError(BaseException):
+    """An error that is no Exception."""
+
+
+async def unusual(_lease: Lease) -> None:
+    """As some libraries do, so that nobody catches it by mistake."""
+    raise UnusualError
+
+
 async def cancelled_among_others(_lease: Lease) -> None:
     """What some tasks of the handler's own ended with."""
     raise BaseExceptionGroup("two of three", [asyncio.CancelledError(), ValueError("no")])
@@ -165,6 +196,10 @@ async def without_another_database(_lease: Lease) -> None:
     [
         (cancelled_by_itself, "CancelledError"),
         (cancelling_itself, "CancelledError"),
+        (cancelling_itself_last, "before it was cancelled"),
+        (closing_itself, "GeneratorExit"),
+        (unusual, "UnusualError"),
+        (lambda lease: lease, "returned Lease instead of an awaitable"),
         (cancelled_among_others, "two of three"),
         (without_words, "WordlessError"),
         (without_another_database, "archive"),
@@ -179,6 +214,128 @@ async def test_what_cannot_be_a_result_is_a_failure(repo: RuntimeRepository, han
         await repo.attempts.enqueue("run", attempt_id="b")
         await until(repo, "b", AttemptStatus.FAILED)
     assert words in str(failed.error)
+
+
+async def test_a_result_survives_a_cancellation_that_came_too_late(repo: RuntimeRepository) -> None:
+    """The handler had ended when somebody cancelled its task: that ends neither the report nor the worker."""
+
+    async def handle(_lease: Lease) -> str:
+        task = asyncio.current_task()
+        assert task
+        task.cancel()
+        return "done"
+
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with running(Worker(repo, handle, signals=())):
+        done = await until(repo, "a", AttemptStatus.COMPLETED)
+    assert (done.result, done.lease_version) == ("done", 1)
+
+
+async def test_a_cancelled_report_is_not_the_end_of_the_worker(
+    repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody cancels the handler's task while its result is being stored: at worst it is tried again."""
+    complete = Attempts.complete
+    cancelled: list[Lease] = []
+
+    async def cancelled_once(self: Attempts, lease: Lease, result: Any = None) -> Attempt:
+        if not cancelled:
+            cancelled.append(lease)
+            task = asyncio.current_task()
+            assert task
+            task.cancel()
+        return await complete(self, lease, result)
+
+    monkeypatch.setattr(Attempts, "complete", cancelled_once)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with running(Worker(repo, returning, signals=())):
+        await until(repo, "a", AttemptStatus.COMPLETED)
+
+
+async def returning(lease: Lease) -> str:
+    """Work that is done at once."""
+    return lease.attempt_id
+
+
+async def test_a_failure_in_the_instant_of_a_time_out_is_a_failure(
+    repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The worker's own wait times out in the very turn of the event loop in which the handler raises.
+
+    A time-out cancels its task for a moment. Who takes that for the end of the worker ends with it, without a word.
+    """
+    waiting: list[asyncio.Timeout] = []
+    wait = Attempts.wait
+
+    async def wait_with_a_time_out(self: Attempts, *arguments: Any) -> bool:
+        try:
+            async with asyncio.timeout(None) as timeout:
+                waiting.append(timeout)
+                return await wait(self, *arguments)
+        except TimeoutError:
+            return False
+        finally:
+            waiting.clear()
+
+    async def handle(lease: Lease) -> None:
+        if lease.attempt.attempt_no == 1:
+            while not waiting:  # noqa: ASYNC110 - the time-out must not end before
+                await asyncio.sleep(0)
+            turn = asyncio.get_running_loop().create_future()
+            # So that this task has its turn after the worker's was cancelled, and before that knows.
+            asyncio.get_running_loop().call_soon(turn.set_result, None)
+            waiting[-1].reschedule(0)
+            await turn
+            raise ValueError("at the same instant")
+
+    monkeypatch.setattr(Attempts, "wait", wait_with_a_time_out)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with running(Worker(repo, handle, retry=AT_ONCE, signals=())) as (task,):
+        assert (await until(repo, "a", AttemptStatus.COMPLETED)).attempt_no == 2
+        assert not task.done()
+
+
+async def test_a_worker_does_not_end_by_itself(repo: RuntimeRepository) -> None:
+    """Handlers that fail, retries that fall due while it waits: a second of it, and it is still at work."""
+    policy = RetryPolicy(base=timedelta(milliseconds=3), cap=timedelta(milliseconds=10))
+    tries = 0
+
+    async def handle(_lease: Lease) -> None:
+        nonlocal tries
+        tries += 1
+        await asyncio.sleep(0.002)
+        raise ValueError("always")
+
+    logging.getLogger("runtime_repo").setLevel(logging.ERROR)
+    try:
+        await repo.attempts.enqueue_many(NewAttempt("run", max_attempts=10_000) for _ in range(5))
+        async with running(Worker(repo, handle, retry=policy)) as (task,):
+            await asyncio.wait([task], timeout=1)
+            assert not task.done()
+    finally:
+        logging.getLogger("runtime_repo").setLevel(logging.NOTSET)
+    assert tries > 20
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+async def test_what_ends_the_program_ends_the_worker(repo: RuntimeRepository, error: BaseException) -> None:
+    """After what it holds was given back, the handler's own attempt among it; and it comes out as it is."""
+
+    async def handle(lease: Lease) -> None:
+        if lease.attempt_id == "a":
+            await for_ever(lease)
+        await until(repo, "a", AttemptStatus.RUNNING)
+        raise error
+
+    await repo.attempts.enqueue_many([NewAttempt("run", "a"), NewAttempt("run", "b")])
+    with pytest.raises(type(error)) as raised:
+        # In this task: asyncio ends the event loop where another one raises this.
+        await Worker(repo, handle, signals=()).run()
+    assert raised.value is error
+    for attempt_id in "ab":
+        attempt = await repo.attempts.get(attempt_id)
+        assert (attempt.status, attempt.attempt_no) == (AttemptStatus.QUEUED, 1)
 
 
 async def test_stopping_lets_handlers_end(repo: RuntimeRepository) -> None:
@@ -324,6 +481,173 @@ async def test_a_handler_may_finish_by_itself(repo: RuntimeRepository) -> None:
     assert (await repo.attempts.get("next")).status is AttemptStatus.QUEUED
 
 
+async def released(repo: RuntimeRepository, lease: Lease) -> None:
+    """By a verb."""
+    await repo.leases.release(lease, delay=timedelta(minutes=1))
+
+
+async def failed(repo: RuntimeRepository, lease: Lease) -> None:
+    """By a verb."""
+    await repo.attempts.fail(lease, "no")
+
+
+async def completed(repo: RuntimeRepository, lease: Lease) -> None:
+    """By a verb for many."""
+    await repo.attempts.complete_many([(lease, "mine")])
+
+
+async def released_together(repo: RuntimeRepository, lease: Lease) -> None:
+    """In a transaction."""
+    async with repo.transaction() as transaction:
+        await released(transaction, lease)  # type: ignore[arg-type]
+
+
+async def failed_unnoticed(repo: RuntimeRepository, lease: Lease) -> None:
+    """By another process, as far as this one knows: only the attempt's row tells who did it."""
+    await repo.attempts.fail(lease, "no")
+    fencing._held[lease.lease_id].ended = False
+
+
+@pytest.mark.parametrize(
+    ("end", "claimed_again"),
+    [
+        (released, False),
+        (released, True),
+        (failed, False),
+        (completed, False),
+        (released_together, False),
+        (released_together, True),
+        (failed_unnoticed, False),
+    ],
+)
+async def test_a_handler_that_ends_its_lease_is_not_complained_of(
+    repo: RuntimeRepository,
+    caplog: pytest.LogCaptureFixture,
+    end: Callable[[RuntimeRepository, Lease], Awaitable[None]],
+    claimed_again: bool,  # noqa: FBT001
+) -> None:
+    """Nothing was lost, and nothing is to be discarded; also when somebody else has claimed the attempt meanwhile."""
+    left = asyncio.Event()
+
+    async def handle(lease: Lease) -> str:
+        await end(repo, lease)
+        if claimed_again:
+            now = datetime.now(UTC) + timedelta(hours=1)
+            await repo.leases.claim_attempt(lease.attempt_id, "rival", now=now)
+        await asyncio.sleep(SHORT.total_seconds() / 2)
+        left.set()
+        return "ignored"
+
+    await repo.attempts.enqueue("run", attempt_id="a")
+    worker = Worker(repo, handle, ttl=SHORT, sweep_every=timedelta(hours=1), signals=())
+    async with asyncio.timeout(10), running(worker):
+        await left.wait()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert (await repo.attempts.get("a")).result == ("mine" if end is completed else None)
+
+
+def unavailable() -> Exception:
+    """As long as the network is away."""
+    return DatabaseUnavailableError("the database is away")
+
+
+def no_privilege() -> Exception:
+    """Until somebody grants it."""
+    return RefusedError("permission denied for table runtime_leases: grant it")
+
+
+def unreadable() -> Exception:
+    """Until somebody mends the row."""
+    return UnreadableRowError("runtime_attempts", "'a'", "it holds microseconds")
+
+
+def overloaded() -> Exception:
+    """For a moment."""
+    return OverloadedError("too many wait: try again later")
+
+
+@pytest.mark.parametrize("error", [unavailable, no_privilege, unreadable, overloaded, ZeroDivisionError])
+async def test_what_goes_wrong_is_tried_again_and_told_once(
+    repo: RuntimeRepository,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Callable[[], Exception],
+) -> None:
+    """Claims and sweeps fail for a while: one line when that begins and one when it ends, and then it works again."""
+    tries = Counter[str]()
+
+    async def refused(_self: Leases, worker_id: str = "sweep", **_options: Any) -> Any:
+        tries["sweep" if worker_id == "sweep" else "claim"] += 1
+        raise error()
+
+    await repo.attempts.enqueue("run", attempt_id="a")
+    with monkeypatch.context() as away:
+        away.setattr(Leases, "claim", refused)
+        away.setattr(Leases, "requeue_expired", refused)
+        async with running(Worker(repo, returning, sweep_every=timedelta(milliseconds=5), signals=())) as (task,):
+            await eventually(lambda: min(tries["claim"], tries["sweep"]) > 5)
+            assert not task.done()
+            assert len(caplog.records) == 1
+            away.undo()
+            await until(repo, "a", AttemptStatus.COMPLETED)
+            await eventually(lambda: len(caplog.records) > 1)
+    begin, end = (record.getMessage() for record in caplog.records)
+    assert str(error()) in begin
+    assert "can go on" in end
+
+
+async def test_what_is_never_stored_fails_the_attempt(
+    repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, instead of insisting for as long as the lease holds; also where the error's words are refused."""
+    complete, fail = Attempts.complete, Attempts.fail
+
+    async def refuse_a_result(self: Attempts, lease: Lease, result: Any = None) -> Attempt:
+        if result == "poison":
+            raise RefusedError("the trigger no_poison: not this")
+        return await complete(self, lease, result)
+
+    async def refuse_words(self: Attempts, lease: Lease, error: str, **options: Any) -> Attempt:
+        if "poison" in error:
+            raise RefusedError("the trigger no_poison: not this")
+        return await fail(self, lease, error, **options)
+
+    async def handle(lease: Lease) -> str:
+        if lease.attempt_id == "words":
+            raise ValueError("poison")
+        return "poison"
+
+    monkeypatch.setattr(Attempts, "complete", refuse_a_result)
+    monkeypatch.setattr(Attempts, "fail", refuse_words)
+    await repo.attempts.enqueue_many([NewAttempt("run", "result"), NewAttempt("run", "words")])
+    async with asyncio.timeout(10), running(Worker(repo, handle, retry=None, signals=())):
+        result = await until(repo, "result", AttemptStatus.FAILED)
+        words = await until(repo, "words", AttemptStatus.FAILED)
+    for attempt in (result, words):
+        assert attempt.lease_version == 1
+        assert "refused to store" in str(attempt.error)
+    assert sum(record.levelno >= logging.WARNING for record in caplog.records) == 2
+
+
+async def test_where_nothing_can_be_stored_the_lease_is_let_go(
+    repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a word in the log; it expires, so that the try counts, and the worker goes on."""
+
+    async def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise RefusedError("permission denied for table runtime_attempts: grant it")
+
+    monkeypatch.setattr(Attempts, "complete", refuse)
+    monkeypatch.setattr(Attempts, "fail", refuse)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    worker = Worker(repo, returning, ttl=SHORT, sweep_every=SHORT, signals=())
+    async with asyncio.timeout(10), running(worker) as (task,):
+        while (attempt := await repo.attempts.get("a")).attempt_no < 3:
+            assert attempt.error in (None, f"the lease of worker {worker.worker_id} expired")
+        assert not task.done()
+    assert any("cannot report on attempt 'a'" in record.getMessage() for record in caplog.records)
+
+
 async def test_a_repository_that_is_closed_ends_it(factory: Factory) -> None:
     """With the reason; there is nothing to try again."""
     async with asyncio.timeout(20):
@@ -384,11 +708,48 @@ async def test_bad_input_is_refused(repo: RuntimeRepository, arguments: dict[str
         Worker(repo, for_ever, **arguments)
 
 
-async def test_a_handler_is_a_function(repo: RuntimeRepository) -> None:
-    """What it is not is refused as well."""
-    coroutine: Any = None
-    with pytest.raises(ConfigurationError, match="handler"):
-        Worker(repo, coroutine)
+def plain(_lease: Lease) -> None:
+    """Not a coroutine function: it would block the event loop, and its result cannot be awaited."""
+
+
+async def yielding(_lease: Lease) -> AsyncIterator[None]:
+    """An asynchronous generator: what it returns cannot be awaited either."""
+    yield
+
+
+class Handles:
+    """What can be a handler in one way or another."""
+
+    async def method(self, lease: Lease) -> None:
+        """One."""
+
+    async def __call__(self, lease: Lease) -> None:
+        """Another."""
+
+    def plain(self, lease: Lease) -> None:
+        """None."""
+
+
+@functools.wraps(for_ever)
+def decorated(lease: Lease) -> Awaitable[None]:
+    """A decorator's plain function around a coroutine function."""
+    return for_ever(lease)
+
+
+@pytest.mark.parametrize("handler", [None, "work", plain, yielding, Handles().plain, functools.partial(plain)])
+async def test_a_handler_is_a_coroutine_function(repo: RuntimeRepository, handler: Any) -> None:
+    """What certainly is none is refused at once, not when the first attempt comes."""
+    with pytest.raises(ConfigurationError, match="async def"):
+        Worker(repo, handler)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [Handles(), Handles().method, functools.partial(for_ever), lambda lease: for_ever(lease), decorated, AsyncMock()],
+)
+async def test_what_may_be_a_coroutine_function_is_taken(repo: RuntimeRepository, handler: Any) -> None:
+    """However it is wrapped."""
+    Worker(repo, handler)
 
 
 async def test_signals_are_for_the_main_thread(repo: RuntimeRepository) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from runtime_repo import PostgresRuntimeRepository
+from runtime_repo.postgres import database, notifications
 from tests.faults.conftest import POSTGRES_ONLY, PostgresLab, eventually, in_ci
 from tests.faults.processes import Place
 from tests.postgres_server import PostgresServer
@@ -149,3 +151,29 @@ async def test_a_boot_that_is_cancelled_gives_its_server_connection_back(lab: Po
         return not [row for row in await lab.connections() if isinstance(row, tuple) and "transaction" in str(row[1])]
 
     await eventually(none_in_transaction)
+
+
+async def test_a_pooler_behind_which_nobody_can_listen_is_found_out(
+    lab: PostgresLab, pgbouncer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is told does not arrive: one warning, no connection held for it, and who waits looks by himself."""
+    monkeypatch.setattr(database, "_OWN_VOICE", 0.3)
+    monkeypatch.setattr(notifications, "_LOOK_DEAF", 0.2)
+    monkeypatch.setattr(notifications, "_PAUSE_FIRST", 0.01)
+    repository = PostgresRuntimeRepository(pgbouncer, schema=lab.place.schema, statement_cache_size=0)
+    async with asyncio.timeout(20), repository:
+        waiting = asyncio.ensure_future(repository.attempts.wait("mail"))
+
+        async def fell_back() -> bool:
+            return "pass listen=False" in caplog.text
+
+        await eventually(fell_back)
+        await asyncio.sleep(0.5)
+        assert caplog.text.count("once a second") == 1
+        assert repository._postgres._hearing is None
+        await repository.attempts.enqueue("run", queue="mail")
+        assert await waiting
+        again = asyncio.ensure_future(repository.attempts.wait("post"))
+        await asyncio.sleep(0.5)
+        assert caplog.text.count("once a second") == 1
+        again.cancel()

@@ -1,0 +1,68 @@
+"""What is logged of an outage: one line when it begins and one when it ends, however many loops run into it."""
+
+import logging
+import time
+
+from runtime_repo.errors import DatabaseUnavailableError, RuntimeRepoError
+
+__all__ = ["Outages"]
+
+_log = logging.getLogger("runtime_repo")
+
+
+class Outages:
+    """
+    The outages that one worker, or one hold of its own, goes through.
+
+    Whoever calls the database tells what became of it, under a key of its own. The outage is over when none of them
+    waits for the database any more and a call has succeeded. Errors of another kind within it are told once, too.
+
+    Args:
+        who: Whose outages they are, as the log shall say.
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._since = 0.0
+        self._over_at = 0.0
+        self._failing: set[object] = set()
+        self._told: set[type[Exception]] = set()
+        self._lost = 0
+
+    def failed(self, key: object, doing: str, error: Exception, *, began: float) -> None:
+        """A call of *key*'s that *began* then, by the monotonic clock, has failed and will be tried again."""
+        if not self._told:
+            if began < self._over_at:
+                # On a connection that died in the outage before.
+                _log.debug("%s could not %s: %s", self._who, doing, error)
+                return
+            self._since = time.monotonic()
+        self._failing.add(key)
+        kind = DatabaseUnavailableError if isinstance(error, TimeoutError) else type(error)
+        if kind in self._told:
+            _log.debug("%s still cannot %s: %s", self._who, doing, error)
+            return
+        self._told.add(kind)
+        # Of an error that is not ours nobody knows where it comes from.
+        trace = None if isinstance(error, (RuntimeRepoError, TimeoutError)) else error
+        _log.warning("%s cannot %s and tries again until it can: %s", self._who, doing, error, exc_info=trace)
+
+    def lost(self, error: Exception) -> None:
+        """A lease was given up, because the database did not answer: the outage's last line tells how many were."""
+        self._lost += bool(self._told)
+        _log.log(logging.DEBUG if self._told else logging.WARNING, "%s gives a lease up: %s", self._who, error)
+
+    def succeeded(self, key: object) -> None:
+        """A call of *key*'s has succeeded."""
+        self._failing.discard(key)
+        if not self._told or self._failing:
+            return
+        lost = f"; leases that it could not keep: {self._lost}" if self._lost else ""
+        _log.warning("%s can go on after %.1f s%s", self._who, time.monotonic() - self._since, lost)
+        self._told.clear()
+        self._over_at = time.monotonic()
+        self._lost = 0
+
+    def given_up(self, key: object) -> None:
+        """Whatever failed under *key* is not tried again."""
+        self._failing.discard(key)

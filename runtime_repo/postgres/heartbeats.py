@@ -1,0 +1,99 @@
+"""The connection by which leases are renewed: it never waits behind the work, and whatever is silent is given up."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
+
+from runtime_repo.database import Row, Statements
+from runtime_repo.errors import ConfigurationError
+from runtime_repo.postgres.connections import PATIENCE, closed, is_gone, released, terminated
+
+if TYPE_CHECKING:
+    from runtime_repo.postgres.connections import Connection, Pool
+
+__all__ = ["Heartbeats"]
+
+_LEAST = 2
+"""Connections that a pool needs: one for heartbeats, one for everything else."""
+
+
+class Heartbeats:
+    """
+    Queries on a connection of their own, which is made for the first of them and kept.
+
+    They take turns. One that is cancelled, or gets no answer in time, takes the connection with it at once: it waits
+    for nobody, and the next one connects anew.
+
+    Args:
+        connect: A new connection; of a pool that was given, one of the pool's.
+        run: Runs a query on a connection, in bounded time.
+        pool: The pool that was given, if one was.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable["Connection"]],
+        run: Callable[["Connection", str, Sequence[object]], Awaitable[Sequence[Row]]],
+        pool: "Pool | None",
+    ) -> None:
+        self._connect = connect
+        self._run = run
+        self._pool = pool
+        self._turn = asyncio.Lock()
+        self._connection: Connection | None = None
+
+    async def reserve(self) -> None:
+        """
+        Take a connection of the pool that was given before the work has all of them.
+
+        Raises:
+            ConfigurationError: The pool is too small.
+            DatabaseUnavailableError: None became free in time.
+        """
+        if self._pool is None:
+            return
+        if (size := self._pool.get_max_size()) < _LEAST:
+            raise ConfigurationError(
+                f"the pool that was given has max_size={size}, and heartbeats need a connection of their own: expected "
+                f"a pool of {_LEAST} or more, or of 3 to be told of new work as well (LISTEN)"
+            )
+        async with self._turn:
+            await self._connected()
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        """Run a named query as one atomic step and return its rows."""
+        async with self._turn:
+            connection = await self._connected()
+            try:
+                return await self._run(connection, query, args)
+            except BaseException:
+                # Also where the server has answered: an error is so rare that its connection is not worth judging.
+                self.drop()
+                raise
+
+    def atomic(self) -> AbstractAsyncContextManager[Statements]:
+        raise ConfigurationError("heartbeats are single statements: use the repository for a transaction")
+
+    def tell(self, queues: Iterable[str]) -> None:
+        """Nobody waits for a heartbeat."""
+
+    def drop(self) -> None:
+        """Let the next one connect anew."""
+        connection, self._connection = self._connection, None
+        terminated(connection)
+
+    async def close(self, within: float = PATIENCE) -> None:
+        """Leave no connection. May be repeated."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._pool is None:
+            await closed(connection, within)
+        else:
+            await released(self._pool, connection, within)
+
+    async def _connected(self) -> "Connection":
+        if self._connection is None or is_gone(self._connection):
+            self._connection = await self._connect()
+        return self._connection

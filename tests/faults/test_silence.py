@@ -1,0 +1,594 @@
+"""A PostgreSQL that falls silent: it answers nothing and closes nothing, and that ends no more than a call."""
+
+import ast
+import asyncio
+import contextlib
+import inspect
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+import asyncpg
+import pytest
+
+import runtime_repo
+from runtime_repo import (
+    AttemptStatus,
+    ConfigurationError,
+    DatabaseUnavailableError,
+    Lease,
+    LeaseLostError,
+    NewAttempt,
+    PostgresRuntimeRepository,
+    Worker,
+)
+from runtime_repo.database import Lost
+from runtime_repo.leases import Leases
+from runtime_repo.postgres import database
+from runtime_repo.schema import load_migrations
+from runtime_repo.shielding import finish, settle
+
+CATALOGS = [migration.catalog for migration in load_migrations("postgres")]
+
+SOON = 2.5
+"""Seconds within which whoever gives up has left, whatever the server does."""
+
+Make = Callable[..., PostgresRuntimeRepository]
+
+
+class Relay:
+    """The network between us and the server, which can be cut without a word."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._there = (parts.hostname, parts.port)
+        self._user = parts.netloc.rpartition("@")[0]
+        self._path = parts.path
+        self._links: list[list[bool]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
+        self.port = 0
+        self.is_silent = False
+        self.silent_at: bytes | None = None
+        """What has to be said for a connection to be dead from then on."""
+
+    @property
+    def url(self) -> str:
+        """The database, by way of this."""
+        return f"postgresql://{self._user}@127.0.0.1:{self.port}{self._path}"
+
+    @property
+    def links(self) -> int:
+        """How many connections there are that are alive."""
+        return sum(not dead for (dead,) in self._links)
+
+    def cut(self) -> None:
+        """Kill the connections that are open; new ones work."""
+        for link in self._links:
+            link[0] = True
+
+    def fall_silent(self) -> None:
+        """Kill those that are open, and all that are made from now on."""
+        self.cut()
+        self.is_silent = True
+
+    def work(self) -> None:
+        """Let new connections work. Those that were killed stay dead."""
+        self.is_silent = False
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward one connection."""
+        self._tasks.add(asyncio.ensure_future(self._forward(reader, writer)))
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        link = [self.is_silent]
+        self._links.append(link)
+        self._writers.append(writer)
+        there, back = await asyncio.open_connection(*self._there)
+        self._writers.append(back)
+        await asyncio.gather(self._pump(link, reader, back), self._pump(link, there, writer), return_exceptions=True)
+        self._links.remove(link)
+
+    async def _pump(self, link: list[bool], source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            if self.silent_at is not None and self.silent_at in data:
+                link[0] = True
+            if not link[0] and not self.is_silent:
+                sink.write(data)
+        if not link[0]:
+            sink.close()
+
+    async def close(self) -> None:
+        """Leave nothing."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.close()
+
+
+@pytest.fixture
+async def relay(postgres_url: str, postgres_schema: str) -> AsyncIterator[Relay]:  # noqa: ARG001 - dropped after it
+    """A network of the test's own."""
+    relay = Relay(postgres_url)
+    server = await asyncio.start_server(relay.accept, "127.0.0.1", 0)
+    relay.port = server.sockets[0].getsockname()[1]
+    yield relay
+    server.close()
+    await relay.close()
+
+
+@pytest.fixture
+async def make(relay: Relay, postgres_schema: str) -> AsyncIterator[Make]:
+    """Makes repositories by way of the relay, and closes them in the end."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        def make(**options: Any) -> PostgresRuntimeRepository:
+            repo = PostgresRuntimeRepository(relay.url, schema=postgres_schema, **options)
+            stack.push_async_callback(repo.close)
+            return repo
+
+        yield make
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Any:
+    """Prove that the block takes no longer."""
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    assert took < seconds, f"it took {took:.1f} s"
+
+
+async def upsert(repo: PostgresRuntimeRepository) -> object:
+    """A verb."""
+    return await repo.jobs.upsert("thread", "running")
+
+
+async def claim(repo: PostgresRuntimeRepository) -> object:
+    """A verb that gives back what it may have got when it is cancelled, over a connection that is as dead."""
+    return await repo.leases.claim("worker")
+
+
+async def transact(repo: PostgresRuntimeRepository) -> object:
+    """Several verbs."""
+    async with repo.transaction() as transaction:
+        return await transaction.jobs.upsert("thread", "running")
+
+
+Verb = Callable[[PostgresRuntimeRepository], Awaitable[object]]
+
+
+@pytest.mark.parametrize(
+    ("how", "verb"),
+    [
+        *(("asyncio.timeout", upsert), ("task.cancel", upsert), ("anyio scope", transact)),
+        *(("asyncio.timeout", claim), ("anyio scope", claim)),
+    ],
+)
+async def test_who_gives_up_leaves_soon(relay: Relay, make: Make, verb: Verb, how: str) -> None:
+    """The clean-up waits for a server that answers, and not for one that does not."""
+    repo = await make()
+    await verb(repo)
+    await asyncio.sleep(0.02)  # until the pool has its connection back
+    relay.fall_silent()
+    with within(0.1 + SOON):
+        if how == "asyncio.timeout":
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await verb(repo)
+        elif how == "task.cancel":
+            task = asyncio.ensure_future(verb(repo))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+        else:
+            with anyio.move_on_after(0.1) as scope:
+                await verb(repo)
+            assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("verb", [upsert, transact])
+async def test_a_verb_without_an_answer_is_an_outage_after_its_time(relay: Relay, make: Make, verb: Verb) -> None:
+    """Nobody has to set a time-out for that."""
+    repo = await make(verb_timeout=0.2)
+    await verb(repo)
+    relay.fall_silent()
+    with within(0.2 + SOON), pytest.raises(DatabaseUnavailableError, match=r"within 0\.2 s \(verb_timeout\)"):
+        await verb(repo)
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+async def test_a_transaction_that_cannot_end_ends(relay: Relay, make: Make, end: str) -> None:
+    """The block's own error goes through where it was to be rolled back."""
+    repo = await make(verb_timeout=0.2)
+
+    async def block() -> None:
+        async with repo.transaction() as transaction:
+            await transaction.jobs.upsert("thread", "running")
+            relay.fall_silent()
+            if end == "rollback":
+                raise KeyError(end)
+
+    kind = KeyError if end == "rollback" else DatabaseUnavailableError
+    with within(0.2 + SOON), pytest.raises(kind):
+        await block()
+
+
+async def test_closing_does_not_wait_for_a_silent_server(relay: Relay, make: Make) -> None:
+    """Not for all that it has open together: one that listens, one for heartbeats, the pool, and news to tell."""
+    repo = await make()
+    task = asyncio.ensure_future(repo.attempts.wait())
+    await asyncio.sleep(0.1)
+    await (await repo._database.heartbeats()).fetch("attempts.find", "a")
+    await repo.attempts.find("a")
+    assert relay.links >= 3
+    relay.fall_silent()
+    repo._database.tell(["mail"])
+    await asyncio.sleep(0.05)
+    with within(SOON):
+        await repo.close()
+    await asyncio.wait([task], timeout=5)
+    assert task.exception()
+    assert [each for each in asyncio.all_tasks() if each.get_name().startswith("runtime_repo")] == []
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["ours", "given"])
+async def test_a_verb_works_again_as_soon_as_a_new_connection_does(
+    relay: Relay, make: Make, postgres_schema: str, *, given: bool
+) -> None:
+    """One that was silent is dropped, and of a pool of ours the idle ones with it: they may be as dead."""
+    async with contextlib.AsyncExitStack() as stack:
+        pool = (
+            await stack.enter_async_context(asyncpg.create_pool(relay.url, min_size=0, max_size=5)) if given else None
+        )
+        repo = PostgresRuntimeRepository(pool, schema=postgres_schema) if pool else make()
+        await stack.enter_async_context(repo)
+        await asyncio.gather(*(transact(repo) for _ in range(4 if not given else 1)))
+        relay.cut()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await upsert(repo)
+        for _ in range(6):
+            with within(1):
+                await upsert(repo)
+
+
+async def test_what_waits_for_an_answer_that_was_lost_is_told(
+    relay: Relay, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that listens finds the silence out, and once a new one works, nobody waits any more for the old."""
+    monkeypatch.setattr(database, "_LISTEN_CHECK", 0.2)
+    monkeypatch.setattr(database, "_GRACE", 0.1)
+    repo = await make(verb_timeout=None)
+    waiting = asyncio.ensure_future(repo.attempts.wait())
+    await asyncio.sleep(0.1)
+    await upsert(repo)
+    relay.cut()
+    with within(5), pytest.raises(DatabaseUnavailableError):
+        await upsert(repo)
+    await repo.attempts.enqueue("run")
+    async with asyncio.timeout(5):
+        assert await waiting
+
+
+async def test_a_silent_look_ends_with_the_startup_timeout(relay: Relay, make: Make) -> None:
+    """The connection was made, and then says nothing: tried again on another, which is as silent."""
+    relay.silent_at = b"runtime_schema_migrations"
+    repo = make(startup_timeout=1)
+    with within(1 + 2 * SOON), pytest.raises((DatabaseUnavailableError, Lost)):
+        await repo
+    relay.silent_at = None
+    await repo
+    assert await repo.attempts.find("a") is None
+
+
+async def test_a_migration_that_is_cancelled_while_the_server_is_silent_ends(relay: Relay, make: Make) -> None:
+    """Under no limit of ours, but whoever gives up leaves."""
+    relay.silent_at = b"create table"
+    repo = make(startup_timeout=60)
+    boot = asyncio.ensure_future(repo.ensure_schema())
+    await asyncio.sleep(0.3)
+    assert not boot.done()
+    boot.cancel()
+    with within(2 * SOON):
+        await asyncio.wait([boot])
+
+
+@contextlib.asynccontextmanager
+async def silent_host() -> AsyncIterator[int]:
+    """The port of a server that accepts and says nothing."""
+    writers = []
+
+    async def accept(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    yield server.sockets[0].getsockname()[1]
+    server.close()
+    for writer in writers:
+        writer.close()
+
+
+@pytest.mark.parametrize("form", ["netloc", "query", "options"])
+@pytest.mark.parametrize("wanted", [None, "read-write", "prefer-standby"])
+async def test_of_several_hosts_a_silent_one_is_passed_over(
+    postgres_url: str, postgres_schema: str, form: str, wanted: str | None
+) -> None:
+    """Each has its share of startup_timeout, also where the driver would look for a standby first."""
+    parts = urlsplit(postgres_url)
+    user = parts.netloc.rpartition("@")[0]
+    async with silent_host() as silent:
+        ports = [silent, parts.port]
+        options: dict[str, Any] = {} if wanted is None else {"target_session_attrs": wanted}
+        if form == "netloc":
+            dsn = f"postgresql://{user}@" + ",".join(f"127.0.0.1:{port}" for port in ports) + parts.path
+        elif form == "query":
+            dsn = f"postgresql://{user}@{parts.path}?host=127.0.0.1,127.0.0.1&port={silent},{parts.port}"
+        else:
+            dsn = f"postgresql://{user}@{parts.path}"
+            options |= {"host": ["127.0.0.1", "127.0.0.1"], "port": ports}
+        with within(3):
+            async with PostgresRuntimeRepository(dsn, schema=postgres_schema, startup_timeout=3, **options) as repo:
+                assert await repo.attempts.find("a") is None
+
+
+async def test_a_silent_host_does_not_take_all_of_the_startup_timeout(relay: Relay, make: Make) -> None:
+    """It is tried again, for it may be there by then."""
+    relay.is_silent = True
+    boot = asyncio.ensure_future(make(startup_timeout=4).ensure_schema())
+    await asyncio.sleep(0.1)
+    relay.work()
+    async with asyncio.timeout(3.5):
+        await boot
+
+
+async def test_the_last_try_to_connect_begins_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that comes up just in time is reached."""
+    tries = []
+    connect = asyncpg.connect
+
+    async def counted(*args: Any, **options: Any) -> Any:
+        tries.append(time.monotonic())
+        return await connect(*args, **options)
+
+    monkeypatch.setattr(asyncpg, "connect", counted)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        began = time.monotonic()
+        with pytest.raises(DatabaseUnavailableError, match="Connect call failed"):
+            await PostgresRuntimeRepository(f"postgresql://127.0.0.1:{taken.getsockname()[1]}/db", startup_timeout=0.7)
+    assert len(tries) > 2
+    assert 0.69 < tries[-1] - began < 0.9
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["ours", "given"])
+async def test_every_socket_is_kept_alive(postgres_url: str, postgres_schema: str, *, given: bool) -> None:
+    """The system notices a peer that is gone, which the driver alone never would."""
+    async with contextlib.AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(asyncpg.create_pool(postgres_url, min_size=0)) if given else None
+        repo = await stack.enter_async_context(PostgresRuntimeRepository(pool or postgres_url, schema=postgres_schema))
+        async with repo.transaction() as transaction:
+            found = transaction.connection._transport.get_extra_info("socket")
+            assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            for name, value in [("TCP_KEEPIDLE", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 15_000)]:
+                if hasattr(socket, name):
+                    assert found.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
+
+
+def leases(queries: Any) -> Leases:
+    """The verbs on leases, by way of *queries*."""
+    return Leases(queries)
+
+
+async def a_lease(repo: PostgresRuntimeRepository) -> Lease:
+    """One that is held."""
+    await repo.attempts.enqueue("run")
+    (lease,) = await repo.leases.claim("worker", ttl=timedelta(seconds=30))
+    return lease
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["ours", "given"])
+async def test_heartbeats_do_not_wait_behind_transactions(
+    postgres_url: str, postgres_schema: str, *, given: bool
+) -> None:
+    """Ten handlers hold all that the pool can lend, and their leases are renewed all the same."""
+    async with contextlib.AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(asyncpg.create_pool(postgres_url, min_size=0)) if given else None
+        repo = await stack.enter_async_context(PostgresRuntimeRepository(pool or postgres_url, schema=postgres_schema))
+        lease = await a_lease(repo)
+        kept = leases(await repo._database.heartbeats())
+        for _ in range(9 if given else 10):
+            await stack.enter_async_context(repo.transaction())
+        for _ in range(10):
+            with within(0.5):
+                lease = await kept.heartbeat(lease)
+
+
+async def test_a_silent_heartbeat_is_given_up_at_once(relay: Relay, make: Make) -> None:
+    """Its caller has no time to lose, and the next one goes by a new connection."""
+    repo = await make()
+    lease = await a_lease(repo)
+    kept = leases(await repo._database.heartbeats())
+    await kept.heartbeat(lease)
+    relay.cut()
+    with within(0.1 + 0.3), pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await kept.heartbeat(lease)
+    with within(1):
+        await kept.heartbeat(lease)
+
+
+async def test_a_pool_of_one_cannot_have_heartbeats(postgres_url: str, postgres_schema: str) -> None:
+    """It is refused by its size: they would wait behind every transaction."""
+    async with (
+        asyncpg.create_pool(postgres_url, min_size=0, max_size=1) as pool,
+        PostgresRuntimeRepository(pool, schema=postgres_schema) as repo,
+    ):
+        with pytest.raises(ConfigurationError, match=r"max_size=1.*expected a pool of 2 or more"):
+            await repo._database.heartbeats()
+
+
+async def test_waiting_for_a_connection_of_the_pool_is_bounded(postgres_url: str, postgres_schema: str) -> None:
+    """The error says how many there are and what to do."""
+    repo = PostgresRuntimeRepository(postgres_url, schema=postgres_schema, max_size=2, verb_timeout=0.3)
+    async with repo, contextlib.AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(repo.transaction())
+        with within(2), pytest.raises(DatabaseUnavailableError, match=r"none of the pool's 2 connections.*max_size"):
+            await asyncio.create_task(upsert(repo))
+
+
+async def test_a_cancelled_query_has_ended_before_the_next_begins(postgres_url: str, postgres_schema: str) -> None:
+    """On a server that answers, whoever cancels still waits for that."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema, max_size=1) as repo:
+        for _ in range(20):
+            task = asyncio.ensure_future(repo.jobs.upsert("thread", "old"))
+            await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.wait([task])
+            await repo.jobs.upsert("thread", "new")
+            assert (await repo.jobs.get("thread")).status == "new"
+
+
+async def test_the_look_of_an_inspection_leaves_nothing(
+    relay: Relay, make: Make, postgres: asyncpg.Connection, postgres_schema: str
+) -> None:
+    """On a connection for this alone, bounded like a boot; on the pool where the repository is open."""
+    repo = make(startup_timeout=1)
+    assert not (await repo._database.inspect(CATALOGS)).catalog.tables
+    assert await postgres.fetchval("select to_regnamespace($1)", postgres_schema) is None
+    for _ in range(50):
+        await asyncio.sleep(0.01)
+        if not relay.links:
+            break
+    assert relay.links == 0
+    relay.silent_at = b"runtime_schema_migrations"
+    with within(1 + SOON), pytest.raises(DatabaseUnavailableError):
+        await repo._database.inspect(CATALOGS)
+    relay.silent_at = None
+    await repo
+    look = await repo._database.inspect(CATALOGS)
+    assert look.catalog is CATALOGS[-1]
+    assert await repo.attempts.find("a") is None
+
+
+def calls(name: str) -> list[tuple[Path, ast.Call]]:
+    """Every call in the package of something of this name."""
+    found = []
+    for path in Path(runtime_repo.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if called == name:
+                    found.append((path, node))
+    return found
+
+
+def test_nothing_shielded_is_unbounded() -> None:
+    """All of it goes through two functions that have a bound, and nobody takes that away."""
+    for function in (finish, settle):
+        assert 0 < inspect.signature(function).parameters["within"].default <= 2
+    for path, call in calls("CancelScope"):
+        assert path.name == "shielding.py" or not any(keyword.arg == "shield" for keyword in call.keywords), path
+    settled = {path for path, _ in calls("settle")}
+    for path, _ in calls("shield"):
+        # Whoever waits there is let go; what he waited for is then settled.
+        assert path in settled, path
+    found = calls("finish") + calls("settle")
+    assert len(found) > 5
+    for _, call in found:
+        for keyword in call.keywords:
+            assert keyword.arg == "within", ast.unparse(call)
+            assert not (isinstance(keyword.value, ast.Constant) and keyword.value.value is None), ast.unparse(call)
+    for path, call in calls("release"):
+        # The driver's own shield: a connection that is given back to its pool.
+        if path.parent.name == "postgres" and call.args:
+            assert any(keyword.arg == "timeout" for keyword in call.keywords), ast.unparse(call)
+
+
+SECOND = timedelta(seconds=1)
+
+
+async def test_a_block_ends_in_time_when_the_network_is_cut(relay: Relay, make: Make) -> None:
+    """At most 0.3 s after its lease could last be proved, and ``hold`` returns soon after."""
+    repo = await make()
+    await repo.attempts.enqueue("run")
+    (lease,) = await repo.leases.claim("worker", ttl=SECOND)
+    assert lease.asked_at is not None
+    cancelled_at = 0.0
+    relay.fall_silent()
+    with pytest.raises(LeaseLostError, match="unknown"):  # noqa: PT012 - the whole block is cancelled
+        async with repo.leases.hold(lease, ttl=SECOND):
+            try:
+                await asyncio.sleep(30)
+            finally:
+                cancelled_at = time.monotonic()
+    assert lease.asked_at + 1 <= cancelled_at < lease.asked_at + 1.3
+    assert time.monotonic() < cancelled_at + 2
+
+
+@pytest.mark.parametrize("end", ["stop", "cancel"])
+async def test_a_worker_stops_although_the_network_is_cut(relay: Relay, make: Make, end: str) -> None:
+    """Within its grace and 5 s, with handlers that are at work in transactions of their own."""
+    begun = asyncio.Semaphore(0)
+
+    async def handle(lease: Lease) -> None:
+        async with repo.transaction() as transaction:
+            await transaction.jobs.upsert(lease.attempt_id, "running")
+            begun.release()
+            await asyncio.sleep(60)
+
+    repo = await make(max_size=6)
+    await repo.attempts.enqueue_many(NewAttempt("run") for _ in range(3))
+    worker = Worker(repo, handle, grace=SECOND / 2, signals=())
+    task = asyncio.create_task(worker.run())
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            await begun.acquire()
+    relay.fall_silent()
+    with within(5.5 if end == "stop" else 5):
+        worker.stop() if end == "stop" else task.cancel()
+        done, _ = await asyncio.wait([task], timeout=10)
+        assert done
+
+
+async def test_a_worker_works_again_when_new_connections_do(
+    relay: Relay, make: Make, postgres_url: str, postgres_schema: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within 10 s, however long the old ones stay silent; and of all that it tells when it begins and when it ends."""
+    lost = asyncio.Semaphore(0)
+
+    async def handle(lease: Lease) -> None:
+        if lease.attempt.payload == "long":
+            try:
+                await asyncio.sleep(60)
+            finally:
+                lost.release()
+
+    repo = await make()
+    worker = Worker(repo, handle, ttl=2 * SECOND, sweep_every=SECOND, signals=())
+    async with asyncio.timeout(30), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as other:
+        await other.attempts.enqueue_many(NewAttempt("run", payload="long", max_attempts=1) for _ in range(4))
+        task = asyncio.create_task(worker.run())
+        while {attempt.status for attempt in await other.attempts.list()} != {AttemptStatus.RUNNING}:
+            pass
+        relay.fall_silent()
+        for _ in range(4):
+            await lost.acquire()
+        relay.work()
+        with within(10):
+            await other.attempts.enqueue("run", attempt_id="late")
+            while (attempt := await other.attempts.get("late")).status is not AttemptStatus.COMPLETED:
+                assert attempt.attempt_no == 1
+        worker.stop()
+        await task
+    begin, end = (record.getMessage() for record in caplog.records if worker.worker_id in record.getMessage())
+    assert "tries again until it can" in begin
+    assert "leases that it could not keep: 4" in end
