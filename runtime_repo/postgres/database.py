@@ -267,12 +267,13 @@ class PostgresDatabase:
 
     async def answer(self, ask: Callable[..., Awaitable[T]], *args: object) -> T:
         """The server's answer to one statement, within ``verb_timeout``."""
+        limit = asyncio.timeout(self._verb_timeout)
         try:
-            async with asyncio.timeout(self._verb_timeout):
-                with self.translated():
-                    return await ask(*args)
-        except TimeoutError as error:
-            raise self._late(self._verb_timeout, "verb_timeout") from bare(error)
+            async with limit:
+                return await ask(*args)
+        except Exception as error:  # noqa: BLE001 - as in translated()
+            late = limit.expired() and isinstance(error, TimeoutError)
+            raise self._late(self._verb_timeout, "verb_timeout") if late else self._meaning(error) from bare(error)
 
     @contextlib.asynccontextmanager
     async def _acquired(self) -> AsyncIterator["Connection"]:
@@ -280,9 +281,11 @@ class PostgresDatabase:
         if self._own is not None and not self._has_booted:
             yield self._own
             return
-        with self.translated(connecting=True):
-            pool = await self._open_pool()
-        connection = self._taken_spare() or await self._waited_for(pool)
+        connection, pool = self._taken_spare(), self._pool
+        if connection is None or pool is None:
+            with self.translated(connecting=True):
+                pool = await self._open_pool()
+            connection = await self._waited_for(pool)
         self._lent.add(connection)
         try:
             yield connection
