@@ -270,12 +270,13 @@ class PostgresDatabase:
 
     async def answer(self, ask: Callable[..., Awaitable[T]], *args: object) -> T:
         """The server's answer to one statement, within ``verb_timeout``."""
+        limit = asyncio.timeout(self._verb_timeout)
         try:
-            async with asyncio.timeout(self._verb_timeout):
-                with self.translated():
-                    return await ask(*args)
-        except TimeoutError as error:
-            raise self._late(self._verb_timeout, "verb_timeout") from bare(error)
+            async with limit:
+                return await ask(*args)
+        except Exception as error:  # noqa: BLE001 - as in translated()
+            late = limit.expired() and isinstance(error, TimeoutError)
+            raise self._late(self._verb_timeout, "verb_timeout") if late else self._meaning(error) from bare(error)
 
     @contextlib.asynccontextmanager
     async def _acquired(self) -> AsyncIterator["Connection"]:
@@ -283,9 +284,11 @@ class PostgresDatabase:
         if self._own is not None and not self._has_booted:
             yield self._own
             return
-        with self.translated(connecting=True):
-            pool = await self._open_pool()
-        connection = self._taken_spare() or await self._waited_for(pool)
+        connection, pool = self._taken_spare(), self._pool
+        if connection is None or pool is None:
+            with self.translated(connecting=True):
+                pool = await self._open_pool()
+            connection = await self._waited_for(pool)
         self._lent.add(connection)
         try:
             yield connection
@@ -385,33 +388,34 @@ class PostgresDatabase:
                 terminated(connection)
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        tries = 1
-        while True:
-            try:
-                async with self._acquired() as connection:
-                    return await self._verb(connection, query, args)
-            except DatabaseUnavailableError as error:
-                # Whoever called is in no transaction, and a verb is safe to repeat.
-                if tries == _TRIES or not is_conflict(error.__cause__):
-                    raise
-            await asyncio.sleep(random.uniform(0, 0.01) * 2**tries)  # noqa: S311
-            tries += 1
+        async with self._acquired() as connection:
+            return await self._verb(connection, query, args)
 
     async def _verb(self, connection: "Connection", query: str, args: Sequence[object]) -> Sequence[Row]:
-        """One statement as a transaction of its own, under READ COMMITTED."""
-        text = self.queries[query]
-        if self._is_isolated:
-            async with self._together(connection, "begin isolation level read committed", "commit", "rollback"):
-                return await self.answer(connection.fetch, text, *args)
+        """One statement as a transaction of its own, again where the server gave it up for another's sake."""
+        tries = 1
         self._unanswered[connection] = asyncio.get_running_loop().time()
         try:
-            return await self.answer(connection.fetch, text, *args)
-        except DatabaseUnavailableError as error:
-            if self._is_isolated is None and is_conflict(error.__cause__):
-                await self._ask_for_isolation(connection)
-            raise
+            while True:
+                try:
+                    return await self._try_verb(connection, self.queries[query], args)
+                except DatabaseUnavailableError as error:
+                    # Whoever called is in no transaction, and a verb is safe to repeat.
+                    if tries == _TRIES or not is_conflict(error.__cause__):
+                        raise
+                if self._is_isolated is None:
+                    await self._ask_for_isolation(connection)
+                await asyncio.sleep(random.uniform(0, 0.01) * 2**tries)  # noqa: S311
+                tries += 1
         finally:
             self._unanswered.pop(connection, None)
+
+    async def _try_verb(self, connection: "Connection", text: str, args: Sequence[object]) -> Sequence[Row]:
+        """Under READ COMMITTED, which is every session's default where nobody has changed it."""
+        if not self._is_isolated:
+            return await self.answer(connection.fetch, text, *args)
+        async with self._together(connection, "begin isolation level read committed", "commit", "rollback"):
+            return await self.answer(connection.fetch, text, *args)
 
     async def _ask_for_isolation(self, connection: "Connection") -> None:
         """
@@ -508,7 +512,7 @@ class PostgresDatabase:
                             return
                     # A network that is cut says nothing.
                     try:
-                        async with self._in_time(_LISTEN_CHECK, "an idle connection's"):
+                        async with self._in_time(_LISTEN_CHECK, "the check of a connection that listens"):
                             with self.translated():
                                 await connection.execute(f"listen {self._channel}", timeout=NO_LIMIT)
                     except DatabaseUnavailableError as error:
