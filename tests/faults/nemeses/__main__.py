@@ -29,6 +29,7 @@ def main() -> int:
         help=f"of {', '.join(faults.POSTGRES)}; on SQLite {', '.join(faults.SQLITE)} (full: as root); mixed is most",
     )
     parser.add_argument("--seconds", type=float, default=60, help="for how long faults are done")
+    parser.add_argument("--quiet", type=float, default=6, help="seconds between two of them, at most")
     parser.add_argument("--ttl", type=float, default=2, help="seconds for which workers lease")
     parser.add_argument("--rate", type=float, default=15, help="calls that enqueue, a second")
     parser.add_argument("--seed", type=int, help="of the choice and the length of faults")
@@ -48,13 +49,14 @@ async def _run(given: argparse.Namespace, folder: Path) -> Verdict:
     names = [name for word in given.nemesis for name in (faults.MIXED[given.backend] if word == "mixed" else [word])]
     random = Random(given.seed)
     load: dict[str, Any] = {"ttl": given.ttl, "rate": given.rate, "options": given.options}
+    spans = {"seconds": given.seconds, "quiet": given.quiet}
     async with AsyncExitStack() as stack:
         if given.backend == "sqlite":
             on_file = await stack.enter_async_context(on_sqlite(folder, random, small="full" in names, **load))
-            return await play(on_file, {name: faults.SQLITE[name] for name in names}, given.seconds)
+            return await play(on_file, {name: faults.SQLITE[name] for name in names}, **spans)
         server = stack.enter_context(PostgresServer(given.postgres, durable=True))
         on_server = await stack.enter_async_context(on_postgres(server, folder, random, **load))
-        return await play(on_server, {name: faults.POSTGRES[name] for name in names}, given.seconds)
+        return await play(on_server, {name: faults.POSTGRES[name] for name in names}, **spans)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,18 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from tests.faults.nemeses.network import Mode
-from tests.faults.nemeses.stage import PostgresStage, SqliteStage, Stage
+from tests.faults.nemeses.stage import PostgresStage, SqliteStage, Stage, until
 
-S = TypeVar("S", bound=Stage, contravariant=True)
+S = TypeVar("S")
 
+Fault = Callable[[S], Awaitable[str]]
+"""Does something to a stage of this kind."""
 
-@dataclass(frozen=True)
-class Fault(Generic[S]):
-    """Something that is done to a stage of this kind."""
-
-    inject: Callable[[S], Awaitable[str]]
-    quiet: tuple[float, float]
-    """Seconds that follow it in which nothing is done, at least and at most."""
+_CONNECTED = 10.0
+"""Seconds in which somebody connects."""
 
 
 async def none(_: Stage) -> str:
@@ -110,24 +106,37 @@ async def refuse(stage: PostgresStage) -> str:
 
 async def drop(stage: PostgresStage) -> str:
     """Half of the connections are reset."""
-    return f"{stage.network.drop(0.5)} connections"
+    return await _some_connections(stage.network.drop, 0.5)
 
 
 async def halfclose(stage: PostgresStage) -> str:
     """Half of the connections are closed by the server's side, which hears nothing any more."""
-    return f"{stage.network.half_close(0.5)} connections"
+    return await _some_connections(stage.network.half_close, 0.5)
 
 
 async def silent(stage: PostgresStage) -> str:
     """Nothing is ever heard again of a third of the connections; new ones work."""
-    return f"{stage.network.forget(0.34)} connections"
+    return await _some_connections(stage.network.forget, 0.34)
+
+
+async def _some_connections(do: Callable[[float], int], share: float) -> str:
+    """Do it to this share of the connections, as soon as there are any: some faults leave none for a moment."""
+    count = 0
+
+    def done() -> bool:
+        nonlocal count
+        count = do(share)
+        return count > 0
+
+    await until(done, _CONNECTED)
+    return f"{count} connections"
 
 
 async def _silence(stage: PostgresStage) -> str:
     """Last longer than the leases; tell one of the workers to stop meanwhile."""
     actor = await stage.some("worker")
     actor.ask_to_stop()
-    seconds = stage.ttl * stage.random.uniform(1.5, 3)
+    seconds = stage.ttl * stage.random.uniform(1.3, 2.5)
     await asyncio.sleep(seconds)
     return f"{seconds:.1f} s, and {actor.name} was told to stop"
 
@@ -200,30 +209,20 @@ async def full(stage: SqliteStage) -> str:
 
 # -- all of them
 
-ANY: Mapping[str, Fault[Stage]] = {
-    "none": Fault(none, (1, 1)),
-    "kill": Fault(kill, (0.3, 2)),
-    "stop": Fault(stop, (0.2, 2)),
-    "leave": Fault(leave, (0.3, 2)),
-}
+ANY: Mapping[str, Fault[Stage]] = {"none": none, "kill": kill, "stop": stop, "leave": leave}
 POSTGRES: Mapping[str, Fault[PostgresStage]] = {
     **ANY,
-    "terminate": Fault(terminate, (0.3, 2)),
-    "crash": Fault(crash, (1, 4)),
-    "pause": Fault(pause, (3, 6)),
-    "stall": Fault(stall, (2, 5)),
-    "blackhole": Fault(blackhole, (5, 10)),
-    "refuse": Fault(refuse, (1, 4)),
-    "drop": Fault(drop, (0.3, 2)),
-    "halfclose": Fault(halfclose, (0.5, 3)),
-    "silent": Fault(silent, (4, 8)),
+    "terminate": terminate,
+    "crash": crash,
+    "pause": pause,
+    "stall": stall,
+    "blackhole": blackhole,
+    "refuse": refuse,
+    "drop": drop,
+    "halfclose": halfclose,
+    "silent": silent,
 }
-SQLITE: Mapping[str, Fault[SqliteStage]] = {
-    **ANY,
-    "stopwrite": Fault(stopwrite, (0.5, 3)),
-    "reader": Fault(reader, (0, 1)),
-    "full": Fault(full, (1, 4)),
-}
+SQLITE: Mapping[str, Fault[SqliteStage]] = {**ANY, "stopwrite": stopwrite, "reader": reader, "full": full}
 MIXED = {
     "postgres": [name for name in POSTGRES if name != "none"],
     "sqlite": ["kill", "stop", "leave", "stopwrite", "reader"],

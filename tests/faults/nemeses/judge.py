@@ -7,6 +7,7 @@ stopped or because the machine was busy, is not blamed for what it did not do me
 """
 
 import itertools
+import math
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from runtime_repo import Attempt, AttemptStatus, Lease
 from tests.faults.nemeses.history import Line
-from tests.faults.nemeses.workload import GRACE, Role
+from tests.faults.nemeses.workload import GRACE, NO_BOOT, Role
 
 LATE = 0.3
 """Seconds after the end of its lease's proof in which a body must have been cancelled."""
@@ -78,19 +79,21 @@ class Tables:
     leases: Sequence[Lease]
     orders: Iterable[str]
     effects: Sequence[tuple[str, int]]
-    """Of each attempt that was finished in a transaction its id and the token."""
+    """The application's rows: each has the id of an attempt that was finished in its transaction, and the token."""
     problems: Sequence[str] = ()
     """What is wrong with the schema or the file."""
 
 
 @dataclass(frozen=True)
 class Violation:
-    """A promise that was broken, and the attempt and the process that show it, if it is about one."""
+    """A promise that was broken, and the attempt or the process that shows it."""
 
     promise: str
     words: str
     attempt_id: str | None = None
     process: str | None = None
+    at: float = math.inf
+    """When, if what led to it tells more than the end."""
 
 
 @dataclass(frozen=True)
@@ -371,7 +374,8 @@ def everybody_goes_on(evidence: Evidence) -> Iterator[Violation]:
         )
         yield Violation("every process works again by itself", words, process=process)
     if evidence.run.left:
-        yield Violation("what was enqueued is done", f"{evidence.run.left} attempts are left")
+        left = next((a.attempt_id for a in evidence.tables.attempts.values() if not a.status.is_final), None)
+        yield Violation("what was enqueued is done", f"it is one of {evidence.run.left} that are left", left)
 
 
 def not_recovered(lines: Iterable[Line], run: Run) -> set[str]:
@@ -385,8 +389,8 @@ def not_recovered(lines: Iterable[Line], run: Run) -> set[str]:
             is_worker = line["p"].startswith("worker")
             if line["k"] == "begin" or (line["k"] == "ok" and not is_worker):
                 waiting.discard(line["p"])
-    gone = {fate.name for fate in run.fates if fate.asked_to_stop or fate.ended}
-    return waiting - gone
+    gone = (min(fate.asked_to_stop or math.inf, fate.ended or math.inf) < run.loaded_until for fate in run.fates)
+    return waiting - {fate.name for fate, is_gone in zip(run.fates, gone, strict=True) if is_gone}
 
 
 def workers_stop_when_told_only(evidence: Evidence) -> Iterator[Violation]:
@@ -402,7 +406,7 @@ def workers_stop_when_told_only(evidence: Evidence) -> Iterator[Violation]:
                 yield Violation(
                     "a worker that is told to stop ends well", f"status {fate.exit_code}", process=fate.name
                 )
-        elif fate.exit_code not in (None, -signal.SIGKILL):
+        elif fate.exit_code not in (None, NO_BOOT, -signal.SIGKILL):
             words = f"it ended with status {fate.exit_code}"
             yield Violation("a process goes on until it is told to stop", words, process=fate.name)
 
@@ -412,7 +416,7 @@ def callers_are_let_go(evidence: Evidence) -> Iterator[Violation]:
     for line in evidence.of_kind("patience"):
         if line["took"] > line["allowed"] + LET_GO and evidence.ran(line["p"], line["t"]):
             words = f"a time-out of {line['allowed']:.2f} s took {line['took']:.1f} s"
-            yield Violation("a caller that gives up is let go", words, process=line["p"])
+            yield Violation("a caller that gives up is let go", words, process=line["p"], at=line["t"])
 
 
 PROMISES: Sequence[Callable[[Evidence], Iterator[Violation]]] = (
@@ -463,14 +467,10 @@ class Verdict:
     def _told(self, violation: Violation) -> Iterator[str]:
         about = " ".join(part for part in (violation.attempt_id, violation.process) if part)
         yield f"\nBROKEN: {violation.promise}: {about}: {violation.words}"
-        if violation.attempt_id:
-            lines = [line for line in self.evidence.lines if _is_about(line, violation.attempt_id)]
-            yield from (f"    {line}" for line in lines[-_TAIL:])
-        if violation.process:
-            if not violation.attempt_id:
-                lines = [line for line in self.evidence.lines if line["p"] == violation.process]
-                yield from (f"    {line}" for line in lines[-_TAIL:])
-            log = self.folder / f"{violation.process}.log"
+        lines = [line for line in self.evidence.lines if line["t"] <= violation.at and _is_about(line, violation)]
+        yield from (f"    {line}" for line in lines[-_TAIL:])
+        log = self.folder / f"{violation.process}.log"
+        if log.exists():
             yield f"    the end of {log.name}:"
             yield from (f"        {line}" for line in log.read_text(errors="replace").splitlines()[-_TAIL:])
 
@@ -479,12 +479,12 @@ _SHOWN = 3
 _TAIL = 15
 
 
-def _is_about(line: Line, attempt_id: str) -> bool:
-    return (
-        line.get("a") == attempt_id
-        or attempt_id in line.get("ids", ())
-        or any(attempt_id == found[0] for found in line.get("got", ()))
-    ) and line["k"] != "step"
+def _is_about(line: Line, violation: Violation) -> bool:
+    """Whether it is about the attempt, or else by the process."""
+    if violation.attempt_id is None:
+        return bool(line["p"] == violation.process and line["k"] != "step")
+    ids = [line.get("a"), *line.get("ids", ()), *(found[0] for found in line.get("got", ()))]
+    return violation.attempt_id in ids and line["k"] != "step"
 
 
 def judge(evidence: Evidence, folder: Path) -> Verdict:

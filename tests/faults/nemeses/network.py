@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import socket
 import struct
 from collections.abc import Callable
@@ -89,7 +90,7 @@ class Network:
             self._flows.set()
 
     def drop(self, share: float) -> int:
-        """Reset this share of the living connections; return how many."""
+        """Reset this share of the living connections, at least one if there is one; return how many."""
         return self._each(share, _Link.reset)
 
     def half_close(self, share: float) -> int:
@@ -111,7 +112,8 @@ class Network:
         return self._each(share, kill)
 
     def _each(self, share: float, do: Callable[[_Link], None]) -> int:
-        some = [link for link in self._links if not link.is_dead and self._random.random() < share]
+        living = [link for link in self._links if not link.is_dead]
+        some = self._random.sample(living, math.ceil(share * len(living)))
         for link in some:
             do(link)
         return len(some)

@@ -36,11 +36,11 @@ _LOOK_EVERY = 0.2
 _PAGE = 1000
 
 
-async def play(stage: S, faults: Mapping[str, Fault[S]], seconds: float) -> Verdict:
+async def play(stage: S, faults: Mapping[str, Fault[S]], *, seconds: float, quiet: float) -> Verdict:
     """
-    Do each of *faults* at least once, in any order, and go on for so many seconds; judge what became of the promises.
+    Do each of *faults* at least once, in any order, and go on for so many seconds, at most *quiet* of them between two.
 
-    It ends within bounds of its own, whatever the product does.
+    Return what became of the promises. It ends within bounds of its own, whatever the product does.
 
     Raises:
         TimeoutError: The store did not even work before the first fault, or cannot be read after the last.
@@ -50,7 +50,7 @@ async def play(stage: S, faults: Mapping[str, Fault[S]], seconds: float) -> Verd
         await _prepare(stage)
     async with stage.crowd():
         await _everybody_has_answered(stage, reader, lines)
-        injected = await _inject(stage, faults, seconds)
+        injected = await _inject(stage, faults, seconds, quiet)
         stage.heal()
         healed = time.monotonic()
         await _everybody_has_recovered(stage, reader, lines, Run(injected, healed, healed, 0, ()))
@@ -83,16 +83,16 @@ async def _everybody_has_answered(stage: Stage, reader: Reader, lines: list[Line
             lines += new
 
 
-async def _inject(stage: S, faults: Mapping[str, Fault[S]], seconds: float) -> list[Injected]:
+async def _inject(stage: S, faults: Mapping[str, Fault[S]], seconds: float, quiet: float) -> list[Injected]:
     injected: list[Injected] = []
     end = time.monotonic() + seconds
     for name in _rounds(faults, stage.random):
+        since = time.monotonic()
+        words = await faults[name](stage)
+        injected.append(Injected(name, words, since, time.monotonic()))
         if len(injected) >= len(faults) and time.monotonic() >= end:
             break
-        since = time.monotonic()
-        words = await faults[name].inject(stage)
-        injected.append(Injected(name, words, since, time.monotonic()))
-        await asyncio.sleep(stage.random.uniform(*faults[name].quiet))
+        await asyncio.sleep(stage.random.uniform(0, quiet))
     return injected
 
 

@@ -18,6 +18,7 @@ import os
 import random
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ import asyncpg
 
 from runtime_repo import (
     Attempt,
+    DatabaseUnavailableError,
     Lease,
     LeaseLostError,
     NewAttempt,
@@ -55,6 +57,9 @@ STEP = 0.05
 
 OVERSLEPT = 0.15
 """Seconds by which a process must have slept too long to say so: it did not run, and could not act."""
+
+NO_BOOT = 3
+"""The status of a process that ends because the database was not to be reached in time: it is started again."""
 
 POISON_EVERY = 15.0
 TRIES = 50
@@ -98,7 +103,13 @@ async def _run(role: Role, history: History, load: Load) -> None:
     history.write("born", role=role)
     watching = asyncio.create_task(_watch_sleep(history))
     try:
-        async with load.place.repository(**load.options) as repo:
+        repo = load.place.repository(**load.options)
+        try:
+            await repo
+        except DatabaseUnavailableError:
+            logging.getLogger().exception("no boot")
+            sys.exit(NO_BOOT)
+        async with repo:
             history.write("open")
             await _ROLES[role](history, repo, load)
     finally:
