@@ -44,3 +44,4 @@ def check(verdict: Verdict, names: list[str]) -> None:
     assert not verdict.violations, str(verdict)
     assert {fault.name for fault in verdict.evidence.run.faults} == set(names)
     assert len(list(verdict.evidence.acknowledged("complete"))) > 50
+    assert any(line["error"] == "LeaseLostError" for line in verdict.evidence.of_kind("error"))

@@ -270,7 +270,7 @@ async def _finish_in_transaction(
 
 async def _rogue(history: History, repo: RuntimeRepository, load: Load) -> None:
     ttl = timedelta(seconds=load.ttl / 2)
-    kept: list[Lease] = []
+    kept: list[tuple[float, Lease]] = []
 
     async def end(lease: Lease) -> None:
         result = _result(history, lease)
@@ -285,7 +285,7 @@ async def _rogue(history: History, repo: RuntimeRepository, load: Load) -> None:
             case 2:
                 await repo.attempts.cancel(lease.attempt_id)
             case 3 | 4 | 5:
-                kept.append(lease)
+                kept.append((time.monotonic() + load.ttl / 2, lease))
             case _:
                 await repo.attempts.complete(lease, result)
                 await repo.attempts.complete(lease, result)
@@ -303,22 +303,27 @@ async def _rogue(history: History, repo: RuntimeRepository, load: Load) -> None:
 
     while True:
         try:
+            with contextlib.suppress(TimeoutError):
+                async with _patience(history, random.uniform(0, 0.3)):
+                    await repo.attempts.wait()
             # Some rounds are cut short somewhere: what was cancelled may have happened.
             async with _patience(history, random.choice([PATIENCE, PATIENCE, random.uniform(0, 0.02)])):
-                claimed = await repo.leases.claim(history.process, limit=2, ttl=ttl)
+                claimed = await repo.leases.claim(history.process, limit=3, ttl=ttl)
             for lease in claimed:
                 async with _patience(history, PATIENCE):
                     await end(lease)
-            random.shuffle(kept)
-            while len(kept) > random.randrange(3, 9):
-                with contextlib.suppress(LeaseLostError):
-                    async with _patience(history, random.choice([PATIENCE, PATIENCE, random.uniform(0, 0.02)])):
-                        await end_late(kept.pop())
             async with _patience(history, PATIENCE):
                 await repo.leases.requeue_expired()
+            late = [lease for kept_until, lease in kept if kept_until < time.monotonic()]
+            kept = [(kept_until, lease) for kept_until, lease in kept if lease not in late]
+            for lease in late:
+                # By now others have begun with it.
+                await asyncio.sleep(random.uniform(0, STEP))
+                with contextlib.suppress(LeaseLostError):
+                    async with _patience(history, random.choice([PATIENCE, PATIENCE, random.uniform(0, 0.02)])):
+                        await end_late(lease)
         except _ERRORS:
             await asyncio.sleep(0.2)
-        await asyncio.sleep(random.uniform(0.05, 0.3))
 
 
 async def _producer(history: History, repo: RuntimeRepository, load: Load) -> None:
