@@ -34,6 +34,12 @@ _SLACK = 0.05
 _EXIT = 0.5
 """Seconds that a process takes to end once its program has ended."""
 
+_SHOWN = 3
+"""How many of the violations of one promise are shown in full."""
+
+_TAIL = 15
+"""How many lines are shown of what led to one."""
+
 
 @dataclass(frozen=True)
 class Injected:
@@ -467,24 +473,30 @@ class Verdict:
     def _told(self, violation: Violation) -> Iterator[str]:
         about = " ".join(part for part in (violation.attempt_id, violation.process) if part)
         yield f"\nBROKEN: {violation.promise}: {about}: {violation.words}"
-        lines = [line for line in self.evidence.lines if line["t"] <= violation.at and _is_about(line, violation)]
-        yield from (f"    {line}" for line in lines[-_TAIL:])
+        lines = [line for line in self._lines_about(violation) if line["k"] != "step" and line["t"] <= violation.at]
+        yield from (f"    {_readable(line)}" for line in lines[-_TAIL:])
         log = self.folder / f"{violation.process}.log"
         if log.exists():
             yield f"    the end of {log.name}:"
             yield from (f"        {line}" for line in log.read_text(errors="replace").splitlines()[-_TAIL:])
 
+    def _lines_about(self, violation: Violation) -> Iterator[Line]:
+        """Those that name the attempt, with the answers to them; or else all of the process."""
+        calls: set[tuple[str, int]] = set()
+        for line in self.evidence.lines:
+            if violation.attempt_id is None:
+                is_about = line["p"] == violation.process
+            else:
+                ids = [line.get("a"), *line.get("ids", ()), *(found[0] for found in line.get("got", ()))]
+                is_about = violation.attempt_id in ids or (line["p"], line.get("n")) in calls
+            if is_about:
+                calls.add((line["p"], line.get("n", -1)))
+                yield line
 
-_SHOWN = 3
-_TAIL = 15
 
-
-def _is_about(line: Line, violation: Violation) -> bool:
-    """Whether it is about the attempt, or else by the process."""
-    if violation.attempt_id is None:
-        return bool(line["p"] == violation.process and line["k"] != "step")
-    ids = [line.get("a"), *line.get("ids", ()), *(found[0] for found in line.get("got", ()))]
-    return violation.attempt_id in ids and line["k"] != "step"
+def _readable(line: Line) -> str:
+    words = [f"{line['t']:.3f} {line['p']} {line['k']} {line.get('f', '')}"]
+    return " ".join(words + [f"{name}={value}" for name, value in line.items() if name not in ("t", "p", "k", "f")])
 
 
 def judge(evidence: Evidence, folder: Path) -> Verdict:

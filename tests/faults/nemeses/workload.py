@@ -181,7 +181,7 @@ def record_verbs(history: History) -> None:
 @contextlib.contextmanager
 def _recorded(history: History, verb: str, asked: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Write down that *verb* is called, and how that ended; yield the call's number, and the answer to be filled in."""
-    number = history.ask(verb, within=_within.get(), **asked)
+    number = history.ask(verb, **asked, **({} if _within.get() is None else {"within": _within.get()}))
     answer: dict[str, Any] = {}
     try:
         yield number, answer
@@ -244,7 +244,7 @@ async def _worker(history: History, repo: RuntimeRepository, load: Load) -> None
         worker_id=history.process,
         concurrency=4,
         ttl=timedelta(seconds=load.ttl),
-        retry=RetryPolicy(base=timedelta(seconds=0.2), factor=1.5),
+        retry=RetryPolicy(base=timedelta(seconds=0.2), cap=timedelta(seconds=1)),
         grace=timedelta(seconds=GRACE),
         sweep_every=timedelta(seconds=1),
     ).run()
