@@ -1,5 +1,6 @@
 """Real processes under real faults keep every promise: short runs of what `python -m tests.faults.nemeses` does."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -14,6 +15,8 @@ from tests.postgres_server import PostgresServer
 
 TTL = 1.5
 QUIET = 1.5
+BOUND = 120
+"""Seconds after which a run is given up that takes a third of them."""
 
 SILENCE = ["blackhole", "silent", "stall", "pause"]
 """The server answers nothing, and nobody is told that it will not."""
@@ -28,14 +31,14 @@ async def test_promises_are_kept_on_postgres(
 ) -> None:
     """Whatever happens to the processes, the network or the server."""
     server = new_server(durable=True)
-    async with on_postgres(server, tmp_path, Random(), ttl=TTL) as stage:
+    async with asyncio.timeout(BOUND), on_postgres(server, tmp_path, Random(), ttl=TTL) as stage:
         check(await play(stage, {name: POSTGRES[name] for name in names}, seconds=0, quiet=QUIET), names)
 
 
 async def test_promises_are_kept_on_sqlite(tmp_path: Path) -> None:
     """Whatever happens to the processes, and whoever else holds the file."""
     names = ["kill", "stop", "leave", "stopwrite", "reader"]
-    async with on_sqlite(tmp_path, Random(), ttl=TTL) as stage:
+    async with asyncio.timeout(BOUND), on_sqlite(tmp_path, Random(), ttl=TTL) as stage:
         check(await play(stage, {name: SQLITE[name] for name in names}, seconds=0, quiet=QUIET), names)
 
 

@@ -21,7 +21,7 @@ from tests.faults.nemeses.judge import (
     judge,
     not_recovered,
 )
-from tests.faults.nemeses.stage import TABLES, SqliteStage, Stage
+from tests.faults.nemeses.stage import TABLES, SqliteStage, Stage, until
 
 S = TypeVar("S", bound=Stage)
 
@@ -75,12 +75,16 @@ async def _prepare(stage: Stage) -> None:
 
 async def _everybody_has_answered(stage: Stage, reader: Reader, lines: list[Line]) -> None:
     waiting = {actor.name for actor in stage.actors}
-    async with asyncio.timeout(_START):
-        while waiting:
-            await asyncio.sleep(_LOOK_EVERY)
-            new = list(reader.lines())
-            waiting -= {line["p"] for line in new if line["k"] == "ok"}
-            lines += new
+
+    def nobody_waits() -> bool:
+        new = list(reader.lines())
+        waiting.difference_update(line["p"] for line in new if line["k"] == "ok")
+        lines.extend(new)
+        return not waiting
+
+    if not await until(nobody_waits, _START):
+        logs = [(stage.folder / f"{name}.log").read_text(errors="replace")[-2000:] for name in sorted(waiting)]
+        raise TimeoutError(f"{sorted(waiting)} have done nothing in {_START:g} s:\n" + "\n".join(logs))
 
 
 async def _inject(stage: S, faults: Mapping[str, Fault[S]], seconds: float, quiet: float) -> list[Injected]:

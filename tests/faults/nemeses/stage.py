@@ -119,8 +119,14 @@ class Stage(ABC):
         ]
 
     async def some(self, role: Role | None = None) -> Actor:
-        """One of those that run, at random."""
-        await until(lambda: bool(self.living(role)), _START)
+        """
+        One of those that run, at random.
+
+        Raises:
+            TimeoutError: There is none, and none is started.
+        """
+        if not await until(lambda: bool(self.living(role)), _START):
+            raise TimeoutError(f"no {role or 'process'} runs")
         return self.random.choice(self.living(role))
 
     @asynccontextmanager
