@@ -14,7 +14,7 @@ from tests.faults.nemeses.stage import on_postgres, on_sqlite
 from tests.postgres_server import PostgresServer
 
 TTL = 1.5
-QUIET = 1.5
+QUIET = 2
 BOUND = 120
 """Seconds after which a run is given up that takes a third of them."""
 
@@ -46,5 +46,5 @@ def check(verdict: Verdict, names: list[str]) -> None:
     """Fail with everything that shows what was broken; a run in which nothing happened proves nothing."""
     assert not verdict.violations, str(verdict)
     assert {fault.name for fault in verdict.evidence.run.faults} == set(names)
-    assert len(list(verdict.evidence.acknowledged("complete"))) > 50
-    assert any(line["error"] == "LeaseLostError" for line in verdict.evidence.of_kind("error"))
+    assert len(list(verdict.evidence.acknowledged("complete"))) > 50, str(verdict)
+    assert any(line["error"] == "LeaseLostError" for line in verdict.evidence.of_kind("error")), str(verdict)

@@ -29,8 +29,8 @@ _START = 30.0
 _REST = 30.0
 """Seconds in which all that was enqueued has to be done once nothing more is."""
 
-_CALM = 1.0
-"""Seconds for which the load goes on at least after the last fault."""
+_CALM = 2.0
+"""Seconds of load before the first fault, and at least so many after the last."""
 
 _LOOK_EVERY = 0.2
 _PAGE = 1000
@@ -38,7 +38,7 @@ _PAGE = 1000
 
 async def play(stage: S, faults: Mapping[str, Fault[S]], *, seconds: float, quiet: float) -> Verdict:
     """
-    Do each of *faults* at least once, in any order, and go on for so many seconds, at most *quiet* of them between two.
+    Do each of *faults* at least once, in any order, and go on for so many seconds; at most *quiet* pass between two.
 
     Return what became of the promises. It ends within bounds of its own, whatever the product does.
 
@@ -50,6 +50,7 @@ async def play(stage: S, faults: Mapping[str, Fault[S]], *, seconds: float, quie
         await _prepare(stage)
     async with stage.crowd():
         await _everybody_has_answered(stage, reader, lines)
+        await asyncio.sleep(_CALM)
         injected = await _inject(stage, faults, seconds, quiet)
         stage.heal()
         healed = time.monotonic()
@@ -96,7 +97,7 @@ async def _inject(stage: S, faults: Mapping[str, Fault[S]], seconds: float, quie
         injected.append(Injected(name, words, since, time.monotonic()))
         if len(injected) >= len(faults) and time.monotonic() >= end:
             break
-        await asyncio.sleep(stage.random.uniform(0, quiet))
+        await asyncio.sleep(stage.random.uniform(quiet / 2, quiet))
     return injected
 
 
