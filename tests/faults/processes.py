@@ -14,6 +14,7 @@ from typing import Any, Literal
 from runtime_repo import (
     LeaseLostError,
     PostgresRuntimeRepository,
+    RuntimeRepoError,
     RuntimeRepository,
     SchemaReport,
     SqliteRuntimeRepository,
@@ -95,6 +96,24 @@ def boot_together(place: Place) -> SchemaReport:
 async def _boot(place: Place) -> SchemaReport:
     async with place.repository() as repository:
         return repository.boot_report
+
+
+def race(place: Place, gate: Connection, answers: Connection) -> None:
+    """
+    Say that it is ready, and boot when *gate* ends, as all that hold its other end; then answer with the versions that
+    were applied, or with the error.
+
+    Unlike a barrier a pipe does not care who is killed at it.
+    """
+    answers.send(None)
+    with contextlib.suppress(EOFError):
+        gate.recv()
+    try:
+        report = asyncio.run(_boot(place))
+    except RuntimeRepoError as error:
+        answers.send(f"{type(error).__name__}: {error}")
+    else:
+        answers.send([migration.version for migration in report.applied])
 
 
 def stall_for_ever(place: Place, moment: Moment, answers: Connection) -> None:
