@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from runtime_repo import Lease, LeaseLostError, NotFoundError, RuntimeRepository, fencing
+from runtime_repo.outages import Outages
 from tests.contract.conftest import Clock, Factory, execute, runtime_schema
 from tests.verbs import ENDS, MINUTE, WRITES, Write, refusal
 
@@ -193,7 +194,7 @@ async def test_the_process_knows_which_leases_it_has_ended(repo: RuntimeReposito
         await repo.attempts.enqueue("run", attempt_id=name, now=clock.now)
         lease = await repo.leases.claim_attempt(name, "worker", now=clock.now)
         assert lease is not None
-        with fencing.holding(lease.lease_id) as held:
+        with fencing.holding(lease.lease_id, Outages("a test")) as held:
             with contextlib.suppress(ZeroDivisionError):
                 async with repo.transaction() as transaction:
                     await end(transaction, lease, clock.now)
