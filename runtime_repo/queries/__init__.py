@@ -61,7 +61,7 @@ def load_queries(backend: str, *, schema: str, now_ms: str) -> Mapping[str, str]
     """
     Every query of *backend*, as ``noun.verb``; its tokens are filled in when it is first asked for.
 
-    ``{schema_text}`` is the schema's quoted name, to stand within E'…': where arguments can't be bound.
+    ``{schema_text}`` is the schema's quoted name, to stand within e'…': where arguments can't be bound.
     """
     text = schema.replace("\\", "\\\\").replace("'", "\\'")
     tokens = {"schema": schema, "schema_text": text, "now_ms": now_ms}

@@ -77,9 +77,9 @@ select t.name as "table", i.name, i."unique", i.origin, i.partial, k.name as "co
 -- triggers and the like later, so the owner has to be this role, one that it belongs to (of a superuser pg_has_role would
 -- say that of every role), the database's owner or a superuser.
 select
- where pg_catalog.pg_relation_filenode(pg_catalog.to_regclass(E'{schema_text}.runtime_schema_migrations')) is not null
+ where pg_catalog.pg_relation_filenode(pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')) is not null
    and not pg_catalog.row_security_active(
-               pg_catalog.to_regclass(E'{schema_text}.runtime_schema_migrations')::pg_catalog.oid)
+               pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')::pg_catalog.oid)
    and (pg_catalog.current_schemas(true))[1] operator(pg_catalog.=) 'pg_catalog'::pg_catalog.name
    and pg_catalog.current_setting('quote_all_identifiers') operator(pg_catalog.=) 'off'::pg_catalog.text
    and (select pg_catalog.pg_get_userbyid(nspowner) operator(pg_catalog.=) current_user
@@ -88,12 +88,12 @@ select
                or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
                    and pg_catalog.pg_has_role(nspowner, 'member'::pg_catalog.text))
           from pg_catalog.pg_namespace
-         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(E'{schema_text}')::pg_catalog.oid);
+         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid);
 
 -- name: surroundings @postgres
--- The same in detail: whether the schema is there ($1, its quoted name), its owner if that is a stranger, which of our
--- names are taken in it ($2, all qualified), what row security hides from this role, and the session's path. To ask by
--- name needs no plan, which halves the cost on a fresh connection.
+-- The same in detail: whether the schema is there ($1, its quoted name), its owner if that is a stranger, which of $2, all
+-- qualified, are taken in it, what row security hides from this role, and the session's path. To ask by name needs no
+-- plan, which halves the cost on a fresh connection.
 select pg_catalog.to_regnamespace($1::pg_catalog.text) is not null as namespace,
        array(select x from pg_catalog.unnest($2::pg_catalog.text[]) as x
               where pg_catalog.to_regclass(x) is not null or pg_catalog.to_regtype(x) is not null) as taken,
@@ -196,7 +196,7 @@ select o.relname, 'trigger ' || t.tgname::pg_catalog.text as what, pg_catalog.pg
   from ours as o join pg_catalog.pg_trigger as t on t.tgrelid = o.oid and not t.tgisinternal
  union all
 select o.relname, 'rule ' || r.rulename::pg_catalog.text,
-       pg_catalog.regexp_replace(pg_catalog.pg_get_ruledef(r.oid), E'\\s+', ' ', 'g')
+       pg_catalog.regexp_replace(pg_catalog.pg_get_ruledef(r.oid), e'\\s+', ' ', 'g')
   from ours as o join pg_catalog.pg_rewrite as r on r.ev_class = o.oid
  union all
 select o.relname, 'unlogged storage', 'a crash empties the table' from ours as o where o.relpersistence = 'u'

@@ -5,11 +5,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
 
-from runtime_repo import LockHolder, MigrationError, SchemaLockTimeoutError
+from runtime_repo import LockHolder, MigrationError, PostgresRuntimeRepository, SchemaLockTimeoutError
 from runtime_repo.queries import fill
 from runtime_repo.schema import load_migrations
 from tests.faults.conftest import Lab, PostgresLab, closing, eventually, on_postgres, on_sqlite, still_waits
@@ -26,7 +27,7 @@ async def reading(lab: PostgresLab) -> AsyncIterator[asyncpg.Connection]:
 async def described(session: asyncpg.Connection, admin: asyncpg.Connection) -> tuple[object, ...]:
     """What the server knows of *session*."""
     row = await admin.fetchrow(
-        "select pid, application_name, host(client_addr) from pg_stat_activity where pid = $1",
+        "select pid, usename, application_name, host(client_addr) from pg_stat_activity where pid = $1",
         session.get_server_pid(),
     )
     assert row is not None
@@ -71,7 +72,7 @@ async def test_a_writer_of_sqlite_cannot_be_named(lab: Lab) -> None:
 @on_postgres
 @pytest.mark.parametrize("what", ["migration lock", "table"])
 async def test_the_error_names_who_is_in_the_way(lab: PostgresLab, what: str) -> None:
-    """Process id, application, address and the age of its transaction: enough to find and end it."""
+    """Process id, user, application, address and the age of its transaction: enough to find and end it."""
     await lab.lay(1)
     async with lab.session() as session, session.transaction():
         statement = {
@@ -82,11 +83,50 @@ async def test_the_error_names_who_is_in_the_way(lab: PostgresLab, what: str) ->
         await session.execute(statement)
         holder = (await refused(lab, 0.3)).holder
         assert isinstance(holder, LockHolder)
-        named = (holder.pid, holder.application_name, holder.client_address)
+        named = (holder.pid, holder.user, holder.application_name, holder.client_address)
         assert named == await described(session, lab.admin)
         assert holder.transaction_age is not None
         assert 0.3 <= holder.transaction_age <= time.monotonic() - began + 1
-        assert all(str(part) in str(holder) for part in (holder.pid, "holder"))
+        assert all(str(part) in str(holder) for part in (holder.pid, holder.user, "holder"))
+
+
+@on_postgres
+async def test_what_a_role_may_not_see_of_the_holder_is_unknown(lab: PostgresLab) -> None:
+    """Another user's address and times are hidden from it, and are not said to be none; the user is named."""
+    role = f"{lab.place.schema}_blind"
+    await lab.execute(f"create role {role} login password 'secret'")
+    try:
+        async with lab.held() as pid:
+            url = urlsplit(lab.place.where)
+            blind = urlunsplit(url._replace(netloc=f"{role}:secret@{url.netloc.rpartition('@')[2]}"))
+            with pytest.raises(SchemaLockTimeoutError) as caught:
+                await PostgresRuntimeRepository(blind, schema=lab.place.schema, lock_timeout=0)
+        holder = caught.value.holder
+        assert holder is not None
+        assert (holder.pid, holder.client_address, holder.transaction_age) == (pid, None, None)
+        assert holder.user == await lab.admin.fetchval("select current_user")
+        assert "client unknown, in a transaction of unknown age" in str(holder)
+    finally:
+        await lab.execute(f"drop role {role}")
+
+
+@on_postgres
+async def test_a_holder_on_a_unix_socket_is_local(lab: PostgresLab) -> None:
+    """That, and not an address that is missing."""
+    folder = await lab.admin.fetchval("show unix_socket_directories")
+    port = await lab.admin.fetchval("show port")
+    if not folder:
+        pytest.skip("the server listens on no Unix socket")
+    url = urlsplit(lab.place.where)
+    session = await asyncpg.connect(lab.place.where, host=folder.split(",")[0], port=int(port), password=url.password)
+    try:
+        async with session.transaction():
+            await session.execute(f"select pg_advisory_xact_lock({0x72756E74}, {lab.lock_key})")
+            holder = (await refused(lab, 0)).holder
+            assert holder is not None
+            assert (holder.pid, holder.client_address) == (session.get_server_pid(), "local")
+    finally:
+        await session.close()
 
 
 @on_postgres
@@ -118,6 +158,7 @@ async def test_a_boot_that_waited_succeeds_and_says_how_long(lab: Lab) -> None:
         async with lab.held():
             boot = asyncio.ensure_future(repository.ensure_schema())
             await still_waits(boot)
+            await still_waits(boot)  # the first look may take as long as one
         report = await asyncio.wait_for(boot, 5)
         assert (report.from_version, len(report.applied)) == (1, 1)
         assert 0.1 < report.waited < 5

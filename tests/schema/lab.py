@@ -298,6 +298,10 @@ class PostgresLab(Lab):
         """Run what is about no runtime schema: databases and roles."""
         await self._connection.execute(sql)
 
+    async def parameters(self, statement: str) -> list[str]:
+        """The types of a statement's parameters."""
+        return [kind.name for kind in (await self._connection.prepare(statement)).get_parameters()]
+
     async def rows(self, sql: str) -> list[Row]:
         return [dict(row) for row in await self._connection.fetch(sql)]
 
