@@ -334,10 +334,10 @@ class Attempts:
             check_lease(lease)
             key = attempt_id, token, lease_id = lease.attempt_id, lease.version, lease.lease_id
             keys.append(key)
+            text = to_json("result", result)
+            size += len(text or "")
             # Of a lease that is given twice the first result counts, as in two calls.
             if key not in given:
-                text = to_json("result", result)
-                size += len(text or "")
                 given[key] = {"attempt_id": attempt_id, "token": token, "lease_id": lease_id, "result_json": text}
         check_batch("results", len(keys), size)
         if not given:

@@ -211,16 +211,8 @@ select {attempt}
   from done;
 
 -- name: complete @sqlite
--- As above, in two statements of one transaction: SQLite has no data-modifying common table expressions. What the second
--- will not finish keeps its lease.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where attempt_id    = $1
-              and lease_version = $2
-              and lease_id      = $5
-              and status in ('leased', 'running'));
+-- As above, in two statements of one transaction: SQLite has no data-modifying common table expressions. What it
+-- has ended has no lease.
 update {schema}.runtime_attempts
    set status         = 'completed',
        result_json    = $3,
@@ -232,6 +224,13 @@ update {schema}.runtime_attempts
    and lease_id      = $5
    and status in ('leased', 'running')
 returning {attempt};
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id = $1
+              and lease_id   = $5
+              and ended_by   = 'complete');
 
 -- name: complete_many @postgres
 -- As complete, for each lease of a JSON array; returns those that were still their token's to finish. Locked in the
@@ -316,14 +315,6 @@ select {attempt}
 
 -- name: fail @sqlite
 -- As above, in two statements of one transaction.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where attempt_id    = $1
-              and lease_version = $2
-              and lease_id      = $6
-              and status in ('leased', 'running'));
 update {schema}.runtime_attempts
    set status         = case when $4 is null or attempt_no >= max_attempts then 'failed' else 'retry_backoff' end,
        attempt_no     = case when $4 is null or attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
@@ -336,6 +327,13 @@ update {schema}.runtime_attempts
    and lease_id      = $6
    and status in ('leased', 'running')
 returning {attempt};
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id = $1
+              and lease_id   = $6
+              and ended_by   = 'fail');
 
 -- name: cancel @postgres
 -- End an attempt that is not final, and its lease: the holder learns it at its next write.
@@ -354,17 +352,17 @@ select {attempt}
 
 -- name: cancel @sqlite
 -- As above, in two statements of one transaction.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where attempt_id = $1
-              and status in ('queued', 'leased', 'running', 'retry_backoff'));
 update {schema}.runtime_attempts
    set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($2, {now_ms}), ended_by = 'cancel'
  where attempt_id = $1
    and status in ('queued', 'leased', 'running', 'retry_backoff')
 returning {attempt};
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id = $1
+              and ended_by   = 'cancel');
 
 -- name: retry
 -- Give a failed attempt one more try.

@@ -106,6 +106,7 @@ select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
  where l.lease_id in (select value from json_each($4))
+   and a.lease_id = l.lease_id
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim_from_several @postgres
@@ -228,6 +229,7 @@ select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
  where l.lease_id in (select value from json_each($4))
+   and a.lease_id = l.lease_id
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim_attempt @postgres
@@ -277,7 +279,8 @@ update {schema}.runtime_attempts
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
- where l.lease_id = $4;
+ where l.lease_id = $4
+   and a.lease_id = l.lease_id;
 
 -- name: give_back @postgres
 -- Undo a claim whose caller was cancelled: the attempts are ready again and the try does not count. Returns their queues.
@@ -397,14 +400,6 @@ select {attempt}
 
 -- name: release @sqlite
 -- As above, in two statements of one transaction.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where attempt_id    = $1
-              and lease_version = $2
-              and lease_id      = $5
-              and status in ('leased', 'running'));
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3, ended_by = 'release'
  where attempt_id    = $1
@@ -412,6 +407,13 @@ update {schema}.runtime_attempts
    and lease_id      = $5
    and status in ('leased', 'running')
 returning {attempt};
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id = $1
+              and lease_id   = $5
+              and ended_by   = 'release');
 
 -- name: list
 -- One page of all leases, in the order of their ids, after the last id of the page before.
