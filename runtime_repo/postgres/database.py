@@ -200,7 +200,9 @@ class PostgresDatabase:
         return own
 
     async def _lend(self) -> "Connection":
-        """A connection for something else than verbs, outside of a pool of ours."""
+        """A connection for something else than verbs: outside of a pool of ours, and one of a pool that was given."""
+        if self._target.pool is not None:
+            return await self._waited_for(self._target.pool)
         async with self._in_time(self._startup_timeout, "startup_timeout"):
             with self.translated(connecting=True):
                 return await self._target.lend(self._target.patience(self._startup_timeout))
@@ -223,8 +225,7 @@ class PostgresDatabase:
             self._hand_back(pool)
         if own is not None:
             # The pool, if it is ours, has not been opened.
-            given = self._target.pool
-            await (closed(own, _FAREWELL) if given is None else released(given, own, _FAREWELL))
+            await self._returned(own)
         elif pool is not None and pool is not self._target.pool:
             if told:
                 await closed(pool, _FAREWELL)
@@ -430,7 +431,7 @@ class PostgresDatabase:
                 async with asyncio.timeout(_OVERDUE):
                     rows = await asking.fetch(_AT_WORK, list(pids.values()), timeout=NO_LIMIT)
             finally:
-                await finish(self._hung_up(asking))
+                await finish(self._returned(asking))
             if [row["pid"] for row in rows if row["asks"]] != [asking.get_server_pid()]:
                 return
             # Of another role's session the state may not be told.
@@ -582,7 +583,13 @@ class PostgresDatabase:
             self._hearing = None
             await finish(self._hung_up(connection))
 
+    async def _returned(self, connection: "Connection") -> None:
+        """Leave a connection that was lent as it was."""
+        given = self._target.pool
+        await (closed(connection, _FAREWELL) if given is None else released(given, connection, _FAREWELL))
+
     async def _hung_up(self, connection: "Connection") -> None:
+        """Leave one that listens, which nobody else could use."""
         await closed(connection, _FAREWELL)
         if self._target.pool is not None:
             await released(self._target.pool, connection, _FAREWELL)
@@ -694,7 +701,7 @@ class PostgresDatabase:
         try:
             return await self._inspected(answer, shipped)
         finally:
-            await finish(self._hung_up(answer))
+            await finish(self._returned(answer))
 
     async def _inspected(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         async with self._in_time(self._startup_timeout, "startup_timeout"):
