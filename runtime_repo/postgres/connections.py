@@ -81,11 +81,6 @@ class Target:
     async def lend(self) -> "Connection":
         """A connection as a pool lends it: a plain one, which costs less than to make and close a pool for it."""
         if self.pool is not None:
-            # There is no public way to either, nor to the socket below.
-            if getattr(self.pool, "_loop", None) is not asyncio.get_running_loop():
-                raise ConfigurationError(
-                    "the pool belongs to another event loop, or to the parent of this process: create one here"
-                )
             await self.pool
             return await self.pool.acquire()
         if self._is_tuned:
@@ -106,6 +101,19 @@ class Target:
             raise
         return connection
 
+    def check_loop(self) -> None:
+        """
+        Let a pool be used that was given.
+
+        Raises:
+            ConfigurationError: It belongs to another event loop.
+        """
+        # There is no public way to its loop.
+        if self.pool is not None and getattr(self.pool, "_loop", None) is not asyncio.get_running_loop():
+            raise ConfigurationError(
+                "the pool belongs to another event loop, or to the parent of this process: create one here"
+            )
+
     def inherited(self) -> None:
         """
         In the child of a fork: put nothing in the place of each socket, without shutting it down.
@@ -116,6 +124,7 @@ class Target:
         for connection in list(self._made):
             # One that is closed has no socket; one whose socket cannot be found stays as it is.
             with contextlib.suppress(AttributeError, OSError, ValueError):
+                # There is no public way to it.
                 transport: Any = getattr(connection, "_transport", None)
                 os.dup2(nothing, transport.get_extra_info("socket").fileno(), inheritable=False)
         os.close(nothing)

@@ -39,7 +39,7 @@ from runtime_repo.postgres.connections import (
 )
 from runtime_repo.postgres.notifications import Hear, Listener, Teller
 from runtime_repo.queries import load_queries
-from runtime_repo.repository import check_seconds
+from runtime_repo.repository import Unique, check_seconds
 from runtime_repo.shielding import finish
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ _REMEDIES = {
 }
 
 
-class PostgresDatabase:
+class PostgresDatabase(Unique):
     """One runtime schema of a PostgreSQL database behind the port."""
 
     backend: Backend = "postgres"
@@ -106,6 +106,7 @@ class PostgresDatabase:
 
     async def _connect(self) -> None:
         """Connect, trying again while the server may come up."""
+        self._target.check_loop()
         deadline = asyncio.get_running_loop().time() + self._startup_timeout
         pause = 0.05
         failure: RuntimeRepoError | None = None

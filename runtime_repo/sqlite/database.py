@@ -31,6 +31,7 @@ from runtime_repo.errors import (
     RuntimeRepoError,
 )
 from runtime_repo.queries import fill, load_queries, split_statements
+from runtime_repo.repository import Unique
 from runtime_repo.shielding import finish
 from runtime_repo.sqlite.backup import Copy
 from runtime_repo.sqlite.connection import Connection, Hop
@@ -55,7 +56,7 @@ _LOOK_AGAIN = 5.0
 """Seconds after which it is taken for a change that there was none: some things fall due without a commit."""
 
 
-class SqliteDatabase:
+class SqliteDatabase(Unique):
     """
     One SQLite file behind the port.
 
