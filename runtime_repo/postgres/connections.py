@@ -139,11 +139,6 @@ class Target:
         Of a pool that was given it is one of the pool's, however long that takes. *patience* as in ``connect``.
         """
         if self.pool is not None:
-            # There is no public way to either, nor to the socket below.
-            if getattr(self.pool, "_loop", None) is not asyncio.get_running_loop():
-                raise ConfigurationError(
-                    "the pool belongs to another event loop, or to the parent of this process: create one here"
-                )
             await self.pool
             connection = await self.pool.acquire()
             alive(connection)
@@ -175,6 +170,19 @@ class Target:
             raise
         return connection
 
+    def check_loop(self) -> None:
+        """
+        Let a pool be used that was given.
+
+        Raises:
+            ConfigurationError: It belongs to another event loop.
+        """
+        # There is no public way to its loop.
+        if self.pool is not None and getattr(self.pool, "_loop", None) is not asyncio.get_running_loop():
+            raise ConfigurationError(
+                "the pool belongs to another event loop, or to the parent of this process: create one here"
+            )
+
     def inherited(self) -> None:
         """
         In the child of a fork: put nothing in the place of each socket, without shutting it down.
@@ -185,6 +193,7 @@ class Target:
         for connection in list(self._made):
             # One that is closed has no socket; one whose socket cannot be found stays as it is.
             with contextlib.suppress(AttributeError, OSError, ValueError):
+                # There is no public way to it.
                 transport: Any = getattr(connection, "_transport", None)
                 os.dup2(nothing, transport.get_extra_info("socket").fileno(), inheritable=False)
         os.close(nothing)

@@ -45,7 +45,7 @@ from runtime_repo.postgres.heartbeats import Heartbeats
 from runtime_repo.postgres.notifications import Deaf, Hear, Listener, Teller
 from runtime_repo.postgres.refusals import bare, is_conflict, is_lost, is_spoilt, meaning
 from runtime_repo.queries import load_queries
-from runtime_repo.repository import check_seconds
+from runtime_repo.repository import Unique, check_seconds
 from runtime_repo.shielding import finish
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ select pid, state, pid operator(pg_catalog.=) pg_catalog.pg_backend_pid() as ask
 """What the server does for some of its sessions, and for the one that asks."""
 
 
-class PostgresDatabase:
+class PostgresDatabase(Unique):
     """One runtime schema of a PostgreSQL database behind the port."""
 
     backend: Backend = "postgres"
@@ -158,6 +158,7 @@ class PostgresDatabase:
 
     async def _connected(self) -> "Connection":
         """Connect, trying again while the server may come up; the last try begins when the time is up."""
+        self._target.check_loop()
         now = asyncio.get_running_loop().time
         deadline = self._boot_until = self._boot_until or now() + self._startup_timeout
         pause = 0.05

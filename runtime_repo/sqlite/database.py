@@ -31,6 +31,7 @@ from runtime_repo.errors import (
     RuntimeRepoError,
 )
 from runtime_repo.queries import fill, load_queries, split_statements
+from runtime_repo.repository import Unique
 from runtime_repo.shielding import CLEAN_UP, finish
 from runtime_repo.sqlite.backup import Copy
 from runtime_repo.sqlite.connection import Connection, Hop
@@ -60,7 +61,7 @@ _LAST_BREATH = 0.1
 """Seconds in which a thread that has done its last hop has certainly ended."""
 
 
-class SqliteDatabase:
+class SqliteDatabase(Unique):
     """
     One SQLite file behind the port.
 

@@ -146,18 +146,6 @@ async def test_a_task_is_refused_the_repository_in_its_own_transaction(
     assert await ids(repo) == ["a"]
 
 
-async def test_a_task_is_refused_to_hold_a_lease_in_its_own_transaction(repo: RuntimeRepository) -> None:
-    """Its heartbeats would wait for the block, or the block for them."""
-    await repo.attempts.enqueue("run", attempt_id="a")
-    (lease,) = await repo.leases.claim("worker")
-    async with repo.transaction():
-        with pytest.raises(ConfigurationError, match="nouns of the transaction"):
-            async with repo.leases.hold(lease):
-                pytest.fail("it was held")
-    async with repo.leases.hold(lease), repo.transaction() as transaction:
-        await transaction.attempts.complete(lease)
-
-
 async def test_it_is_refused_until_the_block_has_ended_and_to_no_other_task(repo: RuntimeRepository) -> None:
     """Also when the block fails; a task that it starts is another, and may wait for it."""
     with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the whole block fails

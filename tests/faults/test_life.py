@@ -451,7 +451,8 @@ async def test_another_event_loop_is_refused_and_the_right_one_not_disturbed(lab
             with pytest.raises(ConfigurationError, match="another event loop"):
                 await in_another_loop(use, repository)
         busy = False
-        assert len(await repository.attempts.list(limit=10_000)) == await working > 0
+        done = await working
+        assert len(await repository.attempts.list(limit=10_000)) == done > 0
 
 
 async def test_a_transactions_nouns_are_refused_to_another_event_loop(lab: Lab) -> None:
@@ -493,6 +494,9 @@ async def test_a_loop_that_has_ended_is_named(lab: Lab) -> None:
                 await use(repository)
         with pytest.raises(RepositoryClosedError):
             await repository
+        # What a closed loop cannot close is closed by being collected.
+        del repository
+        gc.collect()
 
 
 async def test_what_failed_or_was_not_awaited_may_be_opened_in_another_loop(lab: Lab) -> None:
@@ -559,6 +563,20 @@ def test_what_must_be_true_or_false_is_nothing_else(option: str, value: object) 
             for attempt in (make, partial(repository_from_url, url)):
                 with pytest.raises(ConfigurationError, match=f"{option} is {value!r}: expected True or False"):
                     attempt(**{option: value})
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:///x.db?mode=ro", "sqlite:///x.db?", "sqlite:///x.db#a", "sqlite:////x.db?a=b"]
+)
+def test_a_sqlite_url_has_no_options(url: str) -> None:
+    """Whoever writes mode=ro would otherwise get a writable file of that name."""
+    with pytest.raises(ConfigurationError, match="a path has no options: give them as arguments"):
+        repository_from_url(url)
+
+
+def test_a_sqlite_url_is_taken_as_it_is() -> None:
+    """Nothing is decoded."""
+    assert "/a b%3F%20.db'" in repr(repository_from_url("sqlite:////a b%3F%20.db"))
 
 
 @pytest.mark.parametrize("value", [True, 10**400, -1, float("nan"), "1"], ids=["bool", "huge", "less", "nan", "text"])
