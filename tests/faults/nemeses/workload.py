@@ -49,8 +49,8 @@ Role = Literal["worker", "rogue", "producer"]
 GRACE = 1.0
 """Seconds that a worker gives its handlers when it is told to stop."""
 
-PATIENCE = 3.0
-"""Seconds after which the others give up a call, as clients do."""
+PATIENCE = (3.0, None)
+"""Seconds after which the others give up a call, as some clients do; None is to leave it to the store."""
 
 STEP = 0.05
 """Seconds between two steps of a handler: how exactly it is known when it ran."""
@@ -206,14 +206,16 @@ def _transaction(history: History, name: str, **asked: Any) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _patience(history: History, seconds: float) -> AsyncIterator[None]:
-    """Give the block up after so many seconds, and write down when it has let go."""
+async def _patience(history: History, *choice: float | None) -> AsyncIterator[None]:
+    """Give the block up after one of so many seconds, and write down when it has let go; None is never."""
+    seconds = random.choice(choice)
     begun = time.monotonic()
     try:
         async with asyncio.timeout(seconds):
             yield
     finally:
-        history.write("patience", allowed=seconds, took=round(time.monotonic() - begun, 4))
+        if seconds is not None:
+            history.write("patience", allowed=seconds, took=round(time.monotonic() - begun, 4))
 
 
 # -- who they are
@@ -307,12 +309,12 @@ async def _rogue(history: History, repo: RuntimeRepository, load: Load) -> None:
                 async with _patience(history, random.uniform(0, 0.3)):
                     await repo.attempts.wait()
             # Some rounds are cut short somewhere: what was cancelled may have happened.
-            async with _patience(history, random.choice([PATIENCE, PATIENCE, random.uniform(0, 0.02)])):
+            async with _patience(history, *PATIENCE, random.uniform(0, 0.02)):
                 claimed = await repo.leases.claim(history.process, limit=3, ttl=ttl)
             for lease in claimed:
-                async with _patience(history, PATIENCE):
+                async with _patience(history, *PATIENCE):
                     await end(lease)
-            async with _patience(history, PATIENCE):
+            async with _patience(history, *PATIENCE):
                 await repo.leases.requeue_expired()
             late = [lease for kept_until, lease in kept if kept_until < time.monotonic()]
             kept = [(kept_until, lease) for kept_until, lease in kept if lease not in late]
@@ -320,7 +322,7 @@ async def _rogue(history: History, repo: RuntimeRepository, load: Load) -> None:
                 # By now others have begun with it.
                 await asyncio.sleep(random.uniform(0, STEP))
                 with contextlib.suppress(LeaseLostError):
-                    async with _patience(history, random.choice([PATIENCE, PATIENCE, random.uniform(0, 0.02)])):
+                    async with _patience(history, *PATIENCE, random.uniform(0, 0.02)):
                         await end_late(lease)
         except _ERRORS:
             await asyncio.sleep(0.2)
@@ -355,7 +357,7 @@ async def _producer(history: History, repo: RuntimeRepository, load: Load) -> No
         gives_up = random.random() < 0.5
         while True:
             try:
-                async with _patience(history, PATIENCE):
+                async with _patience(history, *PATIENCE):
                     await enqueue(f"{history.process}-{number}", kind, way)
                 break
             except _ERRORS:
