@@ -158,7 +158,6 @@ class PostgresDatabase(Unique):
 
     async def _connected(self) -> "Connection":
         """Connect, trying again while the server may come up; the last try begins when the time is up."""
-        self._target.check_loop()
         now = asyncio.get_running_loop().time
         deadline = self._boot_until = self._boot_until or now() + self._startup_timeout
         pause = 0.05
@@ -183,6 +182,7 @@ class PostgresDatabase(Unique):
 
     async def _try_to_connect(self, deadline: float, patience: float) -> "Connection | RuntimeRepoError":
         """Try once. An error is returned, not raised, so that asyncpg's own frames and words stay behind."""
+        self._target.check_loop()
         try:
             async with asyncio.timeout_at(deadline):
                 return await self._target.lend(patience)

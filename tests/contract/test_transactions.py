@@ -268,3 +268,15 @@ async def test_other_tasks_verbs_are_not_part_of_it(repo: RuntimeRepository) -> 
     assert isinstance(failed, ZeroDivisionError)
     assert over.is_set()
     assert await ids(repo) == ["rival"]
+
+
+async def test_a_task_is_refused_to_hold_a_lease_in_its_own_transaction(repo: RuntimeRepository) -> None:
+    """Its heartbeats would wait for the block, or the block for them."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    (lease,) = await repo.leases.claim("worker")
+    async with repo.transaction():
+        with pytest.raises(ConfigurationError, match="nouns of the transaction"):
+            async with repo.leases.hold(lease):
+                pytest.fail("it was held")
+    async with repo.leases.hold(lease), repo.transaction() as transaction:
+        await transaction.attempts.complete(lease)
