@@ -1,6 +1,7 @@
 """A connection that runs several statements in one hop to its thread, and knows its file again."""
 
 import contextlib
+import gc
 import os
 import sqlite3
 import stat
@@ -117,6 +118,31 @@ class Connection(sqlite3.Connection):
             # An interruption between two statements stops neither.
             raise InterruptedError
         return super().execute(sql, parameters)
+
+    def roll_back(self) -> None:
+        """End the transaction that is open, if one is."""
+        try:
+            self.rollback()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+                raise
+        else:
+            return
+        # An interruption lasts, for this statement too, as long as any other is under way: one of the application's
+        # that was not read to its end. The driver does not tell which there are.
+        for thing in gc.get_objects():
+            if issubclass(type(thing), sqlite3.Cursor) and getattr(thing, "connection", None) is self:
+                thing.close()
+        self.rollback()
+
+    def roll_back_to(self, savepoint: str) -> None:
+        """Undo what was done since *savepoint*, or all of the transaction where that is not possible."""
+        try:
+            # Not by the method above, which executes nothing for a hop that was given up.
+            super().execute(f"rollback to savepoint {savepoint}")
+            super().execute(f"release savepoint {savepoint}")
+        except sqlite3.Error:
+            self.roll_back()
 
     def prove(self, *, now: bool = False) -> None:
         """

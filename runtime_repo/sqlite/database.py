@@ -92,7 +92,6 @@ class SqliteDatabase(Unique):
         self._queries = _queries()
         self._connection: aiosqlite.Connection | None = None
         self._turn = Turn()
-        self._hurried = 0
         self._boots = False
         self._copy: Copy | None = None
 
@@ -126,7 +125,7 @@ class SqliteDatabase(Unique):
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator["_Statements"]:
         with Limit(self._limits):
-            await self._begun(self._begin, begins=True)
+            await self._begun(self._begin)
         try:
             yield _Statements(self)
             with Limit(self._limits):
@@ -176,7 +175,7 @@ class SqliteDatabase(Unique):
         if self._connection is not None:
             with contextlib.suppress(Busy, RuntimeRepoError, ValueError):
                 await self._connection.interrupt()  # what still runs is undone with the rest
-                await self.hop(lambda connection: connection.rollback(), must=True)
+                await self.hop(lambda connection: connection.roll_back(), must=True)
 
     @contextlib.asynccontextmanager
     async def part(self) -> AsyncIterator["_Statements"]:
@@ -217,11 +216,9 @@ class SqliteDatabase(Unique):
             self._turn.give()
             return result
 
-    async def _begun(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False, begins: bool = False) -> T:
+    async def _begun(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False) -> T:
         """Have the connection to oneself, from the moment at which *work* is not told that the file is locked."""
         deadline = time.monotonic() + self._lock_timeout
-        if begins:
-            await self._give_way(deadline)
         while True:
             await self._turn.take(hurry=hurry)
             try:
@@ -233,20 +230,7 @@ class SqliteDatabase(Unique):
             except BaseException:
                 self._turn.give()
                 raise
-            if hurry:
-                self._hurried += 1
-                try:
-                    await asyncio.sleep(random.uniform(0.001, 0.005))  # noqa: S311
-                finally:
-                    self._hurried -= 1
-            else:
-                await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
-                await self._give_way(deadline)
-
-    async def _give_way(self, deadline: float) -> None:
-        """Begin nothing long as long as somebody in a hurry is kept waiting by another process."""
-        while self._hurried and time.monotonic() < deadline:  # noqa: ASYNC110 - rare, and brief
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(random.uniform(0.001, 0.005 if hurry else 0.02))  # noqa: S311
 
     async def run(self, query: str, args: Sequence[object], *, within: bool = False) -> Sequence[Row]:
         """Run a named query, as a transaction of its own or *within* the one that is open."""
@@ -258,7 +242,7 @@ class SqliteDatabase(Unique):
             if within:
                 self.require_transaction(connection)
             elif connection.in_transaction:
-                connection.rollback()  # what nobody could end when it was to end
+                connection.roll_back()  # what nobody could end when it was to end
             # A single statement is a transaction of its own; several need one, or a part of the one that is open.
             several = len(statements) > 1
             if several:
@@ -273,9 +257,9 @@ class SqliteDatabase(Unique):
                     connection.execute("release savepoint query" if within else "commit")
             except BaseException:
                 if several and not within:
-                    connection.rollback()
+                    connection.roll_back()
                 elif several and connection.in_transaction:
-                    undone(connection, "query")
+                    connection.roll_back_to("query")
                 raise
             return rows
 
@@ -619,7 +603,7 @@ def _nothing(connection: Connection) -> None:
 
 def _begin(connection: Connection) -> None:
     if connection.in_transaction:
-        connection.rollback()  # what nobody could end when it was to end
+        connection.roll_back()  # what nobody could end when it was to end
     connection.prove()
     connection.execute("begin immediate")
 
@@ -639,13 +623,7 @@ def _stamp(connection: Connection) -> tuple[int, int]:
 
 def _roll_back_part(connection: Connection) -> None:
     if connection.in_transaction:
-        undone(connection, "runtime_repo")
-
-
-def undone(connection: Connection, savepoint: str) -> None:
-    """Undo what was done since *savepoint*; a method of the driver's, since a hop that is given up executes nothing."""
-    sqlite3.Connection.execute(connection, f"rollback to savepoint {savepoint}")
-    sqlite3.Connection.execute(connection, f"release savepoint {savepoint}")
+        connection.roll_back_to("runtime_repo")
 
 
 def _switch_to_wal(connection: Connection) -> None:

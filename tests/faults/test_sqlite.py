@@ -76,7 +76,12 @@ async def test_a_verb_has_a_time_limit(lab: SqliteLab, body: str) -> None:
                 await repo.attempts.enqueue("slow", attempt_id="a")
         if body == SPIN:
             await lab.execute("begin immediate")  # at once: the statement was interrupted
+        else:
+            with pytest.raises(DatabaseUnavailableError, match="verb_timeout"):
+                await repo.attempts.enqueue("fast", attempt_id="b")
         await until_it_works(repo)
+        # What had not begun when its time was over never does.
+        assert await repo.attempts.find("b") is None
         # A statement that the system held up, and nobody could interrupt, may have been in time.
         assert await repo.attempts.find("a") is None or body != SPIN
         await lab.execute("begin immediate")
@@ -92,7 +97,7 @@ async def until_it_works(repo: RuntimeRepository) -> None:
 
 
 @HINDRANCES
-@pytest.mark.parametrize("within", ["a verb", "a transaction"])
+@pytest.mark.parametrize("within", ["a verb", "a transaction", "the application's own statement"])
 async def test_whoever_gives_up_is_let_go(lab: SqliteLab, body: str, within: str) -> None:
     """A caller that is cancelled or times out hears of it soon whatever the thread does, and leaves no lock behind."""
     async with lab.nothing_left(), SqliteRuntimeRepository(lab.path, verb_timeout=None) as repo:
@@ -104,16 +109,35 @@ async def test_whoever_gives_up_is_let_go(lab: SqliteLab, body: str, within: str
             else:
                 async with repo.transaction() as transaction:
                     await transaction.attempts.enqueue("fast", attempt_id="b")
-                    await transaction.attempts.enqueue("slow", attempt_id="a")
+                    if within == "a transaction":
+                        await transaction.attempts.enqueue("slow", attempt_id="a")
+                    await transaction.connection.execute(body)
 
         async with in_time():
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(LIMIT):
                     await work()
-        # In order behind what is left: the rollback, and then this.
+        await lab.execute("begin immediate")  # as soon as the thread has come back, without anybody's doing
         assert await repo.attempts.find("b") is None
-        await lab.execute("begin immediate")
         await repo.attempts.enqueue("fast", attempt_id="b")
+
+
+async def test_a_transaction_that_is_cancelled_while_it_begins_leaves_no_lock(lab: SqliteLab) -> None:
+    """BEGIN waits in the thread for another process's lock, and succeeds behind the back of whoever gave up."""
+    async with SqliteRuntimeRepository(lab.path) as repo:
+        with lab.connection() as other:
+            other.execute("pragma busy_timeout = 1000")
+            for turn in range(10):
+                other.execute("begin immediate")
+                beginning = asyncio.ensure_future(repo.transaction().__aenter__())
+                await asyncio.sleep(turn / 400)
+                beginning.cancel()
+                await asyncio.sleep(0)
+                other.execute("rollback")
+                await asyncio.wait([beginning])
+                assert beginning.cancelled()
+                other.execute("begin immediate")
+                other.execute("rollback")
 
 
 async def test_a_statement_of_the_applications_does_not_outlive_its_transaction(lab: SqliteLab) -> None:
