@@ -126,7 +126,7 @@ class Transaction(Protocol):
         ...
 
     async def ask(self, text: str) -> Sequence[Row]:
-        """Run a migration's own query, with its tokens, and return its rows."""
+        """Run a migration's own query, with its tokens, and return its rows. No lock of a table stays behind."""
         ...
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:

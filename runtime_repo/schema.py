@@ -294,8 +294,7 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
                 decision = decide(look, migrations, policy)
                 if not isinstance(decision, Migrate):
                     continue
-                await _check(transaction, decision)
-                preparation = preparation or await _prepare(database, decision, policy)
+                preparation = preparation or await _prepare(database, transaction, decision, policy)
                 applied = await _apply(transaction, look, decision)
                 verified = _verify(await transaction.look(catalogs), migrations, policy)
             await database.ready()
@@ -413,8 +412,9 @@ async def _check(transaction: Transaction, decision: Migrate) -> None:
         raise UnsuitableDatabaseError(problems)
 
 
-async def _prepare(database: Database, decision: Migrate, policy: Policy) -> _Preparation:
+async def _prepare(database: Database, transaction: Transaction, decision: Migrate, policy: Policy) -> _Preparation:
     """What happens once, under the lock, before the first change."""
+    await _check(transaction, decision)
     backup = None
     if decision.from_version:
         try:

@@ -176,7 +176,11 @@ class BootTransaction:
 
     async def ask(self, text: str) -> Sequence[Row]:
         with self._translated():
-            return await self._connection.fetch(fill(text, self._looks.tokens), timeout=NO_LIMIT)
+            # Rolled back, for it would keep locks on our tables from the operator's own step.
+            await self._connection.execute("savepoint asked", timeout=NO_LIMIT)
+            rows: Sequence[Row] = await self._connection.fetch(fill(text, self._looks.tokens), timeout=NO_LIMIT)
+            await self._connection.execute("rollback to savepoint asked; release savepoint asked", timeout=NO_LIMIT)
+        return rows
 
     async def look(self, shipped: Sequence[Catalog]) -> Look:
         with self._translated():

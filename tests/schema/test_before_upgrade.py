@@ -163,6 +163,17 @@ async def test_the_operators_step_is_not_repeated_while_a_boot_waits_for_a_table
     assert await lab.snapshot() == before
 
 
+@on_postgres
+async def test_the_operators_step_may_change_our_tables(lab: PostgresLab) -> None:
+    """Boot holds no lock on a table meanwhile: the step can do what needs the table for itself."""
+    await lab.reach(1)
+
+    async def step() -> None:
+        await lab.execute("set lock_timeout = '1s'; cluster runtime_attempts using attempts_pk")
+
+    assert (await lab.boot(before_migrate=step)).to_version == 2
+
+
 async def test_the_operators_step_does_not_run_when_nothing_is_pending_or_allowed(lab: Lab) -> None:
     """Neither on a current database nor before a refusal."""
     step = Step(lab)
