@@ -72,7 +72,8 @@ class Migration:
     check: str = ""
     """
     A query, with tokens, for what no database may hold that is to be migrated: *what* it is, the *number* of rows, and
-    the key of one of them as *example*. It runs before anything is done.
+    the key of one of them as *example*. It runs on a database of the version before, if that can be before anything is
+    done.
     """
 
     def __post_init__(self) -> None:
@@ -154,7 +155,7 @@ class SchemaStatus:
     """What a read-only look at a database finds."""
 
     found: int
-    """The version recorded; 0 is a database that holds nothing of ours."""
+    """The version recorded; 0 is a database that holds nothing of ours, or one whose ledger cannot be read."""
     supported: int
     """The newest version that this release knows."""
     pending: tuple[str, ...]
@@ -395,26 +396,25 @@ class _Preparation:
     backup: Path | None
 
 
-async def _check(transaction: Transaction, decision: Migrate) -> None:
-    """Find what the migrations would fail for, before anything is done."""
-    problems = []
-    for migration in decision.pending if decision.from_version else ():
-        try:
-            rows = await transaction.ask(migration.check) if migration.check else ()
-        except RuntimeRepoError as error:
-            raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
-        problems += [
-            f"{row['number']} rows have {row['what']}, such as the one of {row['example']!r}: shorten or delete them"
-            for row in rows
-            if row["number"]
-        ]
+async def _check(transaction: Transaction, migration: Migration) -> None:
+    """Find what the migration would fail for, in a database of the version before it."""
+    try:
+        rows = await transaction.ask(migration.check) if migration.check else ()
+    except RuntimeRepoError as error:
+        raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
+    problems = [
+        f"{row['number']} rows have {row['what']}, such as the one of {row['example']!r}: shorten or delete them"
+        for row in rows
+        if row["number"]
+    ]
     if problems:
         raise UnsuitableDatabaseError(problems)
 
 
 async def _prepare(database: Database, transaction: Transaction, decision: Migrate, policy: Policy) -> _Preparation:
     """What happens once, under the lock, before the first change."""
-    await _check(transaction, decision)
+    if decision.from_version:
+        await _check(transaction, decision.pending[0])
     backup = None
     if decision.from_version:
         try:
@@ -438,9 +438,11 @@ async def _apply(transaction: Transaction, look: Look, decision: Migrate) -> tup
                     await transaction.execute("schema.create_namespace")
                 if look.ledger is None:
                     await transaction.execute("schema.create_ledger")
+            elif decision.from_version:
+                await _check(transaction, migration)
             await transaction.script(migration.sql)
             await transaction.fetch("schema.record", migration.version, migration.name)
-        except ConfigurationError:
+        except (ConfigurationError, SchemaError):
             raise
         except RuntimeRepoError as error:
             raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__

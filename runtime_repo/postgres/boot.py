@@ -44,13 +44,15 @@ class Looks:
             look = await self.recognize(connection, shipped)
             if look is not None and look.catalog is shipped[-1]:
                 return look
-        look = await self.look_around(connection, shipped)
-        if look.problems or not look.names:
-            return look
+        around, is_readable = await self.look_around(connection, shipped)
+        if around.problems or not around.names:
+            return around
+        if around.reservations and is_readable and (look := await self.recognize(connection, shipped)):
+            return replace(around, ledger=look.ledger, catalog=look.catalog)
         # Several statements must see one state, or a migration that commits between them would look like drift.
         try:
             await connection.execute(f"begin isolation level repeatable read read only; {_BOUNDED}", timeout=NO_LIMIT)
-            return await self.look_closely(connection, shipped, look)
+            return await self.look_closely(connection, shipped, around)
         finally:
             await finish(rolled_back(connection))
 
@@ -66,8 +68,11 @@ class Looks:
             return None
         return next((Look(ledger, catalog) for catalog in shipped if catalog.fingerprint == text), None)
 
-    async def look_around(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
-        """What stands in the way, and which names are taken: in one statement that reads nothing of a stranger's."""
+    async def look_around(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Look, bool]:
+        """
+        What stands in the way, and which names are taken, in one statement that reads nothing of a stranger's; and
+        whether the ledger may be named.
+        """
         newest = shipped[-1].tables
         names = [LEDGER, *newest, *(index for table in newest.values() for index in table.indexes)]
         qualified = self._qualified(names)
@@ -79,7 +84,7 @@ class Looks:
             f"owned by {row['role']}, a role that it belongs to, the database's owner or a superuser",
             f"owned by {row['stranger']}, who may change it at any time: migrate as that role, or change the owner",
         )
-        return Look(
+        around = Look(
             None,
             Catalog(),
             namespace=row["namespace"],
@@ -87,6 +92,7 @@ class Looks:
             problems=tuple(_problems(row)),
             reservations=(stranger,) if row["stranger"] else (),
         )
+        return around, row["readable"]
 
     async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog], around: Look) -> Look:
         """
@@ -191,10 +197,10 @@ class BootTransaction:
         # A ledger that took a row is there, and may be named without risk to the transaction.
         if self._has_recorded and (look := await self._looks.recognize(self._connection, shipped)):
             return look
-        look = await self._looks.look_around(self._connection, shipped)
-        if look.problems or not look.names:
-            return look
-        return await self._looks.look_closely(self._connection, shipped, look)
+        around, _ = await self._looks.look_around(self._connection, shipped)
+        if around.problems or not around.names:
+            return around
+        return await self._looks.look_closely(self._connection, shipped, around)
 
 
 def begin(server: int) -> str:

@@ -92,8 +92,8 @@ select
 
 -- name: surroundings @postgres
 -- The same in detail: whether the schema is there ($1, its quoted name), its owner if that is a stranger, which of $2, all
--- qualified, are taken in it, what row security hides from this role, and the session's path. To ask by name needs no
--- plan, which halves the cost on a fresh connection.
+-- qualified, are taken in it, what row security hides from this role, the session's path, and whether to name the ledger
+-- is safe. To ask by name needs no plan, which halves the cost on a fresh connection.
 select pg_catalog.to_regnamespace($1::pg_catalog.text) is not null as namespace,
        array(select x from pg_catalog.unnest($2::pg_catalog.text[]) as x
               where pg_catalog.to_regclass(x) is not null or pg_catalog.to_regtype(x) is not null) as taken,
@@ -101,6 +101,8 @@ select pg_catalog.to_regnamespace($1::pg_catalog.text) is not null as namespace,
               where pg_catalog.row_security_active(pg_catalog.to_regclass(x)::pg_catalog.oid)) as hidden,
        pg_catalog.array_to_string(pg_catalog.current_schemas(true), ', ') as path,
        current_user::pg_catalog.text as role,
+       pg_catalog.pg_relation_filenode(
+           pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')) is not null as readable,
        (select pg_catalog.pg_get_userbyid(n.nspowner)::pg_catalog.text
           from pg_catalog.pg_namespace as n
          where n.oid operator(pg_catalog.=) pg_catalog.to_regnamespace($1::pg_catalog.text)::pg_catalog.oid

@@ -9,6 +9,7 @@ from runtime_repo import (
     MigrationError,
     SchemaOutOfDateError,
     SchemaTooNewError,
+    UnsuitableDatabaseError,
 )
 from runtime_repo.catalog import Catalog, Table
 from runtime_repo.schema import Migration, Policy
@@ -55,6 +56,28 @@ async def test_verify_only_counts_what_is_shipped(lab: Lab) -> None:
         await lab.ship([*lab.migrations, third(lab)], Policy(migrate=False))
     assert (caught.value.found, caught.value.supported) == (2, 3)
     assert await lab.snapshot() == before
+
+
+CHECK = "select 'a status of x' as what, count(*) as number, min(thread_id) as example from {schema}.runtime_jobs"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_what_a_migration_could_not_migrate_is_refused(lab: Lab, version: int) -> None:
+    """Its own query, beside it, says what and how many; it runs on the version before it."""
+    await lab.reach(version)
+    await lab.execute("update runtime_jobs set status = 'x'")
+    before = (await lab.snapshot()).content
+    checked = dataclasses.replace(third(lab), check=f"{CHECK} where status = 'x' and max_attempts = 10;")
+    with pytest.raises(MigrationError, match="max_attempts"):
+        await lab.ship([*lab.migrations, checked])
+    checked = dataclasses.replace(third(lab), check=f"{CHECK} where status = 'x';")
+    with pytest.raises(UnsuitableDatabaseError) as caught:
+        await lab.ship([*lab.migrations, checked])
+    (problem,) = caught.value.problems
+    assert problem.startswith("2 rows have a status of x, such as the one of 'thread-1'")
+    assert (await lab.snapshot()).content == before
+    await lab.execute("update runtime_jobs set status = 'y'")
+    assert (await lab.ship([*lab.migrations, checked])).to_version == 3
 
 
 FAILING = {
