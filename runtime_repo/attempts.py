@@ -257,7 +257,9 @@ class Attempts:
             while True:
                 row = await self._look(names)
                 now_ms = row["now_ms"] if begun_ms is None else begun_ms + (time.monotonic() - begun) * 1000
-                due = math.inf if row["next_ms"] is None else (row["next_ms"] - now_ms) / 1000
+                # What is no number is no time, and never comes.
+                next_ms = row["next_ms"] if isinstance(row["next_ms"], (int, float)) else math.inf
+                due = (next_ms - now_ms) / 1000
                 if due <= 0:
                     return True
                 left = deadline - time.monotonic()

@@ -68,6 +68,7 @@ _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # Made once: json.dumps makes one for each value, unless it is to write what it writes by default.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_TOLERANT = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 @lru_cache(maxsize=128)  # what one statement wrote has one time, and is read together
@@ -215,7 +216,7 @@ def to_json(name: str, value: Any) -> str | None:
 def json_text(name: str, value: Any) -> str:
     """Canonical JSON also of None, where that is a value like any other."""
     try:
-        text = canonical(value)
+        text = _encoded(_CANONICAL, value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"{name} cannot be stored as JSON: {error}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and not _is_shallow(text):
@@ -231,11 +232,15 @@ def json_text(name: str, value: Any) -> str:
 
 
 def canonical(value: Any) -> str:
-    """JSON of *value*, the same for equal values, however deep it nests."""
+    """JSON of what was stored, the same for equal values: another program may have nested deeper, or written NaN."""
+    return _encoded(_TOLERANT, value)
+
+
+def _encoded(encoder: json.JSONEncoder, value: Any) -> str:
     try:
-        return _CANONICAL.encode(value)
+        return encoder.encode(value)
     except RecursionError:
-        return _on_its_own_stack(_CANONICAL.encode, value)
+        return _on_its_own_stack(encoder.encode, value)
 
 
 def _is_shallow(text: str) -> bool:

@@ -5,7 +5,8 @@
 -- are ready and those that are due, skipping what a rival is claiming at this instant. What is due and not taken is
 -- promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no claim more
 -- than that, and shrinks with each. Which lease id is whose is looked up in one object: what is chosen is thought to be
--- one row, and joined to the attempts it would be read anew for each.
+-- one row, and joined to the attempts it would be read anew for each. A token stops at the last one that there is, where
+-- another program has put it there: the id is enough.
 with moment as (
     select coalesce($5, {now_ms}) as at
 ), ready as (
@@ -37,7 +38,8 @@ with moment as (
              limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)) as first
 ), claimed as (
     update {schema}.runtime_attempts
-       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+       set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
+           worker_id = $2, ended_by = null,
            lease_id = (select pg_catalog.jsonb_object_agg(chosen.attempt_id, given.lease_id)
                          from chosen
                          join pg_catalog.json_array_elements_text($4::pg_catalog.text::pg_catalog.json) with ordinality
@@ -149,7 +151,8 @@ with moment as (
              limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)) as first
 ), claimed as (
     update {schema}.runtime_attempts
-       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+       set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
+           worker_id = $2, ended_by = null,
            lease_id = (select pg_catalog.jsonb_object_agg(chosen.attempt_id, given.lease_id)
                          from chosen
                          join pg_catalog.json_array_elements_text($4::pg_catalog.text::pg_catalog.json) with ordinality
@@ -236,7 +239,8 @@ select {lease}
 -- Take this attempt ($1), if it is ready or due, under the lease id $4.
 with claimed as (
     update {schema}.runtime_attempts
-       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2,
+       set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
+           worker_id = $2,
            lease_id = $4, ended_by = null
      where attempt_id = $1
        and status in ('queued', 'retry_backoff')

@@ -10,6 +10,7 @@ import pytest
 from runtime_repo import (
     NewAttempt,
     Page,
+    PayloadMismatchError,
     RuntimeRepository,
     SqliteRuntimeRepository,
     UnreadableRowError,
@@ -40,12 +41,14 @@ SQLITES = {
 """What SQLite lets it write besides."""
 
 
-@pytest.fixture(params=POISONS | SQLITES)
-def poison(request: pytest.FixtureRequest, repo: RuntimeRepository) -> str:
-    """An assignment that makes a row unreadable."""
-    if request.param in SQLITES and not isinstance(repo, SqliteRuntimeRepository):
-        pytest.skip("PostgreSQL does not take it")
-    return (POISONS | SQLITES)[request.param]
+EACH = [("sqlite", name) for name in POISONS | SQLITES] + [("postgres", name) for name in POISONS]
+poisoned = pytest.mark.parametrize(
+    ("factory", "poison"),
+    [(backend, (POISONS | SQLITES)[name]) for backend, name in EACH],
+    indirect=["factory"],
+    ids=[f"{backend}-{name}" for backend, name in EACH],
+)
+"""On each database an assignment that makes a row unreadable."""
 
 
 async def spoil(repo: RuntimeRepository, poison: str, names: str = "'bad'") -> None:
@@ -70,6 +73,7 @@ def told(page: object) -> list[tuple[str, str]]:
 BAD = [("runtime_attempts", "bad")]
 
 
+@poisoned
 async def test_a_claim_passes_it_by(
     repo: RuntimeRepository, clock: Clock, poison: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -88,6 +92,7 @@ async def test_a_claim_passes_it_by(
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
 
 
+@poisoned
 async def test_whoever_wants_this_very_one_is_told(repo: RuntimeRepository, poison: str) -> None:
     """By name, and it is parked as well; to read it is refused in the same words, before and after."""
     await repo.attempts.enqueue("run", attempt_id="bad")
@@ -108,6 +113,7 @@ async def test_whoever_wants_this_very_one_is_told(repo: RuntimeRepository, pois
     assert (await stored(repo, "status"))[0]["status"] == "failed"
 
 
+@poisoned
 async def test_lists_have_the_others(repo: RuntimeRepository, clock: Clock, poison: str) -> None:
     """And say what they left out."""
     ids = ("a", "bad", "c")
@@ -198,6 +204,7 @@ async def rows(repo: RuntimeRepository, table: str) -> int:
         return int((await fetch(f"select count(*) from {runtime_schema(repo)}.{table}"))[0][0])
 
 
+@poisoned
 async def test_a_worker_lives_through_it(repo: RuntimeRepository, poison: str) -> None:
     """And does what was claimed with it."""
     await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("bad", "good")])
@@ -254,3 +261,41 @@ async def test_a_report_a_job_an_entry_and_a_key(repo: RuntimeRepository) -> Non
         await repo.jobs.get("2")
     with pytest.raises(UnreadableRowError, match="runtime_interrupts"):
         await repo.interrupts.get("2")
+
+
+async def test_a_token_at_its_end_keeps_nobody_from_the_rest(repo: RuntimeRepository) -> None:
+    """Another program put it there: SQLite has no next one and it is parked, on PostgreSQL the lease's id fences."""
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("bad", "good")])
+    await spoil(repo, f"lease_version = {2**63 - 1}")
+    leases = {lease.attempt_id: lease for lease in await repo.leases.claim("worker", limit=2)}
+    assert "good" in leases
+    if isinstance(repo, SqliteRuntimeRepository):
+        assert (await stored(repo, "status"))[0]["status"] == "failed"
+    else:
+        assert (await repo.attempts.complete(leases["bad"])).status == "completed"
+
+
+async def test_what_is_no_json_in_the_strict_sense_is_compared(repo: RuntimeRepository) -> None:
+    """It was read before, so a repeated call finds it to be other content, and raises nothing else."""
+    await repo.attempts.enqueue("run", attempt_id="bad", payload=[1])
+    await spoil(repo, "payload_json = '[NaN]'")
+    with pytest.raises(PayloadMismatchError):
+        await repo.attempts.enqueue("run", attempt_id="bad", payload=[1])
+    await spoil(repo, f"payload_json = '{'[' * 700}{']' * 700}'")
+    with pytest.raises(PayloadMismatchError):
+        await repo.attempts.enqueue("run", attempt_id="bad", payload=[1])
+
+
+async def test_a_time_that_is_none_ends_no_wait_and_no_list(sqlite_factory: Callable[[], RuntimeRepository]) -> None:
+    """SQLite may hold text where a time belongs: a waiting caller waits for the others, a page names it."""
+    async with sqlite_factory() as repo:
+        await repo.attempts.enqueue("run", attempt_id="bad")
+        await spoil(repo, "status = 'retry_backoff', retry_at_ms = 'soon'")
+        assert not await repo.attempts.wait(timeout=timedelta(0))
+        await repo.attempts.enqueue("run", attempt_id="good")
+        assert await repo.attempts.wait(timeout=timedelta(0))
+        assert [lease.attempt_id for lease in await repo.leases.claim("worker", limit=2)] == ["good"]
+        entry = await repo.audit.append(actor_type="user", action="do", resource_type="x", result="ok", request_id="r")
+        await execute(repo, "update runtime_audit_logs set created_at_ms = 'then'")
+        with pytest.raises(UnreadableRowError, match="runtime_audit_logs"):
+            await repo.audit.list(after=entry.audit_id)
