@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 
 import asyncpg
 import pytest
 
 from runtime_repo import PostgresRuntimeRepository
+from runtime_repo.database import Row
 from runtime_repo.postgres import notifications
 from tests.contract.conftest import Clock
 from tests.contract.test_wait import BRINGS, waiting
@@ -204,3 +206,33 @@ async def test_closing_tells_what_is_untold(
         async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as other:
             await other.attempts.enqueue("run")
         assert await task
+
+
+async def test_hints_that_find_nothing_cost_a_process_few_looks(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """Any login can send them. Those that find work are not held up, however many have found nothing before."""
+    looks = 0
+    async with asyncio.timeout(20), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repo:
+        fetch = repo._database.fetch
+
+        async def counted(query: str, *args: object) -> Sequence[Row]:
+            nonlocal looks
+            looks += query == "attempts.next"
+            return await fetch(query, *args)
+
+        repo._database.fetch = counted  # type: ignore[method-assign]
+        tasks = [await waiting(repo, "mail") for _ in range(10)]
+        await listeners(postgres, 1)
+        await asyncio.sleep(1.1)
+        looks = 0
+        ends = time.monotonic() + 1.5
+        while time.monotonic() < ends:
+            await postgres.execute(f"notify {repo._postgres._channel}, 'mail'")
+            await asyncio.sleep(0.002)
+        assert 8 <= looks <= 16
+        await asyncio.sleep(1.1)
+        began = time.monotonic()
+        await repo.attempts.enqueue("run", queue="mail")
+        assert await asyncio.gather(*tasks) == [True] * 10
+        assert time.monotonic() - began < 0.9

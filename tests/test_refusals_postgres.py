@@ -187,6 +187,11 @@ async def test_a_connection_that_two_use_is_told_in_our_words(repo: PostgresRunt
         (asyncpg.InterfaceError("pool is closing"), DatabaseUnavailableError, "the pool is closed"),
         (OSError(24, "Too many open files"), DatabaseUnavailableError, "Too many open files"),
         (RuntimeError("can't start new thread"), DatabaseUnavailableError, "RuntimeError"),
+        (
+            asyncpg.TargetServerAttributeNotMatched("none of the hosts"),
+            DatabaseUnavailableError,
+            "target_session_attrs",
+        ),
         (IndexError("hush"), DatabaseUnavailableError, "IndexError"),
         (RecursionError("hush"), DatabaseUnavailableError, "RecursionError"),
         (TimeoutError(), DatabaseUnavailableError, "no answer in time"),

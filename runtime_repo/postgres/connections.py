@@ -91,7 +91,8 @@ class Target:
         else:
             problem = "an existing pool has its options already" if options else None
         # A connect of the application's own finds its way by itself.
-        self._hosts = [{}] if self._connect or not self._shown else _hosts(self._dsn, options)
+        is_found = self.pool is not None or self._connect is not None or not self._shown
+        self._hosts = [{}] if is_found else _hosts(self._dsn, options)
         self._rounds = _rounds(self._dsn, options) if len(self._hosts) > 1 else [{}]
         self._slowest = 0.0
         dsn, options = "", {}
@@ -190,16 +191,15 @@ class Target:
         raise next((failure for failure in failures if not isinstance(failure, TimeoutError)), failures[0])
 
     async def _connected(self, args: Sequence[Any], options: dict[str, Any]) -> "Connection":
-        if self._connect is not None:
-            return cast("Connection", await self._connect(*args, **options))
+        is_theirs = self._connect is not None or callable(options.get("password"))
         try:
-            connection: Connection = await asyncpg.connect(*args, **options)
-            return connection
-        except (asyncpg.PostgresError, OSError):
-            raise
+            connection: Connection = await (self._connect or asyncpg.connect)(*args, **options)
         except Exception as error:
-            if is_transient(error) or type(error) is asyncpg.InterfaceError or callable(options.get("password")):
+            known = isinstance(error, (asyncpg.PostgresError, OSError)) or type(error) is asyncpg.InterfaceError
+            if known or is_transient(error) or (is_theirs and not isinstance(error, (TypeError, ValueError))):
                 raise
+        else:
+            return connection
         # asyncpg meets many things only when they fail it: IndexError, TypeError, its ClientConfigurationError. Raised
         # out here this has no context, whose frames would hold the DSN.
         raise Unusable

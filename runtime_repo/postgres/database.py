@@ -8,6 +8,7 @@ session, so it runs behind a transaction-pooling pgbouncer (with ``statement_cac
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import secrets
 import weakref
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PostgresDatabase"]
 
+_log = logging.getLogger("runtime_repo")
+
 T = TypeVar("T")
 
 _LOCK_CLASS = 0x72756E74
@@ -77,10 +80,19 @@ _TRIES = 5
 """How often a verb is tried that the server gives up for another's sake."""
 
 _GRACE = 1.0
+"""Seconds for the last try to connect, which begins when the time is up, and for an answer that is still under way."""
+
+_OVERDUE = 3.0
+_WATCH = 2.0
+"""Seconds after which an answer is asked about, and between two looks for such ones."""
+
+_AT_WORK = """
+select pid, state, pid operator(pg_catalog.=) pg_catalog.pg_backend_pid() as asks
+  from pg_catalog.pg_stat_activity
+ where pid operator(pg_catalog.=) any ($1::pg_catalog.int4[])
+    or pid operator(pg_catalog.=) pg_catalog.pg_backend_pid()
 """
-Seconds for the last try to connect, which begins when the time is up; and for answers that are still under way when a
-server that was silent is heard again.
-"""
+"""What the server does for some of its sessions, and for the one that asks."""
 
 
 class PostgresDatabase:
@@ -130,7 +142,8 @@ class PostgresDatabase:
         self._made: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._lent: set[Connection] = set()
         self._unanswered: dict[Connection, float] = {}
-        self._silent_since: float | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._asking: asyncio.Task[None] | None = None
         # Whether the session's default isolation level would give a verb another meaning; None is not known.
         self._is_isolated: bool | None = None
         self._teller = Teller(self._tell_now)
@@ -183,24 +196,26 @@ class PostgresDatabase:
         own, self._own = self._own, None
         if own is None or own.is_closed():
             own = await self._target.connect(*args, patience=self._target.patience(self._startup_timeout), **options)
-            self._is_heard()
         self._made.add(own)
         return own
 
     async def _lend(self) -> "Connection":
-        """A connection for something else than verbs, outside of a pool of ours."""
+        """A connection for something else than verbs: outside of a pool of ours, and one of a pool that was given."""
+        if self._target.pool is not None:
+            return await self._waited_for(self._target.pool)
         async with self._in_time(self._startup_timeout, "startup_timeout"):
             with self.translated(connecting=True):
-                connection = await self._target.lend(self._target.patience(self._startup_timeout))
-        self._is_heard()
-        return connection
+                return await self._target.lend(self._target.patience(self._startup_timeout))
 
     async def close(self) -> None:
         await finish(self._close(), within=_CLOSING)
 
     async def _close(self) -> None:
-        _, _, told = await asyncio.gather(
-            self._listener.close(), self._heartbeats.close(_FAREWELL), self._teller.close(_FAREWELL)
+        told, *_ = await asyncio.gather(
+            self._teller.close(_FAREWELL),
+            self._listener.close(),
+            self._heartbeats.close(_FAREWELL),
+            self._stopped_watching(),
         )
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
@@ -210,17 +225,18 @@ class PostgresDatabase:
             self._hand_back(pool)
         if own is not None:
             # The pool, if it is ours, has not been opened.
-            given = self._target.pool
-            await (closed(own, _FAREWELL) if given is None else released(given, own, _FAREWELL))
+            await self._returned(own)
         elif pool is not None and pool is not self._target.pool:
             if told:
                 await closed(pool, _FAREWELL)
             else:
                 terminated(pool)
+                await self._teller.close(_FAREWELL)
 
     def abandon(self) -> None:
         with contextlib.suppress(Exception):
             self._listener.abandon()
+            self._stop_watching()
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
         self._heartbeats.drop()
@@ -265,14 +281,21 @@ class PostgresDatabase:
         except TimeoutError as error:
             raise self._late(seconds, name) from bare(error)
 
-    async def answer(self, ask: Callable[..., Awaitable[T]], *args: object) -> T:
-        """The server's answer to one statement, within ``verb_timeout``."""
+    async def answer(self, connection: "Connection", ask: Callable[..., Awaitable[T]], *args: object) -> T:
+        """The server's answer to one statement on *connection*, within ``verb_timeout``."""
+        loop = asyncio.get_running_loop()
+        self._unanswered[connection] = loop.time()
+        if self._watch is None:
+            self._watch = loop.call_later(_WATCH, self._look_after)
+        limit = asyncio.timeout(self._verb_timeout)
         try:
-            async with asyncio.timeout(self._verb_timeout):
-                with self.translated():
-                    return await ask(*args)
-        except TimeoutError as error:
-            raise self._late(self._verb_timeout, "verb_timeout") from bare(error)
+            async with limit:
+                return await ask(*args)
+        except Exception as error:  # noqa: BLE001 - as in translated()
+            late = limit.expired() and isinstance(error, TimeoutError)
+            raise self._late(self._verb_timeout, "verb_timeout") if late else self._meaning(error) from bare(error)
+        finally:
+            self._unanswered.pop(connection, None)
 
     @contextlib.asynccontextmanager
     async def _acquired(self) -> AsyncIterator["Connection"]:
@@ -280,9 +303,11 @@ class PostgresDatabase:
         if self._own is not None and not self._has_booted:
             yield self._own
             return
-        with self.translated(connecting=True):
-            pool = await self._open_pool()
-        connection = self._taken_spare() or await self._waited_for(pool)
+        connection, pool = self._taken_spare(), self._pool
+        if connection is None or pool is None:
+            with self.translated(connecting=True):
+                pool = await self._open_pool()
+            connection = await self._waited_for(pool)
         self._lent.add(connection)
         try:
             yield connection
@@ -363,52 +388,92 @@ class PostgresDatabase:
 
         A pool that was given is its owner's: of it only the connection that was silent has gone.
         """
-        if self._silent_since is None:
-            self._silent_since = asyncio.get_running_loop().time()
         if self._target.pool is None:
             self._drop_idle()
             self._heartbeats.drop()
             terminated(self._hearing)
 
-    def _is_heard(self) -> None:
-        """A new connection works: verbs that have waited since before the silence wait for what was lost."""
-        if (since := self._silent_since) is not None:
-            self._silent_since = None
-            asyncio.get_running_loop().call_later(_GRACE, self._drop_unanswered, since)
+    def _look_after(self) -> None:
+        """Ask about what has not been answered for a while; look again as long as anything is under way."""
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(_WATCH, self._look_after) if self._unanswered else None
+        overdue = {one: began for one, began in self._unanswered.items() if began < loop.time() - _OVERDUE}
+        if overdue and self._asking is None:
+            self._asking = asyncio.create_task(self._ask_about(overdue), name="runtime_repo inquiry")
 
-    def _drop_unanswered(self, since: float) -> None:
-        for connection, began in tuple(self._unanswered.items()):
-            if began < since:
-                terminated(connection)
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        if self._asking is not None:
+            self._asking.cancel()
+
+    async def _stopped_watching(self) -> None:
+        asking = self._asking
+        self._stop_watching()
+        if asking is not None:
+            await asyncio.wait([asking], timeout=_FAREWELL)
+
+    async def _ask_about(self, overdue: dict["Connection", float]) -> None:
+        """
+        End what waits for an answer that was lost: a new connection works, and the server is at work on nothing there.
+
+        Nobody else can know: a statement may wait for a lock for as long, and a network that lost a connection says
+        nothing. Behind a pooler, whose process ids are its own, it is left to ``verb_timeout``.
+        """
+        try:
+            pids = {}
+            for one in overdue:
+                with contextlib.suppress(asyncpg.InterfaceError):
+                    pids[one] = one.get_server_pid()
+            asking = await self._lend()
+            try:
+                async with asyncio.timeout(_OVERDUE):
+                    rows = await asking.fetch(_AT_WORK, list(pids.values()), timeout=NO_LIMIT)
+            finally:
+                await finish(self._returned(asking))
+            if [row["pid"] for row in rows if row["asks"]] != [asking.get_server_pid()]:
+                return
+            # Of another role's session the state may not be told.
+            at_work = {row["pid"] for row in rows if not (row["state"] or "").startswith("idle")}
+            await asyncio.sleep(_GRACE)
+            lost = [
+                one for one in overdue if pids.get(one) not in at_work and self._unanswered.get(one) == overdue[one]
+            ]
+            for one in lost:
+                terminated(one)
+            if lost:
+                self._fell_silent()
+        except Exception as error:  # noqa: BLE001 - the answers have a limit of their own
+            _log.debug("the server cannot be asked about what it does not answer: %s", type(error).__name__)
+        finally:
+            self._asking = None
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        async with self._acquired() as connection:
+            return await self._verb(connection, query, args)
+
+    async def _verb(self, connection: "Connection", query: str, args: Sequence[object]) -> Sequence[Row]:
+        """One statement as a transaction of its own, again where the server gave it up for another's sake."""
         tries = 1
         while True:
             try:
-                async with self._acquired() as connection:
-                    return await self._verb(connection, query, args)
+                return await self._try_verb(connection, self.queries[query], args)
             except DatabaseUnavailableError as error:
                 # Whoever called is in no transaction, and a verb is safe to repeat.
                 if tries == _TRIES or not is_conflict(error.__cause__):
                     raise
+            if self._is_isolated is None:
+                await self._ask_for_isolation(connection)
             await asyncio.sleep(random.uniform(0, 0.01) * 2**tries)  # noqa: S311
             tries += 1
 
-    async def _verb(self, connection: "Connection", query: str, args: Sequence[object]) -> Sequence[Row]:
-        """One statement as a transaction of its own, under READ COMMITTED."""
-        text = self.queries[query]
-        if self._is_isolated:
-            async with self._together(connection, "begin isolation level read committed", "commit", "rollback"):
-                return await self.answer(connection.fetch, text, *args)
-        self._unanswered[connection] = asyncio.get_running_loop().time()
-        try:
-            return await self.answer(connection.fetch, text, *args)
-        except DatabaseUnavailableError as error:
-            if self._is_isolated is None and is_conflict(error.__cause__):
-                await self._ask_for_isolation(connection)
-            raise
-        finally:
-            self._unanswered.pop(connection, None)
+    async def _try_verb(self, connection: "Connection", text: str, args: Sequence[object]) -> Sequence[Row]:
+        """Under READ COMMITTED, which is every session's default where nobody has changed it."""
+        if not self._is_isolated:
+            return await self.answer(connection, connection.fetch, text, *args)
+        async with self._together(connection, "begin isolation level read committed", "commit", "rollback"):
+            return await self.answer(connection, connection.fetch, text, *args)
 
     async def _ask_for_isolation(self, connection: "Connection") -> None:
         """
@@ -418,7 +483,7 @@ class PostgresDatabase:
         connection beforehand would cost a round trip.
         """
         with contextlib.suppress(RuntimeRepoError):
-            level = await self.answer(connection.fetchval, "show default_transaction_isolation")
+            level = await self.answer(connection, connection.fetchval, "show default_transaction_isolation")
             self._is_isolated = level != "read committed"
 
     @contextlib.asynccontextmanager
@@ -486,7 +551,7 @@ class PostgresDatabase:
         self._hearing = connection = await self._lend()
         try:
             connection.add_termination_listener(lost_it)
-            await self.answer(connection.add_listener, self._channel, told)
+            await self.answer(connection, connection.add_listener, self._channel, told)
             await self._tell_now([marker])
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_OWN_VOICE):
@@ -505,7 +570,7 @@ class PostgresDatabase:
                             return
                     # A network that is cut says nothing.
                     try:
-                        async with self._in_time(_LISTEN_CHECK, "an idle connection's"):
+                        async with self._in_time(_LISTEN_CHECK, "the check of a connection that listens"):
                             with self.translated():
                                 await connection.execute(f"listen {self._channel}", timeout=NO_LIMIT)
                     except DatabaseUnavailableError as error:
@@ -518,7 +583,13 @@ class PostgresDatabase:
             self._hearing = None
             await finish(self._hung_up(connection))
 
+    async def _returned(self, connection: "Connection") -> None:
+        """Leave a connection that was lent as it was."""
+        given = self._target.pool
+        await (closed(connection, _FAREWELL) if given is None else released(given, connection, _FAREWELL))
+
     async def _hung_up(self, connection: "Connection") -> None:
+        """Leave one that listens, which nobody else could use."""
         await closed(connection, _FAREWELL)
         if self._target.pool is not None:
             await released(self._target.pool, connection, _FAREWELL)
@@ -528,9 +599,9 @@ class PostgresDatabase:
         # asyncpg's own transaction() is left corrupt by a BEGIN that is cancelled, and can't send its ROLLBACK in a
         # scope of anyio's that was cancelled.
         try:
-            await self.answer(connection.execute, begin)
+            await self.answer(connection, connection.execute, begin)
             yield
-            answer = await self.answer(connection.execute, commit)
+            answer = await self.answer(connection, connection.execute, commit)
             if answer == "ROLLBACK":
                 # That is no error to PostgreSQL.
                 raise DatabaseUnavailableError(
@@ -630,7 +701,7 @@ class PostgresDatabase:
         try:
             return await self._inspected(answer, shipped)
         finally:
-            await finish(self._hung_up(answer))
+            await finish(self._returned(answer))
 
     async def _inspected(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         async with self._in_time(self._startup_timeout, "startup_timeout"):
@@ -680,7 +751,8 @@ class _Statements:
         self.connection = connection
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        return await self._database.answer(self.connection.fetch, self._database.queries[query], *args)
+        text = self._database.queries[query]
+        return await self._database.answer(self.connection, self.connection.fetch, text, *args)
 
     def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
         return self._database.part(self.connection, self._untold)

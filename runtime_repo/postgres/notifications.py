@@ -114,11 +114,15 @@ class Listener:
 
     async def _run(self, listen: Callable[[Hear], AbstractAsyncContextManager[Any]]) -> None:
         pause = _PAUSE_FIRST
+        is_down = False
         while True:
             try:
                 async with listen(self._hear) as lost:
                     self.is_listening = True
                     pause = _PAUSE_FIRST
+                    if is_down:
+                        _log.info("listening again")
+                        is_down = False
                     # What was told before is not heard any more.
                     self._wake()
                     await lost()
@@ -126,7 +130,10 @@ class Listener:
                 _log.warning("waiting workers look once a second: %s", error)
                 return
             except Exception as error:  # noqa: BLE001 - also what the application's own connect or init raises
-                _log.warning("not listening, waiting workers look once a second instead: %s", _words(error))
+                # Once for each outage, however often it is tried.
+                level = logging.DEBUG if is_down else logging.WARNING
+                _log.log(level, "not listening, waiting workers look once a second instead: %s", _words(error))
+                is_down = True
             finally:
                 self.is_listening = False
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311

@@ -82,6 +82,8 @@ def meaning(error: BaseException, place: str, *, connecting: bool = False) -> Ru
             usual = _REMEDIES["08"]
         kind = DatabaseUnavailableError if connecting or code.startswith(_UNAVAILABLE) else RefusedError
         return kind(f"{place}: {_words(error)}: {_of(_REMEDIES, code) or usual}")
+    if isinstance(error, asyncpg.exceptions.TargetServerAttributeNotMatched):
+        return DatabaseUnavailableError(f"{place}: no server is as target_session_attrs wants it: try again later")
     if isinstance(error, asyncpg.exceptions.OutdatedSchemaCacheError):
         return DatabaseUnavailableError(f"{place}: the schema was changed meanwhile: repeat it")
     if isinstance(error, asyncpg.InterfaceError):
@@ -90,6 +92,8 @@ def meaning(error: BaseException, place: str, *, connecting: bool = False) -> Ru
             return DatabaseUnavailableError(f"{place}: the pool is closed: open another one")
         if is_lost(error):
             return DatabaseUnavailableError(f"{place}: the connection was lost: {_REMEDIES['08']}")
+        if connecting:
+            return DatabaseUnavailableError(f"{place}: {_words(error)}: {_REMEDIES['08']}")
         return DatabaseUnavailableError(
             f"{place}: the connection is used by another task at this moment: let one task use it at a time"
         )

@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import contextlib
+import functools
 import inspect
 import socket
 import time
@@ -18,9 +19,8 @@ import pytest
 
 import runtime_repo
 from runtime_repo import ConfigurationError, DatabaseUnavailableError, Lease, PostgresRuntimeRepository
-from runtime_repo.database import Lost
 from runtime_repo.leases import Leases
-from runtime_repo.postgres import database
+from runtime_repo.postgres import connections, database
 from runtime_repo.schema import load_migrations
 from runtime_repo.shielding import finish, settle
 
@@ -251,29 +251,54 @@ async def test_a_verb_works_again_as_soon_as_a_new_connection_does(
                 await upsert(repo)
 
 
+@pytest.mark.parametrize("verb", [upsert, transact, claim])
 async def test_what_waits_for_an_answer_that_was_lost_is_told(
-    relay: Relay, make: Make, monkeypatch: pytest.MonkeyPatch
+    relay: Relay, make: Make, monkeypatch: pytest.MonkeyPatch, verb: Verb
 ) -> None:
-    """A connection that listens finds the silence out, and once a new one works, nobody waits any more for the old."""
-    monkeypatch.setattr(database, "_LISTEN_CHECK", 0.2)
-    monkeypatch.setattr(database, "_GRACE", 0.1)
+    """As soon as a new connection works the server is asked, and says that it does nothing there."""
+    quickly(monkeypatch)
     repo = await make(verb_timeout=None)
-    waiting = asyncio.ensure_future(repo.attempts.wait())
-    await asyncio.sleep(0.1)
-    await upsert(repo)
-    relay.cut()
+    await verb(repo)
+    await asyncio.sleep(0.02)
+    relay.fall_silent()
+    lost = asyncio.ensure_future(verb(repo))
+    _, waiting = await asyncio.wait([lost], timeout=0.5)
+    assert waiting
+    relay.work()
     with within(5), pytest.raises(DatabaseUnavailableError):
-        await upsert(repo)
-    await repo.attempts.enqueue("run")
-    async with asyncio.timeout(5):
-        assert await waiting
+        await lost
+    with within(1):
+        await verb(repo)
+
+
+async def test_what_waits_for_a_lock_goes_on_waiting(
+    make: Make, monkeypatch: pytest.MonkeyPatch, postgres: asyncpg.Connection, postgres_schema: str
+) -> None:
+    """The server says that it is at work on it, however often it is asked."""
+    quickly(monkeypatch)
+    repo = await make()
+    await upsert(repo)
+    async with postgres.transaction():
+        await postgres.execute(f"lock table {postgres_schema}.runtime_jobs in access exclusive mode")
+        waiting = asyncio.ensure_future(upsert(repo))
+        await asyncio.sleep(0.6)
+        assert not waiting.done()
+    await waiting
+
+
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is overdue be asked about soon."""
+    monkeypatch.setattr(database, "_WATCH", 0.05)
+    monkeypatch.setattr(database, "_OVERDUE", 0.1)
+    monkeypatch.setattr(database, "_GRACE", 0.1)
+    monkeypatch.setattr(connections, "_TRY", 0.2)
 
 
 async def test_a_silent_look_ends_with_the_startup_timeout(relay: Relay, make: Make) -> None:
     """The connection was made, and then says nothing: tried again on another, which is as silent."""
     relay.silent_at = b"runtime_schema_migrations"
     repo = make(startup_timeout=1)
-    with within(1 + 2 * SOON), pytest.raises((DatabaseUnavailableError, Lost)):
+    with within(1 + 2 * SOON), pytest.raises(DatabaseUnavailableError):
         await repo
     relay.silent_at = None
     await repo
@@ -307,8 +332,10 @@ async def silent_host() -> AsyncIterator[int]:
         writer.close()
 
 
-@pytest.mark.parametrize("form", ["netloc", "query", "options"])
-@pytest.mark.parametrize("wanted", [None, "read-write", "prefer-standby"])
+@pytest.mark.parametrize(
+    ("form", "wanted"),
+    [("netloc", None), ("query", "read-write"), ("options", "prefer-standby"), ("netloc", "prefer-standby")],
+)
 async def test_of_several_hosts_a_silent_one_is_passed_over(
     postgres_url: str, postgres_schema: str, form: str, wanted: str | None
 ) -> None:
@@ -325,18 +352,18 @@ async def test_of_several_hosts_a_silent_one_is_passed_over(
         else:
             dsn = f"postgresql://{user}@{parts.path}"
             options |= {"host": ["127.0.0.1", "127.0.0.1"], "port": ports}
-        with within(3):
-            async with PostgresRuntimeRepository(dsn, schema=postgres_schema, startup_timeout=3, **options) as repo:
+        with within(2):
+            async with PostgresRuntimeRepository(dsn, schema=postgres_schema, startup_timeout=1.5, **options) as repo:
                 assert await repo.attempts.find("a") is None
 
 
 async def test_a_silent_host_does_not_take_all_of_the_startup_timeout(relay: Relay, make: Make) -> None:
     """It is tried again, for it may be there by then."""
     relay.is_silent = True
-    boot = asyncio.ensure_future(make(startup_timeout=4).ensure_schema())
+    boot = asyncio.ensure_future(make(startup_timeout=2).ensure_schema())
     await asyncio.sleep(0.1)
     relay.work()
-    async with asyncio.timeout(3.5):
+    async with asyncio.timeout(1.9):
         await boot
 
 
@@ -470,16 +497,21 @@ async def test_the_look_of_an_inspection_leaves_nothing(
     assert await repo.attempts.find("a") is None
 
 
-def calls(name: str) -> list[tuple[Path, ast.Call]]:
-    """Every call in the package of something of this name."""
+@functools.cache
+def all_calls() -> list[tuple[Path, str, ast.Call]]:
+    """Every call in the package, with the name of what is called."""
     found = []
     for path in Path(runtime_repo.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call):
-                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                if called == name:
-                    found.append((path, node))
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                found.append((path, name, node))
     return found
+
+
+def calls(name: str) -> list[tuple[Path, ast.Call]]:
+    """Every call in the package of something of this name."""
+    return [(path, node) for path, called, node in all_calls() if called == name]
 
 
 def test_nothing_shielded_is_unbounded() -> None:

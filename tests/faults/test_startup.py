@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import Mock
 
 import asyncpg
@@ -107,6 +108,25 @@ async def test_what_waiting_cannot_mend_fails_at_once(
         await place.repository(startup_timeout=60)
     assert tries.call_count == 1
     assert "wrong" not in str(caught.value)
+
+
+@on_postgres
+async def test_a_machine_without_a_descriptor_or_a_thread_left_is_waited_for(
+    lab: PostgresLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others of its processes end: that is an outage like any other."""
+    troubles: list[Exception] = [OSError(24, "Too many open files"), RuntimeError("can't start new thread")]
+    connect = asyncpg.connect
+
+    async def meet_trouble(*args: Any, **options: Any) -> Any:
+        if troubles:
+            raise troubles.pop()
+        return await connect(*args, **options)
+
+    monkeypatch.setattr(asyncpg, "connect", meet_trouble)
+    async with lab.repository(startup_timeout=20) as repository:
+        assert repository.boot_report.to_version == 2
+    assert not troubles
 
 
 async def test_a_server_that_went_away_and_came_back_is_booted_again(
