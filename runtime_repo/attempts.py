@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Any
 
 from runtime_repo import fencing
@@ -41,6 +42,7 @@ from runtime_repo.values import (
     check_count,
     check_id,
     check_iterable,
+    check_key,
     check_same,
     instant_ms,
     new_id,
@@ -63,6 +65,9 @@ _LONGEST_LOOK = 5.0
 _Token = tuple[str, int, str]
 """What a lease is known by: its attempt, its fencing token and its id."""
 
+_token: Callable[[Row], _Token] = itemgetter("attempt_id", "lease_version", "lease_id")
+"""Which lease an attempt was given out under last."""
+
 _IDENTITY = ("run_id", "queue", "payload_json")
 """What the same id must have in common, to be the same attempt."""
 
@@ -71,8 +76,9 @@ class Attempts:
     """
     The verbs on attempts. Every write is safe to repeat: a call that was cancelled or timed out may have happened.
 
-    Payloads and results are JSON of at most 16 MiB and 100 levels, ids and names have 1 to 512 bytes of UTF-8 without
-    NUL; whatever cannot be stored raises ``ConfigurationError`` before anything is written.
+    Payloads and results are JSON of at most 16 MiB and 100 levels, ids and names have 1 to 512 characters without
+    NUL and at most 1,024 bytes of UTF-8, an attempt's own id 1,536; whatever cannot be stored raises
+    ``ConfigurationError`` before anything is written.
 
     *now* is for tests: it stands in for the database's clock, which judges everything otherwise.
     """
@@ -169,12 +175,12 @@ class Attempts:
 
     async def find(self, attempt_id: str) -> Attempt | None:
         """Return an attempt, or None."""
-        rows = await self._queries.fetch("attempts.find", check_id("attempt_id", attempt_id))
+        rows = await self._queries.fetch("attempts.find", check_key("attempt_id", attempt_id))
         return attempt_from_row(rows[0]) if rows else None
 
     async def _stored(self, attempt_id: str) -> Sequence[Row]:
         """What an answer to a repeated call is made from: it waits for the standbys, as the first call did."""
-        return await self._queries.fetch("attempts.stored", check_id("attempt_id", attempt_id))
+        return await self._queries.fetch("attempts.stored", check_key("attempt_id", attempt_id))
 
     async def list(
         self,
@@ -251,7 +257,9 @@ class Attempts:
             while True:
                 row = await self._look(names)
                 now_ms = row["now_ms"] if begun_ms is None else begun_ms + (time.monotonic() - begun) * 1000
-                due = math.inf if row["next_ms"] is None else (row["next_ms"] - now_ms) / 1000
+                # What is no number is no time, and never comes.
+                next_ms = row["next_ms"] if isinstance(row["next_ms"], (int, float)) else math.inf
+                due = (next_ms - now_ms) / 1000
                 if due <= 0:
                     return True
                 left = deadline - time.monotonic()
@@ -321,24 +329,19 @@ class Attempts:
         are finished all the same. Repeating the call gives the same answers. At most 10,000 at once, whose results may
         have 64 MiB of JSON together.
         """
-        pairs = _pairs(results)
+        keys: list[_Token] = []
         given: dict[_Token, dict[str, Any]] = {}
         size = 0
-        for lease, result in pairs:
+        for lease, result in _pairs(results):
             check_lease(lease)
+            key = attempt_id, token, lease_id = lease.attempt_id, lease.version, lease.lease_id
+            keys.append(key)
             text = to_json("result", result)
             size += len(text or "")
             # Of a lease that is given twice the first result counts, as in two calls.
-            given.setdefault(
-                (lease.attempt_id, lease.version, lease.lease_id),
-                {
-                    "attempt_id": lease.attempt_id,
-                    "token": lease.version,
-                    "lease_id": lease.lease_id,
-                    "result_json": text,
-                },
-            )
-        check_batch("results", len(pairs), size)
+            if key not in given:
+                given[key] = {"attempt_id": attempt_id, "token": token, "lease_id": lease_id, "result_json": text}
+        check_batch("results", len(keys), size)
         if not given:
             return []
         rows = await self._queries.fetch("attempts.complete_many", _array(given.values()), instant_ms("now", now))
@@ -350,7 +353,7 @@ class Attempts:
             elif _token(row) in rest and row["status"] in (AttemptStatus.LEASED, AttemptStatus.RUNNING):
                 raise skipped(f"attempt {row['attempt_id']!r}")
         self._queries.after_commit(lambda: fencing.ended(lease_id for _, _, lease_id in held & given.keys()))
-        return [(lease.attempt_id, lease.version, lease.lease_id) in held for lease, _ in pairs]
+        return [key in held for key in keys]
 
     async def fail(
         self,
@@ -401,7 +404,7 @@ class Attempts:
             NotFoundError: There is none with this id.
             InvalidTransitionError: It has completed or failed already.
         """
-        rows = await self._queries.fetch("attempts.cancel", check_id("attempt_id", attempt_id), instant_ms("now", now))
+        rows = await self._queries.fetch("attempts.cancel", check_key("attempt_id", attempt_id), instant_ms("now", now))
         attempt = await self._as_it_is(attempt_id, rows)
         if not (rows or attempt.status.is_final):
             raise skipped(f"attempt {attempt_id!r}")
@@ -419,7 +422,7 @@ class Attempts:
             NotFoundError: There is none with this id.
             InvalidTransitionError: It has completed or was cancelled.
         """
-        rows = await self._queries.fetch("attempts.retry", check_id("attempt_id", attempt_id))
+        rows = await self._queries.fetch("attempts.retry", check_key("attempt_id", attempt_id))
         attempt = await self._as_it_is(attempt_id, rows)
         if not rows and attempt.status is AttemptStatus.FAILED:
             raise skipped(f"attempt {attempt_id!r}")
@@ -456,7 +459,7 @@ class Attempts:
 def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
     """What is stored of a new attempt, checked, in the order in which a single one is given to its statement."""
     return {
-        "attempt_id": make_id() if new.attempt_id is None else check_id("attempt_id", new.attempt_id),
+        "attempt_id": make_id() if new.attempt_id is None else check_key("attempt_id", new.attempt_id),
         "run_id": check_id("run_id", new.run_id),
         "retry_at_ms": instant_ms("not_before", new.not_before),
         "queue": check_id("queue", new.queue),
@@ -491,8 +494,3 @@ def _pairs(results: Iterable[tuple[Lease, Any]]) -> Sequence[tuple[Lease, Any]]:
 
 async def _stored_many(queries: Queries, ids: Collection[str]) -> Sequence[Row]:
     return await queries.fetch("attempts.stored_many", json.dumps(sorted(ids))) if ids else ()
-
-
-def _token(row: Row) -> _Token:
-    """Which lease an attempt was given out under last."""
-    return row["attempt_id"], row["lease_version"], row["lease_id"]

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from runtime_repo.database import Queries
-from runtime_repo.errors import NotFoundError
+from runtime_repo.errors import NotFoundError, UnreadableRowError
 from runtime_repo.records import AuditEntry, Page, audit_entry_from_row, page
 from runtime_repo.values import check_count, check_id, instant_ms, to_json, written
 
@@ -90,7 +90,10 @@ class Audit:
             moments = await self._queries.fetch("audit.find_moment", last)
             if not moments:
                 raise NotFoundError("audit entry", str(last))
-            end = min(end, (moments[0]["created_at_ms"], last))
+            moment = moments[0]["created_at_ms"]
+            if not isinstance(moment, int):
+                raise UnreadableRowError("runtime_audit_logs", str(last), "its time is no whole number")
+            end = min(end, (moment, last))
         query, which = "audit.list", tuple[str | None, ...]()
         if of_request is not None:
             query, which = "audit.list_by_request", (of_request, of_action)

@@ -15,6 +15,7 @@ from runtime_repo.values import (
     check_choice,
     check_count,
     check_id,
+    check_key,
     check_same,
     instant_ms,
     json_text,
@@ -59,11 +60,11 @@ class Interrupts:
         Raises:
             PayloadMismatchError: The id is stored already with another thread, run, attempt or value.
         """
-        interrupt_id = new_id() if interrupt_id is None else check_id("interrupt_id", interrupt_id)
+        interrupt_id = new_id() if interrupt_id is None else check_key("interrupt_id", interrupt_id)
         given = {
             "thread_id": check_id("thread_id", thread_id),
             "run_id": check_id("run_id", run_id),
-            "attempt_id": check_id("attempt_id", attempt_id),
+            "attempt_id": check_key("attempt_id", attempt_id),
             "value": as_read(json_text("value", value)),
         }
         rows = await self._queries.fetch("interrupts.create", interrupt_id, *given.values(), instant_ms("now", now))
@@ -95,7 +96,7 @@ class Interrupts:
 
     async def find(self, interrupt_id: str) -> Interrupt | None:
         """Return an interrupt, or None."""
-        rows = await self._queries.fetch("interrupts.find", check_id("interrupt_id", interrupt_id))
+        rows = await self._queries.fetch("interrupts.find", check_key("interrupt_id", interrupt_id))
         return interrupt_from_row(rows[0]) if rows else None
 
     async def list(
@@ -143,7 +144,7 @@ class Interrupts:
         text = as_read(json_text("payload", payload))
         digest = hashlib.sha256(text.encode()).hexdigest()
         rows = await self._queries.fetch(
-            "interrupts.resume", check_id("interrupt_id", interrupt_id), text, digest, instant_ms("now", now)
+            "interrupts.resume", check_key("interrupt_id", interrupt_id), text, digest, instant_ms("now", now)
         )
         interrupt = await self._as_it_is(interrupt_id, rows)
         if interrupt.resume_payload_hash is None:
@@ -160,7 +161,7 @@ class Interrupts:
             NotFoundError: There is none with this id.
             InvalidTransitionError: It has been answered already.
         """
-        rows = await self._queries.fetch("interrupts.cancel", check_id("interrupt_id", interrupt_id))
+        rows = await self._queries.fetch("interrupts.cancel", check_key("interrupt_id", interrupt_id))
         interrupt = await self._as_it_is(interrupt_id, rows)
         if interrupt.status is not InterruptStatus.CANCELLED:
             raise InvalidTransitionError("interrupt", interrupt_id, status=interrupt.status, verb="cancel")

@@ -24,7 +24,7 @@ class Jobs:
         """
         Say how a thread is doing, whether it was heard of before or not.
 
-        The status is the application's own: any text of 1 to 512 bytes. ``created_at`` is kept and
+        The status is the application's own: any text of 1 to 512 characters. ``created_at`` is kept and
         ``updated_at`` moves, also when the status is the one that is stored. Repeating the call is safe; of two that
         differ the one that comes last stays.
         """

@@ -40,6 +40,7 @@ from runtime_repo.values import (
     check_count,
     check_id,
     check_iterable,
+    check_key,
     from_ms,
     instant_ms,
     new_id,
@@ -114,7 +115,7 @@ class Leases:
         """
         lease_id = new_id()
         given = (
-            check_id("attempt_id", attempt_id),
+            check_key("attempt_id", attempt_id),
             check_id("worker_id", worker_id),
             span_ms("ttl", ttl, positive=True),
             lease_id,

@@ -545,7 +545,7 @@ def _known(kind: type[S], status: str) -> S:
 
 
 def _unknown(kind: type[StrEnum], status: object) -> ValueError:
-    return ValueError(f"its status {status!r} is unknown, known are {', '.join(kind)}")
+    return ValueError(f"it has the unknown status {status!r}; known are {', '.join(kind)}")
 
 
 def _unreadable(table: str, key: object, error: Exception) -> UnreadableRowError:

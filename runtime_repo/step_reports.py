@@ -6,7 +6,7 @@ from typing import Any
 from runtime_repo.database import Queries
 from runtime_repo.fencing import check_lease, refused
 from runtime_repo.records import Lease, Page, StepReport, page, step_report_from_row
-from runtime_repo.values import as_read, canonical, check_count, check_id, check_same, instant_ms, to_json
+from runtime_repo.values import as_read, canonical, check_count, check_id, check_key, check_same, instant_ms, to_json
 
 __all__ = ["StepReports"]
 
@@ -85,7 +85,7 @@ class StepReports:
         Pass the last ``report_id`` of a page as *after* to get the next, also later: whatever is stored after a page
         was read comes after it. What cannot be read is left out, and told in the page's ``unreadable``.
         """
-        of_attempt = check_id("attempt_id", attempt_id)
+        of_attempt = check_key("attempt_id", attempt_id)
         return await page(
             lambda after, limit: self._queries.fetch("step_reports.list", of_attempt, after, limit),
             step_report_from_row,

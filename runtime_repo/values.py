@@ -28,6 +28,7 @@ __all__ = [
     "check_count",
     "check_id",
     "check_iterable",
+    "check_key",
     "check_same",
     "from_json",
     "from_ms",
@@ -45,8 +46,10 @@ __all__ = [
     "written",
 ]
 
-MAX_ID_BYTES = 512
-"""Two or three of them fit into an index row of PostgreSQL's, which has 2,704 bytes."""
+MAX_ID_LENGTH = 512
+MAX_ID_BYTES = 1024
+MAX_KEY_BYTES = 1536
+"""A key and one other fit into a row of an index of PostgreSQL's, which has 2,704 bytes."""
 
 MAX_SPAN_MS = 1000 * 366 * 86_400_000
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
@@ -65,6 +68,7 @@ _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # Made once: json.dumps makes one for each value, unless it is to write what it writes by default.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_TOLERANT = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 @lru_cache(maxsize=128)  # what one statement wrote has one time, and is read together
@@ -102,16 +106,23 @@ def span_ms(name: str, value: timedelta, *, positive: bool = False) -> int:
     return milliseconds
 
 
-def check_id(name: str, value: str) -> str:
-    """An id or a name that both databases can store."""
-    if isinstance(value, str) and 0 < len(value) <= MAX_ID_BYTES:
+def check_id(name: str, value: str, *, most: int = MAX_ID_BYTES) -> str:
+    """An id or a name that both databases can store, alone and in every index."""
+    if isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH:
         if value.isascii():
             if "\0" not in value:
                 return value
-        elif is_text(value) and len(value.encode()) <= MAX_ID_BYTES:
+        elif is_text(value) and len(value.encode()) <= most:
             return value
     shown = repr(value) if not isinstance(value, str) or len(value) <= 80 else f"{len(value)} characters long"
-    raise ConfigurationError(f"{name} is {shown}: expected text of 1 to {MAX_ID_BYTES} bytes of UTF-8 without NUL")
+    raise ConfigurationError(
+        f"{name} is {shown}: expected 1 to {MAX_ID_LENGTH} characters without NUL, at most {most} bytes of UTF-8"
+    )
+
+
+def check_key(name: str, value: str) -> str:
+    """An attempt's or an interrupt's id, which may be longer than what stands beside it in an index."""
+    return check_id(name, value, most=MAX_KEY_BYTES)
 
 
 def queue_names(queues: str | Sequence[str]) -> Sequence[str]:
@@ -126,7 +137,7 @@ def queue_names(queues: str | Sequence[str]) -> Sequence[str]:
 
 def check_after(value: str) -> str:
     """The id after which a page begins; the first page begins after the empty one."""
-    return value if value == "" else check_id("after", value)
+    return value if value == "" else check_key("after", value)
 
 
 def is_text(value: str) -> bool:
@@ -205,7 +216,7 @@ def to_json(name: str, value: Any) -> str | None:
 def json_text(name: str, value: Any) -> str:
     """Canonical JSON also of None, where that is a value like any other."""
     try:
-        text = canonical(value)
+        text = _encoded(_CANONICAL, value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"{name} cannot be stored as JSON: {error}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and not _is_shallow(text):
@@ -221,8 +232,15 @@ def json_text(name: str, value: Any) -> str:
 
 
 def canonical(value: Any) -> str:
-    """JSON of *value*, the same for equal values, however deep it nests."""
-    return _on_its_own_stack(_CANONICAL.encode, value)
+    """JSON of what was stored, the same for equal values: another program may have nested deeper, or written NaN."""
+    return _encoded(_TOLERANT, value)
+
+
+def _encoded(encoder: json.JSONEncoder, value: Any) -> str:
+    try:
+        return encoder.encode(value)
+    except RecursionError:
+        return _on_its_own_stack(encoder.encode, value)
 
 
 def _is_shallow(text: str) -> bool:
@@ -246,18 +264,25 @@ def from_json(text: str | None) -> Any:
         ValueError: It is no JSON, or nests too deep to be parsed.
     """
     try:
-        return None if text is None else _on_its_own_stack(json.loads, text)
+        return None if text is None else json.loads(text)
+    except RecursionError:
+        pass
+    except ValueError as error:
+        raise _no_json(error) from None
+    try:
+        return _on_its_own_stack(json.loads, text)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"it holds what is no JSON, or nests too deep ({error})") from None
+        raise _no_json(error) from None
+
+
+def _no_json(error: Exception) -> ValueError:
+    return ValueError(f"it holds what is no JSON, or nests too deep ({error})")
 
 
 def _on_its_own_stack(work: Callable[[Any], T], value: Any) -> T:
-    """Do what recurses; where the caller has left too little of the stack, in a thread, which begins with all of it."""
-    try:
-        return work(value)
-    except RecursionError:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(work, value).result()
+    """Do what recurses in a thread, which begins with all of the stack, however little the caller has left of it."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work, value).result()
 
 
 def new_id() -> str:

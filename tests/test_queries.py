@@ -136,6 +136,67 @@ async def test_postgres_finds_what_is_rare_by_its_index(
         await postgres.execute("deallocate page")
 
 
+async def test_a_look_at_an_idle_queue_reads_no_table(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """Whatever is ready in others: a waiting worker looks every few seconds. In a generic plan, and in one for it."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema):
+        pass
+    await postgres.execute(
+        f"insert into {postgres_schema}.runtime_attempts (attempt_id, run_id, attempt_no, status, queue) "
+        f"select 'a' || n, 'r', 1, 'queued', 'busy' from generate_series(1, 50000) as n; "
+        f"analyze {postgres_schema}.runtime_attempts"
+    )
+    query = load_queries("postgres", schema=postgres_schema, now_ms="0::bigint")["attempts.next"]
+    await postgres.execute(f"prepare look (text) as {query}")
+    for mode in ("force_generic_plan", "force_custom_plan"):
+        await postgres.execute(f"set plan_cache_mode = {mode}")
+        plan = "\n".join(row[0] for row in await postgres.fetch("""explain execute look ('["idle"]')"""))
+        assert "Seq Scan" not in plan, (mode, plan)
+        assert "idx_runtime_attempts_ready" in plan, (mode, plan)
+        (blocks,) = re.findall(
+            r"Buffers: shared hit=(\d+)",
+            "\n".join(
+                row[0] for row in await postgres.fetch("""explain (analyze, buffers) execute look ('["idle"]')""")
+            ).split("Planning")[0],
+        )[:1]
+        assert int(blocks) < 20, blocks
+
+
+async def test_a_sweep_and_a_claim_of_many_read_no_table(
+    postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """Each attempt is looked up by its id, whichever plan serves."""
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema):
+        pass
+    await postgres.execute(
+        f"insert into {postgres_schema}.runtime_attempts (attempt_id, run_id, attempt_no, status, queue) "
+        f"select 'a' || n, 'r', 1, case when n < 5000 then 'leased' else 'queued' end, 'busy' "
+        f"from generate_series(1, 50000) as n; "
+        f"insert into {postgres_schema}.runtime_leases "
+        f"(lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version) "
+        f"select 'l' || n, 'a' || n, 'w', n, 0, 1 from generate_series(1, 4999) as n; "
+        f"analyze {postgres_schema}.runtime_attempts, {postgres_schema}.runtime_leases"
+    )
+    queries = load_queries("postgres", schema=postgres_schema, now_ms="0::bigint")
+    for name, given in {
+        "leases.requeue_expired": "100, 9000, 0",
+        "leases.claim": """'busy', 'w', 1000, '["1", "2"]', 9000""",
+        "leases.claim_from_several": """'["busy"]', 'w', 1000, '["1", "2"]', 9000""",
+        "leases.heartbeat_many": """'[{"lease_id": "l1", "attempt_id": "a1", "token": 1}]', 1000, 0""",
+        "attempts.complete_many": """'[{"lease_id": "l1", "attempt_id": "a1", "token": 1}]', 9000""",
+        "attempts.stored_many": """'["a1"]'""",
+        "attempts.prune": "0, 100, 9000",
+    }.items():
+        kinds = ", ".join(kind.name for kind in (await postgres.prepare(queries[name])).get_parameters())
+        await postgres.execute(f"prepare many ({kinds}) as {queries[name]}")
+        for mode in ("force_generic_plan", "force_custom_plan"):
+            await postgres.execute(f"set plan_cache_mode = {mode}")
+            plan = "\n".join(row[0] for row in await postgres.fetch(f"explain execute many ({given})"))
+            assert "Seq Scan on runtime_attempts" not in plan, (name, mode, plan)
+        await postgres.execute("deallocate many")
+
+
 MANY_REPORTS = """
 insert into {schema}.runtime_step_reports (worker_id, attempt_id, action_id, status, dedupe_token, created_at_ms)
   with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < 20000)

@@ -37,8 +37,10 @@ _COLUMNS = {
 _DIALECTS = {
     # A row that is locked is a write: its commit waits for the standbys, as that of the write does which it stands for.
     # SQLite's have nobody to wait for.
-    "sqlite": {"durably": ""},
-    "postgres": {"durably": "for no key update"},
+    # A name that is not qualified may be another user's: of functions PostgreSQL takes the one that matches best, in
+    # whichever schema of the search path it is.
+    "sqlite": {"durably": "", "pg_catalog": ""},
+    "postgres": {"durably": "for no key update", "pg_catalog": "pg_catalog."},
 }
 
 

@@ -28,8 +28,9 @@ insert into {schema}.runtime_attempts
        (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
 select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
        coalesce($2, {now_ms})
-  from json_to_recordset($1::text::json) as given (attempt_id text, run_id text, retry_at_ms bigint, queue text,
-                                                   priority int, payload_json text, max_attempts int)
+  from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as given (
+           attempt_id pg_catalog.text, run_id pg_catalog.text, retry_at_ms bigint, queue pg_catalog.text, priority int,
+           payload_json pg_catalog.text, max_attempts int)
  order by attempt_id
     on conflict (attempt_id) do nothing
 returning attempt_id;
@@ -52,8 +53,9 @@ insert into {schema}.runtime_attempts
        (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
 select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
        coalesce($2, {now_ms})
-  from json_to_recordset($1::text::json) as given (attempt_id text, run_id text, retry_at_ms bigint, queue text,
-                                                   priority int, payload_json text, max_attempts int);
+  from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as given (
+           attempt_id pg_catalog.text, run_id pg_catalog.text, retry_at_ms bigint, queue pg_catalog.text, priority int,
+           payload_json pg_catalog.text, max_attempts int);
 
 -- name: enqueue_new @sqlite
 -- As above.
@@ -65,11 +67,12 @@ select json_extract(value, '$.attempt_id'), json_extract(value, '$.run_id'), 1, 
   from json_each($1);
 
 -- name: stored_many @postgres
--- As stored, for the ids of a JSON array, locked in the order of ids. An array is looked up in the index; IN (SELECT) can
--- become a scan.
+-- As stored, for the ids of a JSON array, locked in the order of ids. An array is looked up in the index; IN (SELECT)
+-- can become a scan.
 select {attempt}
   from {schema}.runtime_attempts
- where attempt_id = any (array(select value from json_array_elements_text($1::text::json)))
+ where attempt_id = any (array(
+           select value from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json)))
  order by attempt_id
    {durably};
 
@@ -85,8 +88,8 @@ select {attempt}
   from {schema}.runtime_attempts
  where run_id = $1
    and attempt_id > $2
-   and (cast($4 as text) is null or status = $4)
-   and (cast($5 as text) is null or queue = $5)
+   and (cast($4 as {pg_catalog}text) is null or status = $4)
+   and (cast($5 as {pg_catalog}text) is null or queue = $5)
  order by attempt_id
  limit $3;
 
@@ -96,7 +99,7 @@ select {attempt}
   from {schema}.runtime_attempts
  where status = $1
    and attempt_id > $2
-   and (cast($4 as text) is null or queue = $4)
+   and (cast($4 as {pg_catalog}text) is null or queue = $4)
  order by attempt_id
  limit $3;
 
@@ -105,7 +108,7 @@ select {attempt}
 select {attempt}
   from {schema}.runtime_attempts
  where attempt_id > $1
-   and (cast($3 as text) is null or queue = $3)
+   and (cast($3 as {pg_catalog}text) is null or queue = $3)
  order by attempt_id
  limit $2;
 
@@ -133,9 +136,10 @@ select {attempt}
  limit $2;
 
 -- name: next @postgres
--- When something of the queues ($1, a JSON array) can be claimed: NULL is never, as things stand. For EXISTS, which wants
--- no order, PostgreSQL reads the table if much is queued anywhere, and SQLite all that is; the order leads to the queue's.
-select min(case when (select attempt_id
+-- When something of the queues ($1, a JSON array) can be claimed: NULL is never, as things stand. For EXISTS, which
+-- wants no order, PostgreSQL reads the table if much is queued anywhere, and SQLite all that is; the order leads them to
+-- the queue's own.
+select pg_catalog.min(case when (select attempt_id
                         from {schema}.runtime_attempts
                        where queue = named.queue
                          and status = 'queued'
@@ -151,7 +155,7 @@ select min(case when (select attempt_id
                        order by retry_at_ms, attempt_id
                        limit 1) end) as next_ms,
        {now_ms} as now_ms
-  from json_array_elements_text($1::text::json) as named (queue);
+  from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue);
 
 -- name: next @sqlite
 -- As above: each takes JSON apart in its own way.
@@ -207,16 +211,8 @@ select {attempt}
   from done;
 
 -- name: complete @sqlite
--- As above, in two statements of one transaction: SQLite has no data-modifying common table expressions. What the second
--- will not finish keeps its lease.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where attempt_id    = $1
-              and lease_version = $2
-              and lease_id      = $5
-              and status in ('leased', 'running'));
+-- As above, in two statements of one transaction: SQLite has no data-modifying common table expressions. What it
+-- has ended has no lease.
 update {schema}.runtime_attempts
    set status         = 'completed',
        result_json    = $3,
@@ -228,6 +224,13 @@ update {schema}.runtime_attempts
    and lease_id      = $5
    and status in ('leased', 'running')
 returning {attempt};
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id = $1
+              and lease_id   = $5
+              and ended_by   = 'complete');
 
 -- name: complete_many @postgres
 -- As complete, for each lease of a JSON array; returns those that were still their token's to finish. Locked in the
@@ -235,7 +238,8 @@ returning {attempt};
 -- leased.
 with given as (
     select attempt_id, token, lease_id, result_json
-      from json_to_recordset($1::text::json) as x (attempt_id text, token bigint, lease_id text, result_json text)
+      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
+               attempt_id pg_catalog.text, token bigint, lease_id pg_catalog.text, result_json pg_catalog.text)
 ), locked as (
     select a.attempt_id, given.token, given.lease_id, given.result_json
       from {schema}.runtime_attempts as a
@@ -249,7 +253,7 @@ with given as (
        set status         = 'completed',
            result_json    = locked.result_json,
            error          = null,
-           finished_at_ms = coalesce($2, {now_ms}),
+           finished_at_ms = (select coalesce($2, {now_ms})),
            ended_by       = 'complete'
       from locked
      where a.attempt_id    = locked.attempt_id
@@ -264,16 +268,8 @@ with given as (
 select attempt_id, lease_version, lease_id from done;
 
 -- name: complete_many @sqlite
--- As above, in two statements of one transaction. The plus keeps SQLite from reading all that is leased or running.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select a.attempt_id
-             from json_each($1) as given
-             join {schema}.runtime_attempts as a
-               on a.attempt_id    = json_extract(given.value, '$.attempt_id')
-              and a.lease_version = json_extract(given.value, '$.token')
-              and a.lease_id      = json_extract(given.value, '$.lease_id')
-            where +a.status in ('leased', 'running'));
+-- As above, in two statements of one transaction; what is completed has no lease. The plus keeps SQLite from reading all
+-- that is leased or running.
 update {schema}.runtime_attempts as a
    set status         = 'completed',
        result_json    = given.result_json,
@@ -288,6 +284,12 @@ update {schema}.runtime_attempts as a
    and a.lease_id      = given.lease_id
    and +a.status in ('leased', 'running')
 returning attempt_id, lease_version, lease_id;
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select a.attempt_id
+             from json_each($1) as given
+             join {schema}.runtime_attempts as a on a.attempt_id = json_extract(given.value, '$.attempt_id')
+            where +a.status = 'completed');
 
 -- name: fail @postgres
 -- Record a failed try: try again after a delay ($4, NULL is never), unless this was the last one.
@@ -313,14 +315,6 @@ select {attempt}
 
 -- name: fail @sqlite
 -- As above, in two statements of one transaction.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where attempt_id    = $1
-              and lease_version = $2
-              and lease_id      = $6
-              and status in ('leased', 'running'));
 update {schema}.runtime_attempts
    set status         = case when $4 is null or attempt_no >= max_attempts then 'failed' else 'retry_backoff' end,
        attempt_no     = case when $4 is null or attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
@@ -333,6 +327,13 @@ update {schema}.runtime_attempts
    and lease_id      = $6
    and status in ('leased', 'running')
 returning {attempt};
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id = $1
+              and lease_id   = $6
+              and ended_by   = 'fail');
 
 -- name: cancel @postgres
 -- End an attempt that is not final, and its lease: the holder learns it at its next write.
@@ -351,17 +352,17 @@ select {attempt}
 
 -- name: cancel @sqlite
 -- As above, in two statements of one transaction.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where attempt_id = $1
-              and status in ('queued', 'leased', 'running', 'retry_backoff'));
 update {schema}.runtime_attempts
    set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($2, {now_ms}), ended_by = 'cancel'
  where attempt_id = $1
    and status in ('queued', 'leased', 'running', 'retry_backoff')
 returning {attempt};
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id = $1
+              and ended_by   = 'cancel');
 
 -- name: retry
 -- Give a failed attempt one more try.
@@ -418,14 +419,17 @@ returning attempt_id;
 -- name: stats
 -- How much there is to do, queue by queue; what is due counts as ready.
 select queue,
-       count(case when status in ('queued', 'retry_backoff') and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
-                  then 1 end) as ready,
-       count(case when status in ('queued', 'retry_backoff') and retry_at_ms > coalesce($1, {now_ms}) then 1 end)
-           as delayed,
-       count(case when status in ('leased', 'running') then 1 end) as leased,
+       {pg_catalog}count(case when status in ('queued', 'retry_backoff')
+                               and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
+                              then 1 end) as ready,
+       {pg_catalog}count(case when status in ('queued', 'retry_backoff')
+                               and retry_at_ms > coalesce($1, {now_ms})
+                              then 1 end) as delayed,
+       {pg_catalog}count(case when status in ('leased', 'running') then 1 end) as leased,
        coalesce($1, {now_ms})
-           - min(case when status in ('queued', 'retry_backoff') and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
-                      then enqueued_at_ms end) as oldest_age_ms
+           - {pg_catalog}min(case when status in ('queued', 'retry_backoff')
+                                   and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
+                                  then enqueued_at_ms end) as oldest_age_ms
   from {schema}.runtime_attempts
  where status in ('queued', 'leased', 'running', 'retry_backoff')
  group by queue

@@ -32,7 +32,7 @@ select audit_id, actor_type, actor_id, actor_role, action, resource_type, resour
  where request_id = $5
    and created_at_ms >= $1
    and (created_at_ms, audit_id) < ($2, $3)
-   and (cast($6 as text) is null or action = $6)
+   and (cast($6 as {pg_catalog}text) is null or action = $6)
  order by created_at_ms desc, audit_id desc
  limit $4;
 

@@ -39,7 +39,7 @@ select interrupt_id, thread_id, run_id, attempt_id, value_json, status, created_
   from {schema}.runtime_interrupts
  where thread_id = $1
    and interrupt_id > $2
-   and (cast($4 as text) is null or status = $4)
+   and (cast($4 as {pg_catalog}text) is null or status = $4)
  order by interrupt_id
  limit $3;
 

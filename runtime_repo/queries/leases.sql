@@ -4,15 +4,19 @@
 -- Take up to as many attempts of one queue ($1) as there are lease ids ($4, a JSON array): the first among those that
 -- are ready and those that are due, skipping what a rival is claiming at this instant. What is due and not taken is
 -- promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no claim more
--- than that, and shrinks with each.
-with ready as (
+-- than that, and shrinks with each. Which lease id is whose is looked up in one object: what is chosen is thought to be
+-- one row, and joined to the attempts it would be read anew for each. A token stops at the last one that there is, where
+-- another program has put it there: the id is enough.
+with moment as (
+    select coalesce($5, {now_ms}) as at
+), ready as (
     select attempt_id, priority, enqueued_at_ms
       from {schema}.runtime_attempts
      where queue = $1
        and status = 'queued'
        and retry_at_ms is null
      order by priority desc, enqueued_at_ms, attempt_id
-     limit json_array_length($4::text::json)
+     limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
        for update skip locked
 ), due as (
     select attempt_id, priority, enqueued_at_ms
@@ -22,25 +26,26 @@ with ready as (
        and retry_at_ms is not null
        and retry_at_ms <= coalesce($5, {now_ms})
      order by retry_at_ms, attempt_id
-     limit json_array_length($4::text::json)
+     limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
        for update skip locked
 ), chosen as (
-    select attempt_id, row_number() over () as n
+    select attempt_id, pg_catalog.row_number() over () as n
       from (select attempt_id
               from (select attempt_id, priority, enqueued_at_ms from ready
                      union all
                     select attempt_id, priority, enqueued_at_ms from due) as candidates
              order by priority desc, enqueued_at_ms, attempt_id
-             limit json_array_length($4::text::json)) as first
+             limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)) as first
 ), claimed as (
-    update {schema}.runtime_attempts as a
-       set status = 'leased', retry_at_ms = null, lease_version = a.lease_version + 1, worker_id = $2,
-           lease_id = given.lease_id, ended_by = null
-      from chosen
-      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = chosen.n
-     where a.attempt_id = any (array(select attempt_id from chosen))
-       and a.attempt_id = chosen.attempt_id
-    returning {attempt_of_a}
+    update {schema}.runtime_attempts
+       set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
+           worker_id = $2, ended_by = null,
+           lease_id = (select pg_catalog.jsonb_object_agg(chosen.attempt_id, given.lease_id)
+                         from chosen
+                         join pg_catalog.json_array_elements_text($4::pg_catalog.text::pg_catalog.json) with ordinality
+                                  as given (lease_id, n) on given.n = chosen.n) ->> attempt_id
+     where attempt_id = any (array(select attempt_id from chosen))
+    returning {attempt}
 ), promoted as (
     update {schema}.runtime_attempts
        set status = 'queued', retry_at_ms = null
@@ -48,19 +53,18 @@ with ready as (
 ), leased as (
     insert into {schema}.runtime_leases as l
            (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select lease_id, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
-           coalesce($5, {now_ms})
+    select lease_id, attempt_id, $2, (select at from moment) + $3::bigint, (select at from moment), lease_version,
+           (select at from moment)
       from claimed
         on conflict (attempt_id) do update
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
-    returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select {lease}
-  from leased as l
-  join claimed as a on a.attempt_id = l.attempt_id
- order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
+select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
+       (select at from moment) as claimed_at_ms, {attempt}
+  from claimed
+ order by priority desc, enqueued_at_ms, attempt_id;
 
 -- name: claim @sqlite
 -- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
@@ -95,23 +99,26 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
    set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
-update {schema}.runtime_attempts as a
-   set status = 'leased', lease_version = a.lease_version + 1, worker_id = $2, lease_id = l.lease_id, ended_by = null
-  from {schema}.runtime_leases as l
- where l.lease_id in (select value from json_each($4))
-   and a.attempt_id = l.attempt_id;
+update {schema}.runtime_attempts
+   set status = 'leased', lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+       lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
+ where attempt_id in (
+           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
  where l.lease_id in (select value from json_each($4))
+   and a.lease_id = l.lease_id
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim_from_several @postgres
 -- As above, from several queues ($1, a JSON array): so many of each in its index's order, then the first of those. An
 -- array compared with the queue would sort all that is ready.
-with ready as (
+with moment as (
+    select coalesce($5, {now_ms}) as at
+), ready as (
     select found.attempt_id, found.priority, found.enqueued_at_ms
-      from json_array_elements_text($1::text::json) as named (queue)
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
      cross join lateral (
                select attempt_id, priority, enqueued_at_ms
                  from {schema}.runtime_attempts
@@ -119,11 +126,11 @@ with ready as (
                   and status = 'queued'
                   and retry_at_ms is null
                 order by priority desc, enqueued_at_ms, attempt_id
-                limit json_array_length($4::text::json)
+                limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
                   for update skip locked) as found
 ), due as (
     select found.attempt_id, found.priority, found.enqueued_at_ms
-      from json_array_elements_text($1::text::json) as named (queue)
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
      cross join lateral (
                select attempt_id, priority, enqueued_at_ms
                  from {schema}.runtime_attempts
@@ -132,25 +139,26 @@ with ready as (
                   and retry_at_ms is not null
                   and retry_at_ms <= coalesce($5, {now_ms})
                 order by retry_at_ms, attempt_id
-                limit json_array_length($4::text::json)
+                limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
                   for update skip locked) as found
 ), chosen as (
-    select attempt_id, row_number() over () as n
+    select attempt_id, pg_catalog.row_number() over () as n
       from (select attempt_id
               from (select attempt_id, priority, enqueued_at_ms from ready
                      union all
                     select attempt_id, priority, enqueued_at_ms from due) as candidates
              order by priority desc, enqueued_at_ms, attempt_id
-             limit json_array_length($4::text::json)) as first
+             limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)) as first
 ), claimed as (
-    update {schema}.runtime_attempts as a
-       set status = 'leased', retry_at_ms = null, lease_version = a.lease_version + 1, worker_id = $2,
-           lease_id = given.lease_id, ended_by = null
-      from chosen
-      join json_array_elements_text($4::text::json) with ordinality as given (lease_id, n) on given.n = chosen.n
-     where a.attempt_id = any (array(select attempt_id from chosen))
-       and a.attempt_id = chosen.attempt_id
-    returning {attempt_of_a}
+    update {schema}.runtime_attempts
+       set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
+           worker_id = $2, ended_by = null,
+           lease_id = (select pg_catalog.jsonb_object_agg(chosen.attempt_id, given.lease_id)
+                         from chosen
+                         join pg_catalog.json_array_elements_text($4::pg_catalog.text::pg_catalog.json) with ordinality
+                                  as given (lease_id, n) on given.n = chosen.n) ->> attempt_id
+     where attempt_id = any (array(select attempt_id from chosen))
+    returning {attempt}
 ), promoted as (
     update {schema}.runtime_attempts
        set status = 'queued', retry_at_ms = null
@@ -158,19 +166,18 @@ with ready as (
 ), leased as (
     insert into {schema}.runtime_leases as l
            (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select lease_id, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
-           coalesce($5, {now_ms})
+    select lease_id, attempt_id, $2, (select at from moment) + $3::bigint, (select at from moment), lease_version,
+           (select at from moment)
       from claimed
         on conflict (attempt_id) do update
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
-    returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
-select {lease}
-  from leased as l
-  join claimed as a on a.attempt_id = l.attempt_id
- order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
+select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
+       (select at from moment) as claimed_at_ms, {attempt}
+  from claimed
+ order by priority desc, enqueued_at_ms, attempt_id;
 
 -- name: claim_from_several @sqlite
 -- As above. SQLite has no lateral join; a correlated IN does the same, behind a cross join: that is never turned round,
@@ -216,22 +223,24 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
    set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
-update {schema}.runtime_attempts as a
-   set status = 'leased', lease_version = a.lease_version + 1, worker_id = $2, lease_id = l.lease_id, ended_by = null
-  from {schema}.runtime_leases as l
- where l.lease_id in (select value from json_each($4))
-   and a.attempt_id = l.attempt_id;
+update {schema}.runtime_attempts
+   set status = 'leased', lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+       lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
+ where attempt_id in (
+           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
  where l.lease_id in (select value from json_each($4))
+   and a.lease_id = l.lease_id
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim_attempt @postgres
 -- Take this attempt ($1), if it is ready or due, under the lease id $4.
 with claimed as (
     update {schema}.runtime_attempts
-       set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2,
+       set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
+           worker_id = $2,
            lease_id = $4, ended_by = null
      where attempt_id = $1
        and status in ('queued', 'retry_backoff')
@@ -274,7 +283,8 @@ update {schema}.runtime_attempts
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
- where l.lease_id = $4;
+ where l.lease_id = $4
+   and a.lease_id = l.lease_id;
 
 -- name: give_back @postgres
 -- Undo a claim whose caller was cancelled: the attempts are ready again and the try does not count. Returns their queues.
@@ -283,12 +293,14 @@ with mine as (
       from {schema}.runtime_attempts
      where attempt_id in (
                select attempt_id from {schema}.runtime_leases
-                where lease_id in (select value from json_array_elements_text($1::text::json)))
+                where lease_id in (
+                          select value
+                            from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json)))
      order by attempt_id
        for update
 ), ended as (
     delete from {schema}.runtime_leases
-     where lease_id in (select value from json_array_elements_text($1::text::json))
+     where lease_id in (select value from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json))
        and attempt_id in (select attempt_id from mine)
     returning attempt_id, version, lease_id
 )
@@ -337,7 +349,8 @@ returning heartbeat_at_ms, lease_expires_at_ms;
 -- writes several leases.
 with given as (
     select lease_id, attempt_id, token
-      from json_to_recordset($1::text::json) as x (lease_id text, attempt_id text, token bigint)
+      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
+               lease_id pg_catalog.text, attempt_id pg_catalog.text, token bigint)
 ), locked as (
     select given.lease_id, given.token
       from {schema}.runtime_attempts as a
@@ -391,14 +404,6 @@ select {attempt}
 
 -- name: release @sqlite
 -- As above, in two statements of one transaction.
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where attempt_id    = $1
-              and lease_version = $2
-              and lease_id      = $5
-              and status in ('leased', 'running'));
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3, ended_by = 'release'
  where attempt_id    = $1
@@ -406,6 +411,13 @@ update {schema}.runtime_attempts
    and lease_id      = $5
    and status in ('leased', 'running')
 returning {attempt};
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select attempt_id
+             from {schema}.runtime_attempts
+            where attempt_id = $1
+              and lease_id   = $5
+              and ended_by   = 'release');
 
 -- name: list
 -- One page of all leases, in the order of their ids, after the last id of the page before.
@@ -427,10 +439,10 @@ select {lease}
  limit $3;
 
 -- name: holder
--- Who holds an attempt now, and under which token.
+-- Who holds an attempt now, and under which token. A lease that outlived a cancel holds nothing.
 select a.status, a.lease_version, a.lease_id, l.worker_id
   from {schema}.runtime_attempts as a
-  left join {schema}.runtime_leases as l on l.attempt_id = a.attempt_id
+  left join {schema}.runtime_leases as l on l.attempt_id = a.attempt_id and a.status in ('leased', 'running')
  where a.attempt_id = $1;
 
 -- name: park @postgres

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime_repo import PostgresRuntimeRepository, RuntimeRepository, SqliteRuntimeRepository
+from runtime_repo import PostgresRuntimeRepository, RuntimeRepository, SqliteRuntimeRepository, api_keys
 
 Factory = Callable[[], RuntimeRepository]
 
@@ -37,6 +37,12 @@ async def repo(factory: Factory) -> AsyncIterator[RuntimeRepository]:
     """An open repository on a database of its own."""
     async with factory() as repository:
         yield repository
+
+
+@pytest.fixture(autouse=True)
+def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secrets are hashed at a fifth of the cost; whoever tests the cost sets it back."""
+    monkeypatch.setattr(api_keys, "_COST", (2**14, 8, 1))
 
 
 def runtime_schema(repo: RuntimeRepository) -> str:

@@ -3,19 +3,35 @@
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from typing import Any
 
 import anyio
 import pytest
 
-from runtime_repo import ApiKey, ApiKeyStatus, ConfigurationError, NotFoundError, RuntimeRepoError, RuntimeRepository
+from runtime_repo import (
+    ApiKey,
+    ApiKeyStatus,
+    ConfigurationError,
+    NotFoundError,
+    OverloadedError,
+    RuntimeRepoError,
+    RuntimeRepository,
+    UnreadableRowError,
+    api_keys,
+)
 from tests.contract.conftest import Clock, Factory
 
 MINUTE = timedelta(minutes=1)
 AT_ONCE = 4
 """How many hashes are computed at the same time."""
+
+WAITING = 64
+"""How many may wait for that."""
+
+COST = api_keys._COST
+"""That of a new hash, before the tests made it cheaper."""
 
 SALT = bytes(range(16))
 DIGEST = hashlib.sha256(SALT + b"right").digest()
@@ -98,14 +114,17 @@ async def test_any_text_can_be_a_secret(repo: RuntimeRepository, secret: str) ->
     assert await repo.api_keys.authenticate("k", secret[:-1] + "y") is None
 
 
-async def test_what_is_stored_is_scrypts_with_a_salt_of_its_own(repo: RuntimeRepository) -> None:
+async def test_what_is_stored_is_scrypts_with_a_salt_of_its_own(
+    repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The form of the design: whoever knows the secret can verify it; two keys with one secret have different rows."""
+    monkeypatch.setattr(api_keys, "_COST", COST)
     for name in ("a", "b"):
         await repo.api_keys.put(name, "right")
     stored = [row["secret_hash"].split("$") for row in await rows(repo)]
     for name, n, r, p, salt, digest in stored:
-        assert (name, n, r, p) == ("scrypt", "16384", "8", "1")
-        assert digest == hashlib.scrypt(b"right", salt=bytes.fromhex(salt), n=2**14, r=8, p=1, dklen=32).hex()
+        assert (name, n, r, p) == ("scrypt", "16384", "8", "5")
+        assert digest == hashlib.scrypt(b"right", salt=bytes.fromhex(salt), n=2**14, r=8, p=5, dklen=32).hex()
     assert stored[0][4] != stored[1][4]
 
 
@@ -187,12 +206,12 @@ def form(n: object = 2**14, r: object = 8, p: object = 1, salt: str = SALT.hex()
     return f"scrypt${n}${r}${p}${salt}${digest}"
 
 
-@pytest.mark.parametrize("n", [2**14, 2**15, 2**16])
-async def test_a_hash_of_up_to_four_times_the_cost_authenticates(repo: RuntimeRepository, n: int) -> None:
-    """As a later release may store it."""
+@pytest.mark.parametrize(("n", "p"), [(2**14, 1), (2**15, 1), (2**16, 1), (2**14, 8)])
+async def test_a_hash_of_another_cost_authenticates(repo: RuntimeRepository, n: int, p: int) -> None:
+    """As an earlier release stored it, and as a later one may."""
     await repo.api_keys.put("k", "other")
-    digest = hashlib.scrypt(b"right", salt=SALT, n=n, r=8, p=1, dklen=32, maxmem=2**28)
-    await change(repo, "k", secret_hash=form(n, digest=digest.hex()))
+    digest = hashlib.scrypt(b"right", salt=SALT, n=n, r=8, p=p, dklen=32, maxmem=2**28)
+    await change(repo, "k", secret_hash=form(n, p=p, digest=digest.hex()))
     assert await repo.api_keys.authenticate("k", "right")
     assert await repo.api_keys.authenticate("k", "other") is None
 
@@ -203,7 +222,17 @@ async def test_a_hash_of_up_to_four_times_the_cost_authenticates(repo: RuntimeRe
         *("", "right", "scrypt", "$2b$12$KIXQ4oN1Y9xQ1Z1Z1Z1Z1u", "pbkdf2$1000$00$00", DIGEST.hex(), "scrypt$$$$$"),
         *(form(2**31), form(2**62), form("9" * 400), form(2**17), form(2**13), form(2), form(0), form(-(2**14))),
         *(form(2**14 + 1), form("2**14"), form("016384"), form("١٦٣٨٤"), form(r=1), form(r=2**30), form(p=0)),
-        *(form(p=2**30), form(p=""), form() + "\n", form() + "$", " " + form(), form().upper(), form()[:-1]),
+        *(
+            form(p=2**30),
+            form(p=17),
+            form(2**16, p=16),
+            form(p=""),
+            form() + "\n",
+            form() + "$",
+            " " + form(),
+            form().upper(),
+            form()[:-1],
+        ),
         *(form(salt=""), form(salt="zz" * 16), form(digest=""), form(digest="00"), form(digest=DIGEST.hex()[:-2])),
         *(form(salt=SALT.hex() * 99999), form(digest=DIGEST.hex() + "00"), form(digest="é" * 64)),
     ],
@@ -222,8 +251,16 @@ async def test_a_hash_of_unknown_form_never_authenticates(repo: RuntimeRepositor
     assert await repo.api_keys.authenticate("k", "right")
 
 
-async def test_the_work_is_the_same_whichever_key_is_named(repo: RuntimeRepository, scrypt: Scrypt) -> None:
-    """One hash of our own cost for a right and a wrong secret, an unknown and an inactive key, an unknown status."""
+async def test_the_work_is_the_same_whichever_key_is_named(
+    repo: RuntimeRepository, scrypt: Scrypt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    That of our own cost for a right and a wrong secret, an unknown and an inactive key, an unknown status, and a key
+    whose hash an earlier release has made.
+    """
+    monkeypatch.setattr(api_keys, "_COST", COST)
+    await repo.api_keys.put("old", "right")
+    await change(repo, "old", secret_hash=form())
     for name in ("right", "inactive", "odd"):
         await repo.api_keys.put(name, "right")
     await repo.api_keys.set_active("inactive", active=False)
@@ -236,11 +273,30 @@ async def test_the_work_is_the_same_whichever_key_is_named(repo: RuntimeReposito
         ("inactive", "right"),
         ("inactive", "wrong"),
         ("odd", "right"),
+        ("old", "right"),
+        ("old", "wrong"),
     ):
         scrypt.calls.clear()
         answers.append(await repo.api_keys.authenticate(name, secret) is not None)
-        assert scrypt.calls == [(2**14, 8, 1, 32)], name
-    assert answers == [True, False, False, False, False, False]
+        assert {call[:2] for call in scrypt.calls} == {(2**14, 8)}
+        assert sum(call[2] for call in scrypt.calls) == 5, name
+    assert answers == [True, False, False, False, False, False, True, False]
+
+
+async def test_no_more_than_so_many_wait(repo: RuntimeRepository, scrypt: Scrypt) -> None:
+    """Whoever would be the next is told at once, and nobody else: a flood of guesses fills no memory."""
+    await repo.api_keys.put("k", "right")
+    scrypt.may_end.clear()
+    calls = [asyncio.create_task(repo.api_keys.authenticate("k", "right")) for _ in range(AT_ONCE + WAITING)]
+    try:
+        await until(lambda: api_keys._turns.get().statistics().tasks_waiting == WAITING)
+        for call in (repo.api_keys.authenticate("k", "right"), repo.api_keys.put("l", "right")):
+            with pytest.raises(OverloadedError, match="try again later"):
+                await call
+    finally:
+        scrypt.may_end.set()
+    assert all(await asyncio.gather(*calls))
+    assert await repo.api_keys.authenticate("k", "right")
 
 
 @pytest.mark.parametrize("status", ["revoked", "", "ACTIVE"])
@@ -249,15 +305,17 @@ async def test_an_unknown_status_is_an_error_that_names_it(repo: RuntimeReposito
     await repo.api_keys.put("k", "right", role="viewer")
     await change(repo, "k", status=status)
     before = await rows(repo)
-    for verb in (
+    listed = await repo.api_keys.list()
+    assert (listed, [error.key for error in listed.unreadable]) == ([], ["k"])
+    verbs: list[Callable[[], Awaitable[object]]] = [
         lambda: repo.api_keys.get("k"),
         lambda: repo.api_keys.find("k"),
-        lambda: repo.api_keys.list(),
         lambda: repo.api_keys.set_active("k", active=True),
         lambda: repo.api_keys.set_active("k", active=False),
         lambda: repo.api_keys.put("k", "new", role="admin"),
-    ):
-        with pytest.raises(RuntimeRepoError, match=f"API key 'k' has the unknown status '{status}'"):
+    ]
+    for verb in verbs:
+        with pytest.raises(UnreadableRowError, match=f"row k of runtime_api_keys .* unknown status '{status}'"):
             await verb()
     assert await repo.api_keys.authenticate("k", "right") is None
     assert await rows(repo) == before

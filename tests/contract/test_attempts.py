@@ -473,3 +473,23 @@ async def test_what_ended_long_ago_is_pruned_in_batches(repo: RuntimeRepository,
     prune = partial(repo.attempts.prune, older_than=2 * MINUTE, now=clock.now)
     assert [await prune(limit=2), await prune(limit=2), await prune(limit=2)] == [2, 1, 0]
     assert [a.attempt_id for a in await repo.attempts.list()] == ["a3", "a4", "live"]
+
+
+async def test_what_was_said_and_asked_in_an_attempt_goes_with_it(repo: RuntimeRepository, clock: Clock) -> None:
+    """Its reports and its questions, a pending one too; those of others stay, and the id begins anew."""
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("a", "b", "c")], now=clock.now)
+    for lease in await repo.leases.claim("worker", limit=3, now=clock.now):
+        name = lease.attempt_id
+        await repo.step_reports.record(lease, "pay", "done", "t")
+        await repo.interrupts.create("thread", "run", name, "why?", interrupt_id=f"{name}1")
+        await repo.interrupts.create("thread", "run", name, "how?", interrupt_id=f"{name}2")
+        await repo.interrupts.resume(f"{name}1", "so")
+        if name != "c":
+            await repo.attempts.complete(lease, now=clock.now - MINUTE if name == "a" else clock.now)
+    assert await repo.attempts.prune(older_than=timedelta(0), limit=1, now=clock.now) == 1
+    assert [attempt.attempt_id for attempt in await repo.attempts.list()] == ["b", "c"]
+    assert [interrupt.interrupt_id for interrupt in await repo.interrupts.list()] == ["b1", "b2", "c1", "c2"]
+    assert [len(await repo.step_reports.list(name)) for name in ("a", "b", "c")] == [0, 1, 1]
+    await repo.attempts.enqueue("run", attempt_id="a")
+    lease = await repo.leases.claim_attempt("a", "worker")  # type: ignore[assignment]
+    assert not (await repo.step_reports.record(lease, "pay", "done", "t")).is_duplicate

@@ -18,8 +18,8 @@ from runtime_repo import (
     LeaseLostError,
     NotFoundError,
     PayloadMismatchError,
-    RuntimeRepoError,
     RuntimeRepository,
+    UnreadableRowError,
 )
 from tests.contract.conftest import Clock, Factory, execute
 
@@ -337,12 +337,14 @@ async def test_an_answer_of_an_earlier_program_is_not_known(repo: RuntimeReposit
 async def test_a_row_that_cannot_be_read_is_named(repo: RuntimeRepository, status: str, value: str, words: str) -> None:
     """An unknown status, or what is no JSON: every verb that reads it says which row, and changes nothing."""
     await execute(repo, BY_ANOTHER_PROGRAM.replace("<status>", status).replace("<value>", value))
-    for call in (repo.interrupts.get("i"), repo.interrupts.list(), ask(repo, "i")):
-        with pytest.raises(RuntimeRepoError, match=f"interrupt 'i' .*{words}"):
+    for call in (repo.interrupts.get("i"), ask(repo, "i")):
+        with pytest.raises(UnreadableRowError, match=f"row i of runtime_interrupts .*{words}"):
             await call
+    (error,) = (await repo.interrupts.list()).unreadable
+    assert (error.table, error.key) == ("runtime_interrupts", "i")
     if status == "snoozed":
         for call in (repo.interrupts.resume("i", 1), repo.interrupts.cancel("i")):
-            with pytest.raises(RuntimeRepoError, match=words):
+            with pytest.raises(UnreadableRowError, match=words):
                 await call
 
 

@@ -255,16 +255,18 @@ async def test_reports_are_listed_by_pages_in_the_order_of_creation(repo: Runtim
 
 
 async def test_a_report_on_an_attempt_that_is_gone_is_refused(repo: RuntimeRepository) -> None:
-    """It was pruned: the error says so, and its reports are still there to be read and repeated."""
+    """It was pruned, and its reports with it: the same id enqueued again must not find its steps done."""
     lease = await claimed(repo)
-    report = await repo.step_reports.record(lease, "x", "done", "t")
+    await repo.step_reports.record(lease, "x", "done", "t")
     done = await repo.attempts.complete(lease)
     assert done.finished_at is not None
     assert await repo.attempts.prune(older_than=MINUTE, now=done.finished_at + 2 * MINUTE) == 1
-    with pytest.raises(NotFoundError, match="attempt 'a'"):
-        await repo.step_reports.record(lease, "x", "done", "new")
-    assert await repo.step_reports.record(lease, "x", "done", "t") == report
-    assert await repo.step_reports.list("a") == [report]
+    for token in ("t", "new"):
+        with pytest.raises(NotFoundError, match="attempt 'a'"):
+            await repo.step_reports.record(lease, "x", "done", token)
+    assert await repo.step_reports.list("a") == []
+    again = await claimed(repo)
+    assert not (await repo.step_reports.record(again, "x", "done", "t")).is_duplicate
 
 
 NAIVE = datetime(2030, 1, 1)  # noqa: DTZ001 - what is refused

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from runtime_repo import ConfigurationError, Lease, NewAttempt, RepositoryClosedError, RuntimeRepository
-from tests.contract.conftest import Clock, Factory
+from runtime_repo import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    Lease,
+    NewAttempt,
+    RepositoryClosedError,
+    RuntimeRepository,
+    attempts,
+)
+from tests.contract.conftest import Clock, Factory, runtime_schema
 
 NOTHING = timedelta(0)
 LONG = timedelta(seconds=20)
@@ -136,3 +144,17 @@ async def test_bad_input_is_refused(repo: RuntimeRepository, arguments: dict[str
     """Before anything is asked."""
     with pytest.raises(ConfigurationError):
         await repo.attempts.wait(**arguments)
+
+
+async def test_a_look_that_nobody_answers_is_noticed(
+    postgres_factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait without a time-out is not for ever when the server falls silent, and goes on when it speaks again."""
+    monkeypatch.setattr(attempts, "_LONGEST_LOOK", 0.2)
+    async with postgres_factory() as repo:
+        async with repo.transaction() as transaction:
+            await transaction.connection.execute(f"lock table {runtime_schema(repo)}.runtime_attempts")
+            with pytest.raises(DatabaseUnavailableError, match="no answer within"):
+                async with asyncio.timeout(10):
+                    await repo.attempts.wait()
+        assert not await repo.attempts.wait(timeout=NOTHING)

@@ -1,0 +1,91 @@
+"""What the database neither does nor refuses, since a trigger skips the row, is told: no verb takes it for done."""
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from runtime_repo import (
+    Lease,
+    LeaseLostError,
+    NewAttempt,
+    RefusedError,
+    RuntimeRepository,
+    SqliteRuntimeRepository,
+)
+from tests.contract.conftest import execute
+
+Call = Callable[[RuntimeRepository, Lease], Awaitable[object]]
+
+VERBS: dict[str, tuple[str, Call]] = {
+    "enqueue": ("attempts", lambda repo, _: repo.attempts.enqueue("run", attempt_id="new")),
+    "enqueue_many": ("attempts", lambda repo, _: repo.attempts.enqueue_many([NewAttempt("run", "new")])),
+    "start": ("attempts", lambda repo, lease: repo.attempts.start(lease)),
+    "complete": ("attempts", lambda repo, lease: repo.attempts.complete(lease)),
+    "complete_many": ("attempts", lambda repo, lease: repo.attempts.complete_many([(lease, 1)])),
+    "fail": ("attempts", lambda repo, lease: repo.attempts.fail(lease, "boom")),
+    "release": ("attempts", lambda repo, lease: repo.leases.release(lease)),
+    "cancel": ("attempts", lambda repo, _: repo.attempts.cancel("a")),
+    "retry": ("attempts", lambda repo, _: repo.attempts.retry("failed")),
+    "record": ("step_reports", lambda repo, lease: repo.step_reports.record(lease, "pay", "done", "t")),
+    "create": ("interrupts", lambda repo, _: repo.interrupts.create("t", "run", "a", "?", interrupt_id="new")),
+    "resume": ("interrupts", lambda repo, _: repo.interrupts.resume("i", "yes")),
+    "interrupts.cancel": ("interrupts", lambda repo, _: repo.interrupts.cancel("i")),
+    "upsert": ("jobs", lambda repo, _: repo.jobs.upsert("t", "fine")),
+    "append": (
+        "audit_logs",
+        lambda repo, _: repo.audit.append(
+            actor_type="user", action="do", resource_type="x", result="ok", request_id="r"
+        ),
+    ),
+    "put": ("api_keys", lambda repo, _: repo.api_keys.put("k", "secret")),
+}
+
+SKIP = {
+    "sqlite": (
+        "create trigger skip_{verb} before {verb} on runtime_{table} begin select raise(ignore); end",
+        "drop trigger skip_{verb}",
+    ),
+    "postgres": (
+        "create or replace function {{schema}}.skip() returns trigger language plpgsql as 'begin return null; end'; "
+        "create trigger skip_{verb} before {verb} on {{schema}}.runtime_{table} for each row "
+        "execute function {{schema}}.skip()",
+        "drop trigger skip_{verb} on {{schema}}.runtime_{table}",
+    ),
+}
+
+
+async def each(repo: RuntimeRepository, number: int, table: str) -> None:
+    """Run one of the statements for each way to write."""
+    statements = SKIP["sqlite" if isinstance(repo, SqliteRuntimeRepository) else "postgres"]
+    for verb in ("insert", "update"):
+        await execute(repo, statements[number].format(verb=verb, table=table))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_what_is_skipped_is_told(repo: RuntimeRepository, verb: str) -> None:
+    """As refused, in words that name what to look for; nothing is written, and the lease holds as before."""
+    table, call = VERBS[verb]
+    await repo.attempts.enqueue_many([NewAttempt("run", "a"), NewAttempt("run", "failed")])
+    lease = await repo.leases.claim_attempt("a", "worker")
+    failed = await repo.leases.claim_attempt("failed", "worker")
+    assert lease is not None
+    assert failed is not None
+    await repo.attempts.fail(failed, "boom")
+    await repo.interrupts.create("t", "run", "a", "?", interrupt_id="i")
+    before = await repo.attempts.list(), await repo.leases.list(), await repo.interrupts.list()
+    await each(repo, 0, table)
+    with pytest.raises(RefusedError, match="trigger"):
+        await call(repo, lease)
+    await each(repo, 1, table)
+    assert (await repo.attempts.list(), await repo.leases.list(), await repo.interrupts.list()) == before
+    await call(repo, lease)
+
+
+async def test_a_lost_lease_is_still_lost(repo: RuntimeRepository) -> None:
+    """It is not the database that keeps the row from whoever lost it."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    (lease,) = await repo.leases.claim("worker")
+    await repo.attempts.cancel("a")
+    await each(repo, 0, "attempts")
+    with pytest.raises(LeaseLostError):
+        await repo.attempts.complete(lease)

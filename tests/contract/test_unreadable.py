@@ -1,0 +1,301 @@
+"""A row that cannot be read stands in nobody's way: it is named, and all others are served."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from runtime_repo import (
+    NewAttempt,
+    Page,
+    PayloadMismatchError,
+    RuntimeRepository,
+    SqliteRuntimeRepository,
+    UnreadableRowError,
+    Worker,
+)
+from tests.contract.conftest import Clock, execute, runtime_schema
+from tests.verbs import MINUTE
+
+DEEP = "[" * 50_000 + "]" * 50_000
+
+POISONS = {
+    "microseconds": "enqueued_at_ms = 1700000000000000",
+    "the far past": "enqueued_at_ms = -9000000000000000000",
+    "no JSON": "payload_json = '{oops'",
+    "a result that is none": "result_json = '}'",
+    "JSON without end": f"payload_json = '{DEEP}'",
+}
+"""What another program may write on either database."""
+
+SQLITES = {
+    "a time as text": "enqueued_at_ms = 'soon'",
+    "a fraction": "attempt_no = 1.5",
+    "a number as text": "max_attempts = 'many'",
+    "bytes": "run_id = x'ff00'",
+    "bytes for JSON": "payload_json = x'ff00'",
+    "a number beyond all": "priority = 9e99",
+}
+"""What SQLite lets it write besides."""
+
+
+EACH = [("sqlite", name) for name in POISONS | SQLITES] + [("postgres", name) for name in POISONS]
+poisoned = pytest.mark.parametrize(
+    ("factory", "poison"),
+    [(backend, (POISONS | SQLITES)[name]) for backend, name in EACH],
+    indirect=["factory"],
+    ids=[f"{backend}-{name}" for backend, name in EACH],
+)
+"""On each database an assignment that makes a row unreadable."""
+
+
+async def spoil(repo: RuntimeRepository, poison: str, names: str = "'bad'") -> None:
+    """Write it as another program would."""
+    await execute(repo, f"update {{schema}}.runtime_attempts set {poison} where attempt_id in ({names})")
+
+
+async def stored(repo: RuntimeRepository, columns: str) -> list[dict[str, Any]]:
+    """What is in the table."""
+    query = f"select {columns} from {runtime_schema(repo)}.runtime_attempts where attempt_id = 'bad'"
+    async with repo.transaction() as transaction:
+        fetch = getattr(transaction.connection, "fetch", None) or transaction.connection.execute_fetchall
+        return [dict(row) for row in await fetch(query)]
+
+
+def told(page: object) -> list[tuple[str, str]]:
+    """Which rows a page could not read."""
+    assert isinstance(page, Page)
+    return [(error.table, error.key) for error in page.unreadable]
+
+
+BAD = [("runtime_attempts", "bad")]
+
+
+@poisoned
+async def test_a_claim_passes_it_by(
+    repo: RuntimeRepository, clock: Clock, poison: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was claimed with it is handed out; it has failed, says why, is logged once, and comes no more."""
+    ids = ("bad", "good", "too")
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ids], now=clock.now)
+    await spoil(repo, poison)
+    leases = await repo.leases.claim("worker", limit=3, ttl=MINUTE, now=clock.now)
+    assert {lease.attempt_id for lease in leases} == {"good", "too"}
+    (row,) = await stored(repo, "status, error, ended_by, finished_at_ms")
+    assert (row["status"], row["ended_by"]) == ("failed", "park")
+    assert row["error"].startswith("the row bad of runtime_attempts cannot be read: ")
+    assert row["finished_at_ms"] == clock.now.timestamp() * 1000
+    assert await repo.leases.claim("worker", limit=3, now=clock.now + timedelta(hours=1)) == []
+    assert len(await repo.leases.list()) == 2
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+
+
+@poisoned
+async def test_whoever_wants_this_very_one_is_told(repo: RuntimeRepository, poison: str) -> None:
+    """By name, and it is parked as well; to read it is refused in the same words, before and after."""
+    await repo.attempts.enqueue("run", attempt_id="bad")
+    await spoil(repo, poison)
+    verbs: list[Callable[[], Awaitable[object]]] = [
+        lambda: repo.attempts.get("bad"),
+        lambda: repo.attempts.find("bad"),
+        lambda: repo.leases.claim_attempt("bad", "worker"),
+        lambda: repo.attempts.get("bad"),
+        lambda: repo.attempts.enqueue("run", attempt_id="bad"),
+    ]
+    for verb in verbs:
+        with pytest.raises(UnreadableRowError) as told:
+            await verb()
+        assert (told.value.table, told.value.key) == ("runtime_attempts", "bad")
+        assert len(str(told.value)) < 400
+    assert await repo.leases.claim_attempt("bad", "worker") is None
+    assert (await stored(repo, "status"))[0]["status"] == "failed"
+
+
+@poisoned
+async def test_lists_have_the_others(repo: RuntimeRepository, clock: Clock, poison: str) -> None:
+    """And say what they left out."""
+    ids = ("a", "bad", "c")
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ids], now=clock.now)
+    await repo.leases.claim("worker", limit=3, ttl=MINUTE, now=clock.now)
+    await spoil(repo, poison)
+    pages = [
+        await repo.attempts.list(),
+        await repo.attempts.list(run_id="run"),
+        await repo.attempts.list(status=(await repo.attempts.get("a")).status),
+    ]
+    for page in pages if "run_id" not in poison else pages[:1]:
+        assert [attempt.attempt_id for attempt in page] == ["a", "c"]
+        assert told(page) == BAD
+    leases = await repo.leases.list()
+    assert sorted(lease.attempt_id for lease in leases) == ["a", "c"]
+    assert told(leases) == BAD
+    assert await repo.attempts.stats(now=clock.now)
+    swept = await repo.leases.requeue_expired(now=clock.now + MINUTE)
+    assert sorted(attempt.attempt_id for attempt in swept) == ["a", "c"]
+    assert told(swept) == BAD
+    dispatchable = await repo.attempts.list_dispatchable(limit=2)
+    assert [attempt.attempt_id for attempt in dispatchable] == ["a", "c"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 300])
+async def test_a_page_shorter_than_its_limit_is_the_last(repo: RuntimeRepository, limit: int) -> None:
+    """However many rows between two that can be read cannot."""
+    names = [f"{number:03}" for number in range(260)]
+    good = {"000", "130", "131", "132", "258"}
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in names])
+    bad = ", ".join(f"'{name}'" for name in names if name not in good)
+    await spoil(repo, POISONS["microseconds"], bad)
+    seen: list[str] = []
+    unreadable: set[str] = set()
+    while True:
+        page = await repo.attempts.list(after=seen[-1] if seen else "", limit=limit)
+        seen += [attempt.attempt_id for attempt in page]
+        unreadable |= {error.key for error in page.unreadable}
+        if len(page) < limit:
+            break
+    assert seen == sorted(good)
+    assert unreadable == set(names) - good
+
+
+async def test_keys_that_are_no_text_end_no_list(sqlite_factory: Callable[[], RuntimeRepository]) -> None:
+    """SQLite may hold bytes for a key, and text that is no UTF-8: neither hides what comes after it, nor is endless."""
+    async with sqlite_factory() as repo:
+        await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("a", "aé", "b", "z")])
+        copies = ", ".join(f"(cast(x'61{n:02x}' as text))" for n in range(0x80, 0x100))
+        await execute(
+            repo,
+            "insert into runtime_attempts (attempt_id, run_id, attempt_no, status, payload_json) "
+            f"select column1, 'run', 1, 'completed', '{{' from (values {copies}, (x'00ff'), (x'01'))",
+        )
+        async with repo.transaction() as transaction:
+            transaction.connection.text_factory = lambda text: text.decode(errors="replace")
+        for limit in (1, 2, 5, 1000):
+            seen: list[str] = []
+            while True:
+                page = await asyncio.wait_for(repo.attempts.list(after=seen[-1] if seen else "", limit=limit), 10)
+                seen += [attempt.attempt_id for attempt in page]
+                if len(page) < limit:
+                    break
+            assert seen == ["a", "aé", "b", "z"]
+
+
+async def test_leases_without_an_attempt_are_swept(repo: RuntimeRepository, clock: Clock) -> None:
+    """However many there are, those of dead workers behind them come at once; what lives is left alone."""
+    await repo.attempts.enqueue_many([NewAttempt("erased") for _ in range(50)], now=clock.now)
+    await repo.leases.claim("dead", limit=50, ttl=MINUTE, now=clock.now)
+    await execute(repo, "delete from {schema}.runtime_attempts where run_id = 'erased'")
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("b", "c")], now=clock.now)
+    await repo.leases.claim_attempt("b", "dead", ttl=2 * MINUTE, now=clock.now)
+    await repo.leases.claim_attempt("c", "alive", ttl=4 * MINUTE, now=clock.now)
+    now = clock.advance(3 * MINUTE)
+    assert [attempt.attempt_id for attempt in await repo.leases.requeue_expired(limit=10, now=now)] == ["b"]
+    for _ in range(5):
+        assert await repo.leases.requeue_expired(limit=10, now=now) == []
+    assert await rows(repo, "runtime_leases") == 1
+    assert [lease.worker_id for lease in await repo.leases.list()] == ["alive"]
+
+
+async def rows(repo: RuntimeRepository, table: str) -> int:
+    """How many there are."""
+    async with repo.transaction() as transaction:
+        fetch = getattr(transaction.connection, "fetch", None) or transaction.connection.execute_fetchall
+        return int((await fetch(f"select count(*) from {runtime_schema(repo)}.{table}"))[0][0])
+
+
+@poisoned
+async def test_a_worker_lives_through_it(repo: RuntimeRepository, poison: str) -> None:
+    """And does what was claimed with it."""
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("bad", "good")])
+    await spoil(repo, poison)
+    done = asyncio.Event()
+
+    async def handle(lease: object) -> None:  # noqa: ARG001
+        done.set()
+
+    worker = Worker(repo, handle, signals=())
+    running = asyncio.create_task(worker.run())
+    async with asyncio.timeout(10):
+        await done.wait()
+    worker.stop()
+    await running
+    assert (await repo.attempts.get("good")).status == "completed"
+
+
+async def test_a_report_a_job_an_entry_and_a_key(repo: RuntimeRepository) -> None:
+    """What holds for attempts holds for every list."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    lease = await repo.leases.claim_attempt("a", "worker")
+    assert lease is not None
+    for name in ("1", "2", "3"):
+        await repo.step_reports.record(lease, "pay", "done", name)
+        await repo.jobs.upsert(name, "fine")
+        await repo.interrupts.create("t", "run", "a", name, interrupt_id=name)
+        await repo.audit.append(actor_type="user", action="do", resource_type="x", result="ok", request_id="r")
+        await repo.api_keys.put(name, "secret")
+    for table, key in {
+        "step_reports": "dedupe_token",
+        "jobs": "thread_id",
+        "interrupts": "interrupt_id",
+        "audit_logs": "audit_id",
+        "api_keys": "key_id",
+    }.items():
+        wrong = "created_at_ms = 1700000000000000"
+        await execute(repo, f"update {{schema}}.runtime_{table} set {wrong} where cast({key} as text) = '2'")
+    pages: list[Page[Any]] = [
+        await repo.step_reports.list("a", limit=2),
+        await repo.jobs.list(limit=2),
+        await repo.jobs.list(status="fine", limit=2),
+        await repo.interrupts.list(limit=2),
+        await repo.interrupts.list(thread_id="t", limit=2),
+        await repo.audit.list(limit=2),
+        await repo.audit.list(request_id="r", limit=2),
+        await repo.audit.list(action="do", limit=2),
+        await repo.api_keys.list(limit=2),
+    ]
+    for page in pages:
+        assert len(page) == 2
+        assert len(page.unreadable) == 1
+    with pytest.raises(UnreadableRowError, match="runtime_jobs"):
+        await repo.jobs.get("2")
+    with pytest.raises(UnreadableRowError, match="runtime_interrupts"):
+        await repo.interrupts.get("2")
+
+
+async def test_a_token_at_its_end_keeps_nobody_from_the_rest(repo: RuntimeRepository) -> None:
+    """Another program put it there: SQLite has no next one and it is parked, on PostgreSQL the lease's id fences."""
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("bad", "good")])
+    await spoil(repo, f"lease_version = {2**63 - 1}")
+    leases = {lease.attempt_id: lease for lease in await repo.leases.claim("worker", limit=2)}
+    assert "good" in leases
+    if isinstance(repo, SqliteRuntimeRepository):
+        assert (await stored(repo, "status"))[0]["status"] == "failed"
+    else:
+        assert (await repo.attempts.complete(leases["bad"])).status == "completed"
+
+
+async def test_what_is_no_json_in_the_strict_sense_is_compared(repo: RuntimeRepository) -> None:
+    """It was read before, so a repeated call finds it to be other content, and raises nothing else."""
+    await repo.attempts.enqueue("run", attempt_id="bad", payload=[1])
+    await spoil(repo, "payload_json = '[NaN]'")
+    with pytest.raises(PayloadMismatchError):
+        await repo.attempts.enqueue("run", attempt_id="bad", payload=[1])
+    await spoil(repo, f"payload_json = '{'[' * 700}{']' * 700}'")
+    with pytest.raises(PayloadMismatchError):
+        await repo.attempts.enqueue("run", attempt_id="bad", payload=[1])
+
+
+async def test_a_time_that_is_none_ends_no_wait_and_no_list(sqlite_factory: Callable[[], RuntimeRepository]) -> None:
+    """SQLite may hold text where a time belongs: a waiting caller waits for the others, a page names it."""
+    async with sqlite_factory() as repo:
+        await repo.attempts.enqueue("run", attempt_id="bad")
+        await spoil(repo, "status = 'retry_backoff', retry_at_ms = 'soon'")
+        assert not await repo.attempts.wait(timeout=timedelta(0))
+        await repo.attempts.enqueue("run", attempt_id="good")
+        assert await repo.attempts.wait(timeout=timedelta(0))
+        assert [lease.attempt_id for lease in await repo.leases.claim("worker", limit=2)] == ["good"]
+        entry = await repo.audit.append(actor_type="user", action="do", resource_type="x", result="ok", request_id="r")
+        await execute(repo, "update runtime_audit_logs set created_at_ms = 'then'")
+        with pytest.raises(UnreadableRowError, match="runtime_audit_logs"):
+            await repo.audit.list(after=entry.audit_id)
