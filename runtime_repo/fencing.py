@@ -43,13 +43,13 @@ class Holding:
 
 
 @contextlib.contextmanager
-def holding(lease_id: str, outages: Outages) -> Iterator[Holding]:
+def holding(lease_id: str, outages: Outages | None = None) -> Iterator[Holding]:
     """
     Keep in mind, while the block runs, whether the lease's own holder has ended it.
 
     Blocks for the same lease may be nested: they know the same, and the *outages* of the outermost count.
     """
-    found = _held.setdefault(lease_id, Holding(outages))
+    found = _held.setdefault(lease_id, Holding(outages or Outages(f"the holder of lease {lease_id!r}")))
     found.holders += 1
     try:
         yield found

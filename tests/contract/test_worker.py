@@ -398,6 +398,17 @@ async def test_the_end_of_the_event_loop_is_no_failure(repo: RuntimeRepository) 
     assert (attempt.status, attempt.attempt_no) == (AttemptStatus.QUEUED, 1)
 
 
+async def test_a_worker_whose_tasks_are_cancelled_says_so(repo: RuntimeRepository) -> None:
+    """Who waits for it must not take that for an end that it was told to come to."""
+    before = asyncio.all_tasks()
+    run = asyncio.create_task(Worker(repo, for_ever, signals=()).run())
+    await asyncio.wait([run], timeout=0.1)
+    for task in asyncio.all_tasks() - before - {run}:
+        task.cancel()
+    await asyncio.wait([run], timeout=10)
+    assert run.cancelled()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_stops_it(repo: RuntimeRepository, number: signal.Signals) -> None:
     """And afterwards it is handled as before, so that a second one is not lost."""

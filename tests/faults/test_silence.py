@@ -19,20 +19,15 @@ import pytest
 
 import runtime_repo
 from runtime_repo import (
-    AttemptStatus,
     ConfigurationError,
     DatabaseUnavailableError,
     Lease,
-    LeaseLostError,
-    NewAttempt,
     PostgresRuntimeRepository,
-    Worker,
 )
 from runtime_repo.leases import Leases
 from runtime_repo.postgres import connections, database
 from runtime_repo.schema import load_migrations
 from runtime_repo.shielding import finish, settle
-from tests.contract.conftest import eventually
 
 CATALOGS = [migration.catalog for migration in load_migrations("postgres")]
 
@@ -544,86 +539,3 @@ def test_nothing_shielded_is_unbounded() -> None:
         # The driver's own shield: a connection that is given back to its pool.
         if path.parent.name == "postgres" and call.args:
             assert any(keyword.arg == "timeout" for keyword in call.keywords), ast.unparse(call)
-
-
-SECOND = timedelta(seconds=1)
-
-
-async def test_a_block_ends_in_time_when_the_network_is_cut(relay: Relay, make: Make) -> None:
-    """At most 0.3 s after its lease could last be proved, and ``hold`` returns soon after."""
-    repo = await make()
-    await repo.attempts.enqueue("run")
-    (lease,) = await repo.leases.claim("worker", ttl=SECOND)
-    assert lease.asked_at is not None
-    cancelled_at = 0.0
-    relay.fall_silent()
-    with pytest.raises(LeaseLostError, match="unknown"):  # noqa: PT012 - the whole block is cancelled
-        async with repo.leases.hold(lease, ttl=SECOND):
-            try:
-                await asyncio.sleep(30)
-            finally:
-                cancelled_at = time.monotonic()
-    assert lease.asked_at + 1 <= cancelled_at < lease.asked_at + 1.3
-    assert time.monotonic() < cancelled_at + 2
-
-
-@pytest.mark.parametrize("end", ["stop", "cancel"])
-async def test_a_worker_stops_although_the_network_is_cut(relay: Relay, make: Make, end: str) -> None:
-    """Within its grace and 5 s, with handlers that are at work in transactions of their own."""
-    begun = asyncio.Semaphore(0)
-
-    async def handle(lease: Lease) -> None:
-        async with repo.transaction() as transaction:
-            await transaction.jobs.upsert(lease.attempt_id, "running")
-            begun.release()
-            await asyncio.sleep(60)
-
-    repo = await make(max_size=6)
-    await repo.attempts.enqueue_many(NewAttempt("run") for _ in range(3))
-    worker = Worker(repo, handle, grace=SECOND / 2, signals=())
-    task = asyncio.create_task(worker.run())
-    async with asyncio.timeout(10):
-        for _ in range(3):
-            await begun.acquire()
-    relay.fall_silent()
-    with within(5.5 if end == "stop" else 5):
-        worker.stop() if end == "stop" else task.cancel()
-        done, _ = await asyncio.wait([task], timeout=10)
-        assert done
-
-
-async def test_a_worker_works_again_when_new_connections_do(
-    relay: Relay, make: Make, postgres_url: str, postgres_schema: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Within 10 s, however long the old ones stay silent; and of all that it tells when it begins and when it ends."""
-    lost = asyncio.Semaphore(0)
-
-    async def handle(lease: Lease) -> None:
-        if lease.attempt.payload == "long":
-            try:
-                await asyncio.sleep(60)
-            finally:
-                lost.release()
-
-    repo = await make()
-    worker = Worker(repo, handle, ttl=2 * SECOND, sweep_every=SECOND, signals=())
-    async with asyncio.timeout(30), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as other:
-        await other.attempts.enqueue_many(NewAttempt("run", payload="long", max_attempts=1) for _ in range(4))
-        task = asyncio.create_task(worker.run())
-        while {attempt.status for attempt in await other.attempts.list()} != {AttemptStatus.RUNNING}:
-            pass
-        relay.fall_silent()
-        for _ in range(4):
-            await lost.acquire()
-        relay.work()
-        with within(10):
-            await other.attempts.enqueue("run", attempt_id="late")
-            while (attempt := await other.attempts.get("late")).status is not AttemptStatus.COMPLETED:
-                assert attempt.attempt_no == 1
-        # Its sweep may be waiting still for an answer over a dead connection.
-        await eventually(lambda: "can go on" in caplog.text)
-        worker.stop()
-        await task
-    begin, end = (record.getMessage() for record in caplog.records if worker.worker_id in record.getMessage())
-    assert "tries again until it can" in begin
-    assert "leases that it could not keep: 4" in end
