@@ -208,6 +208,30 @@ async def test_a_view_on_the_ledgers_name_is_refused_unread(
     assert loot == []
 
 
+@on_postgres
+@pytest.mark.parametrize("volatility", ["volatile", "immutable"])
+async def test_a_policy_on_the_ledger_is_not_run(neighbours: Neighbours, volatility: str) -> None:
+    """It would run for whoever reads the table, so a ledger that hides rows is not read."""
+    await neighbours.boot(neighbours.stranger)
+    await neighbours.run(
+        neighbours.stranger,
+        f"""
+        grant usage on schema runtime to public; grant select on all tables in schema runtime to public;
+        create function runtime.evil(integer) returns boolean language plpgsql {volatility} as $$ begin
+          perform pg_notify('loot', current_user); return true; end $$;
+        create policy trap on runtime.{LEDGER} using (runtime.evil(1) and runtime.evil(version));
+        alter table runtime.{LEDGER} enable row level security;
+        """,
+    )
+    loot: list[object] = []
+    await neighbours.admin.add_listener("loot", lambda *words: loot.append(words[3]))
+    for migrate in (True, False):
+        with pytest.raises(UnsuitableDatabaseError, match=LEDGER):
+            await neighbours.boot(neighbours.us, migrate=migrate)
+    await neighbours.admin.execute("select 1")
+    assert loot == []
+
+
 @on_sqlite
 async def test_a_view_without_end_on_the_ledgers_name_is_refused_unread(lab: SqliteLab) -> None:
     """To read it would fill the memory."""
