@@ -379,6 +379,25 @@ async def test_a_timeout_of_the_role_does_not_break_a_migration(
         await repo._database.close()
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["ours", "given"])
+async def test_a_time_limit_of_the_applications_does_not_break_a_migration(
+    postgres_url: str, postgres_schema: str, *, given: bool
+) -> None:
+    """*command_timeout* is for the application's statements: boot's own have none, however it is given."""
+    options: dict[str, Any] = {"command_timeout": 0.15}
+    async with asyncpg.create_pool(postgres_url, min_size=0, **options) as pool:
+        repo = PostgresRuntimeRepository(
+            pool if given else postgres_url, schema=postgres_schema, **({} if given else options)
+        )
+        one, two = load_migrations("postgres")
+        slow = Migration(2, two.name, two.sql + "\nselect pg_sleep(0.4);", two.catalog)
+        try:
+            report = await ensure_schema(repo._database, (one, slow), Policy())
+            assert (report.from_version, report.to_version) == (0, 2)
+        finally:
+            await repo._database.close()
+
+
 async def test_settings_of_the_session_change_nothing(postgres_url: str, postgres_schema: str) -> None:
     """Search path, isolation level and output formats of the role are its own business."""
     settings = {

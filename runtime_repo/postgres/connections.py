@@ -394,7 +394,9 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(
         error,
         (
+            asyncpg.AdminShutdownError,
             asyncpg.CannotConnectNowError,
+            asyncpg.CrashShutdownError,
             asyncpg.TooManyConnectionsError,
             asyncpg.exceptions.TargetServerAttributeNotMatched,
             OSError,

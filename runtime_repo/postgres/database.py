@@ -661,7 +661,7 @@ class PostgresDatabase(Unique):
                     await connection.execute("commit", timeout=NO_LIMIT)
             except BaseException as error:
                 await finish(self._roll_back(connection))
-                if isinstance(error, (MigrationError, RuntimeRepoError)):
+                if isinstance(error, (MigrationError, DatabaseUnavailableError)):
                     if isinstance(error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)):
                         await self._rest(connection)
                         raise Busy from error.__cause__

@@ -115,6 +115,9 @@ def is_conflict(error: BaseException | None) -> bool:
 
 def is_lost(error: BaseException | None) -> bool:
     """Whether the connection is of no use any more."""
+    if isinstance(error, asyncpg.InternalClientError):
+        # So one that was terminated between two statements shows itself: "cannot switch to state 12".
+        return True
     if isinstance(error, asyncpg.InterfaceError):
         return any("closed" in str(word) or "released" in str(word) for word in error.args)
     code = _code(error)

@@ -18,14 +18,10 @@ import asyncpg
 import pytest
 
 import runtime_repo
-from runtime_repo import (
-    ConfigurationError,
-    DatabaseUnavailableError,
-    Lease,
-    PostgresRuntimeRepository,
-)
+from runtime_repo import ConfigurationError, DatabaseUnavailableError, Lease, PostgresRuntimeRepository
+from runtime_repo.database import Lost
 from runtime_repo.leases import Leases
-from runtime_repo.postgres import connections, database
+from runtime_repo.postgres import PostgresDatabase, Target, connections, database
 from runtime_repo.schema import load_migrations
 from runtime_repo.shielding import finish, settle
 
@@ -308,6 +304,48 @@ async def test_a_silent_look_ends_with_the_startup_timeout(relay: Relay, make: M
     relay.silent_at = None
     await repo
     assert await repo.attempts.find("a") is None
+
+
+@contextlib.asynccontextmanager
+async def opened(relay: Relay, schema: str) -> AsyncIterator[PostgresDatabase]:
+    """The port below a boot that is under way."""
+    opened = PostgresDatabase(Target(relay.url, {}), schema=schema, startup_timeout=4)
+    try:
+        await opened.look(CATALOGS)
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def test_a_connection_that_is_lost_during_a_look_may_be_made_anew(relay: Relay, postgres_schema: str) -> None:
+    """Boot is told apart what may be tried again from what has taken all of the startup_timeout."""
+    async with opened(relay, postgres_schema) as boot:
+        relay.cut()
+        with within(2 + 1), pytest.raises(Lost) as caught:
+            await boot.look(CATALOGS)
+        assert isinstance(caught.value.__cause__, DatabaseUnavailableError)
+        assert not (await boot.look(CATALOGS)).catalog.tables
+
+
+async def test_a_connection_that_is_lost_under_the_lock_has_rolled_back(
+    relay: Relay, postgres_schema: str, postgres: asyncpg.Connection
+) -> None:
+    """So the whole try may be repeated on another."""
+    async with opened(relay, postgres_schema) as boot:
+
+        async def migrate() -> None:
+            async with boot.lock() as transaction:
+                await transaction.execute("schema.create_namespace")
+                assert boot._own is not None
+                await postgres.fetch("select pg_terminate_backend($1)", boot._own.get_server_pid())
+                await transaction.execute("schema.create_ledger")
+
+        with pytest.raises(Lost) as caught:
+            await migrate()
+        assert isinstance(caught.value.__cause__, DatabaseUnavailableError)
+        assert not (await boot.look(CATALOGS)).namespace
+        async with boot.lock():
+            pass
 
 
 async def test_a_migration_that_is_cancelled_while_the_server_is_silent_ends(relay: Relay, make: Make) -> None:
