@@ -14,7 +14,7 @@ from tests.faults.processes import PROCESSES, Place, race
 from tests.postgres_server import PostgresServer
 
 CROWD = 8
-ROUNDS = 6
+ROUNDS = 4
 BOOT = 0.05
 """Seconds that a race takes about: death comes within them."""
 

@@ -25,6 +25,7 @@ def main() -> int:
         "--nemesis",
         nargs="+",
         default=["mixed"],
+        choices=sorted({*faults.POSTGRES, *faults.SQLITE, "mixed"}),
         metavar="NAME",
         help=f"of {', '.join(faults.POSTGRES)}; on SQLite {', '.join(faults.SQLITE)} (full: as root); mixed is most",
     )
