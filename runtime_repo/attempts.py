@@ -59,7 +59,7 @@ __all__ = ["Attempts"]
 
 MAX_ERROR_LENGTH = 1024 * 1024
 
-_LONGEST_LOOK = 5.0
+_LONGEST_LOOK = 3.0
 """Seconds that one look of ``wait`` may take, before it is known that the database has fallen silent."""
 
 _Token = tuple[str, int, str]

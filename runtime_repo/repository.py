@@ -124,7 +124,8 @@ class RuntimeRepository(Stores):
         check_seconds("lock_timeout", lock_timeout)
         if on_drift not in ("refuse", "warn"):
             raise ConfigurationError(f"on_drift is {on_drift!r}: expected 'refuse' or 'warn'")
-        prepare = None if before_migrate is None else _checked(before_migrate)
+        self._left: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        prepare = None if before_migrate is None else self._wanted(_checked(before_migrate))
         self._policy = Policy(migrate, on_drift, lock_timeout, prepare)
         self._database = database
         self._boot: _Boot | None = None
@@ -319,6 +320,17 @@ class RuntimeRepository(Stores):
                 await self._database.close()
             raise
 
+    def _wanted(self, before_migrate: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
+        """*before_migrate*, after which a boot ends that was left behind, since this did not heed its cancellation."""
+
+        async def call() -> object:
+            answer = await before_migrate()
+            if asyncio.current_task() in self._left:
+                raise asyncio.CancelledError
+            return answer
+
+        return call
+
     async def _ensure(self) -> SchemaReport:
         return await ensure_schema(self._database, load_migrations(self._database.backend), self._policy)
 
@@ -358,6 +370,7 @@ class RuntimeRepository(Stores):
                 self._database.abandon()
                 await asyncio.wait([boot.task], timeout=_DYING)
             if not boot.task.done():
+                self._left.add(boot.task)
                 leave(boot.task)
                 boot.left_behind.set_result(None)
             elif not boot.has_failed:

@@ -156,5 +156,5 @@ async def test_a_look_that_nobody_answers_is_noticed(
             await transaction.connection.execute(f"lock table {runtime_schema(repo)}.runtime_attempts")
             with pytest.raises(DatabaseUnavailableError, match="no answer within"):
                 async with asyncio.timeout(10):
-                    await repo.attempts.wait()
+                    await asyncio.create_task(repo.attempts.wait())
         assert not await repo.attempts.wait(timeout=NOTHING)
