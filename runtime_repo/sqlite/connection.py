@@ -26,7 +26,7 @@ class Hop:
 
     Attributes:
         connection: Where it runs or ran; None as long as it has not begun.
-        done: Whether it has come to its end without an error.
+        failed: Whether it has ended with an error.
     """
 
     def __init__(self, work: Callable[["Connection"], Any]) -> None:
@@ -36,7 +36,7 @@ class Hop:
         self._runs = False
         self.connection: Connection | None = None
         self.given_up = False
-        self.done = False
+        self.failed = False
 
     def run(self, connection: "Connection") -> Self:
         with self._lock:
@@ -47,7 +47,9 @@ class Hop:
         connection.hop = self
         try:
             self._result = self._read(connection)
-            self.done = True
+        except BaseException:
+            self.failed = True
+            raise
         finally:
             connection.hop = None
             with self._lock:
@@ -71,11 +73,6 @@ class Hop:
             self.given_up = True
             if self._runs and self.connection is not None:
                 self.connection.interrupt()
-
-    @property
-    def runs(self) -> bool:
-        """Whether it has begun and not ended."""
-        return self._runs
 
     def fetchall(self) -> Any:
         return self._result

@@ -378,19 +378,21 @@ class SqliteDatabase(Unique):
                 await self._turn.take()
         except TimeoutError:
             raise Busy from None
-        commit = Hop(self._commit_boot)
+        commit: Hop | None = None
         self._boots = True
         try:
             await self._try_to_begin()
             yield _BootTransaction(self)
-            await self.hop(commit)
+            # Once it was asked for it is done: to interrupt a COMMIT would save nothing.
+            commit = Hop(self._commit_boot)
+            await self.hop(commit, must=True)
         except BaseException as error:
             try:
                 # Also after a cancelled BEGIN: it may succeed behind the caller's back and keep the lock.
                 await finish(self._roll_back())
             finally:
-                # Nobody knows how a COMMIT ends that is under way still.
-                if self._copy is not None and not commit.done and not commit.runs:
+                # Nobody knows yet how a COMMIT ends that the thread has not come back from.
+                if self._copy is not None and (commit is None or commit.failed):
                     self._copy.drop()
                 if not isinstance(error, Busy):
                     self._copy = None
