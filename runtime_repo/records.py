@@ -320,25 +320,26 @@ def attempt_from_row(row: Row) -> Attempt:
         attempt_no, priority, max_attempts = row["attempt_no"], row["priority"], row["max_attempts"]
         lease_version = row["lease_version"]
         _check_types((attempt_id, run_id, queue), attempt_no | priority | max_attempts | lease_version)
+        # In the order of its fields: by their names it takes a tenth longer, for every row.
         return Attempt(
-            attempt_id=attempt_id,
-            run_id=run_id,
-            attempt_no=attempt_no,
-            status=status,
-            queue=queue,
-            priority=priority,
-            payload=from_json(row["payload_json"]),
-            max_attempts=max_attempts,
-            lease_version=lease_version,
-            worker_id=row["worker_id"],
-            enqueued_at=from_ms(row["enqueued_at_ms"]),
-            retry_at=maybe_from_ms(row["retry_at_ms"]),
-            started_at=maybe_from_ms(row["started_at_ms"]),
-            finished_at=maybe_from_ms(row["finished_at_ms"]),
-            result=from_json(row["result_json"]),
-            error=row["error"],
-            lease_id=row["lease_id"],
-            ended_by=row["ended_by"],
+            attempt_id,
+            run_id,
+            attempt_no,
+            status,
+            queue,
+            priority,
+            from_json(row["payload_json"]),
+            max_attempts,
+            lease_version,
+            row["worker_id"],
+            from_ms(row["enqueued_at_ms"]),
+            maybe_from_ms(row["retry_at_ms"]),
+            maybe_from_ms(row["started_at_ms"]),
+            maybe_from_ms(row["finished_at_ms"]),
+            from_json(row["result_json"]),
+            row["error"],
+            row["lease_id"],
+            row["ended_by"],
         )
     except _UNREADABLE as error:
         raise _unreadable("runtime_attempts", row["attempt_id"], error) from None

@@ -93,10 +93,17 @@ class Bare:
             rows = await self.fetch("leases.claim", QUEUE, WORKER, TTL_MS, ids, None)
             assert len(rows) == size
             if size == 1:
-                await self.fetch("attempts.complete", rows[0]["attempt_id"], rows[0]["lease_version"], None, None)
+                (row,) = rows
+                done = row["attempt_id"], row["lease_version"], None, None, row["lease_id"]
+                await self.fetch("attempts.complete", *done)
             else:
                 given = [
-                    {"attempt_id": row["attempt_id"], "token": row["lease_version"], "result_json": None}
+                    {
+                        "attempt_id": row["attempt_id"],
+                        "token": row["lease_version"],
+                        "lease_id": row["lease_id"],
+                        "result_json": None,
+                    }
                     for row in rows
                 ]
                 await self.fetch("attempts.complete_many", json.dumps(given), None)
