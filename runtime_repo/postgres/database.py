@@ -672,7 +672,8 @@ class PostgresDatabase(Unique):
 
     async def _try_lock(self, connection: "Connection", begin: str = "") -> None:
         """Try once, in one round trip: what is executed without arguments answers with its number of rows."""
-        query = f"select where pg_try_advisory_xact_lock({_LOCK_CLASS}, {self._lock_key})"
+        key = f"{_LOCK_CLASS}, '{self._lock_key}'::pg_catalog.int4"
+        query = f"select where pg_catalog.pg_try_advisory_xact_lock({key})"
         async with self._in_time(self._startup_timeout, "startup_timeout"):
             with self.translated():
                 answer = await connection.execute(f"{begin} {query}", timeout=NO_LIMIT)

@@ -8,10 +8,12 @@ itself records of a function that consists of it.
 
 import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import asyncpg
 import pytest
 
+import runtime_repo
 from runtime_repo import PostgresRuntimeRepository
 from runtime_repo.postgres import PostgresDatabase, Target
 from runtime_repo.queries import fill, load_queries, split_statements
@@ -186,3 +188,9 @@ async def test_what_was_planted_is_found(lab: PostgresLab, planted: str) -> None
 def test_a_bare_call_is_found(statement: str, functions: set[str]) -> None:
     """What is qualified, a keyword or named by the statement itself is none."""
     assert unqualified(statement) == functions
+
+
+def test_no_statement_in_the_code_calls_a_bare_function() -> None:
+    """The few that stand in Python are built there, and not among those above."""
+    code = "".join(path.read_text(encoding="utf-8") for path in Path(runtime_repo.__path__[0]).rglob("*.py"))
+    assert re.findall(r"(?<![.\w])pg_[a-z_]+\(", code) == []
