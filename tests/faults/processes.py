@@ -49,16 +49,18 @@ class Place:
         settings = {"application_name": self.schema}
         return PostgresRuntimeRepository(self.where, schema=self.schema, **{"server_settings": settings, **options})
 
-    def database(self) -> Database:
+    def database(self, *, startup_timeout: float = 30) -> Database:
         """The port below, for a boot with other migrations than the shipped ones."""
         if self.backend == "sqlite":
             return SqliteDatabase(self.where, writes=True, backup=False, lock_timeout=5)
         target = Target(self.where, {"server_settings": {"application_name": self.schema}})
-        return PostgresDatabase(target, schema=self.schema, startup_timeout=30)
+        return PostgresDatabase(target, schema=self.schema, startup_timeout=startup_timeout)
 
-    async def boot_stalling(self, moment: Moment, stall: Callable[[], Awaitable[object]]) -> SchemaReport:
+    async def boot_stalling(
+        self, moment: Moment, stall: Callable[[], Awaitable[object]], *, startup_timeout: float = 30
+    ) -> SchemaReport:
         """Boot, and call *stall* when the lock is taken, or when everything is applied and only COMMIT is missing."""
-        database = self.database()
+        database = self.database(startup_timeout=startup_timeout)
         lock = database.lock
 
         @asynccontextmanager

@@ -107,7 +107,7 @@ async def test_a_server_that_crashes_leaves_nothing_half_migrated(
         await asyncio.to_thread(server.crash)
 
     with pytest.raises(DatabaseUnavailableError):
-        await lab.place.boot_stalling(moment, crash)
+        await lab.place.boot_stalling(moment, crash, startup_timeout=1)
     await asyncio.to_thread(server.start)
     async with lab_on(server) as lab, lab.nothing_left():
         assert await lab.snapshot() == before
