@@ -319,7 +319,9 @@ def attempt_from_row(row: Row) -> Attempt:
         attempt_id, run_id, queue = row["attempt_id"], row["run_id"], row["queue"]
         attempt_no, priority, max_attempts = row["attempt_no"], row["priority"], row["max_attempts"]
         lease_version = row["lease_version"]
-        _check_types((attempt_id, run_id, queue), attempt_no | priority | max_attempts | lease_version)
+        # As _check_types, whose call costs as much as the check.
+        "".join((attempt_id, run_id, queue))
+        _ = attempt_no | priority | max_attempts | lease_version
         # In the order of its fields: by their names it takes a tenth longer, for every row.
         return Attempt(
             attempt_id,
@@ -350,17 +352,17 @@ def lease_from_row(row: Row, *, asked_at: float | None = None) -> Lease:
     attempt = attempt_from_row(row)
     try:
         lease_id, worker_id = row["lease_id"], row["worker_id"]
-        _check_types((lease_id, worker_id), 0)
+        "".join((lease_id, worker_id))
         return Lease(
-            lease_id=lease_id,
-            attempt_id=attempt.attempt_id,
-            worker_id=worker_id,
-            version=attempt.lease_version,
-            claimed_at=from_ms(row["claimed_at_ms"]),
-            heartbeat_at=from_ms(row["heartbeat_at_ms"]),
-            expires_at=from_ms(row["lease_expires_at_ms"]),
-            attempt=attempt,
-            asked_at=asked_at,
+            lease_id,
+            attempt.attempt_id,
+            worker_id,
+            attempt.lease_version,
+            from_ms(row["claimed_at_ms"]),
+            from_ms(row["heartbeat_at_ms"]),
+            from_ms(row["lease_expires_at_ms"]),
+            attempt,
+            asked_at,
         )
     except _UNREADABLE as error:
         raise _unreadable("runtime_leases", row["lease_id"], error) from None
