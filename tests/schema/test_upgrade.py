@@ -230,8 +230,8 @@ async def test_an_empty_version_1_is_upgraded_too(lab: Lab) -> None:
     assert await lab.recorded() == [ONE, TWO]
 
 
-LONG = "ü" * 256 + "x"  # 513 bytes
-FITS = "ü" * 256
+LONG = "ü" * 512 + "x"  # 513 characters
+FITS = "ü" * 512  # 1,024 bytes
 
 # Columns that are ids or in a new index, which row gets too long a one, and the key by which the error names that row.
 TOO_LONG = {
@@ -251,7 +251,7 @@ TOO_LONG = {
 async def test_an_id_that_is_too_long_is_refused_before_anything_is_done(
     lab: Lab, place: str, case: tuple[str, str]
 ) -> None:
-    """The error tells the number of rows and names one. The limit is in bytes, the same on both databases."""
+    """The error tells the number of rows and names one. The limit is that of the verbs, the same on both databases."""
     table, column = place.split(".")
     where, key = case
     await lab.reach(1)
@@ -262,7 +262,7 @@ async def test_an_id_that_is_too_long_is_refused_before_anything_is_done(
 
     (problem,) = (await lab.refused(UnsuitableDatabaseError, before_migrate=step)).problems
     assert problem.startswith("1 rows have ")
-    assert all(word in problem for word in (table, column, "512 bytes", f"{key!r}"))
+    assert all(word in problem for word in (table, column, "512 characters", f"{key!r}"))
     await lab.execute(f"update {table} set {column} = '{FITS}' where {column} = '{LONG}'")
     assert (await lab.boot()).to_version == 2
 
