@@ -185,8 +185,8 @@ async def test_a_connection_that_two_use_is_told_in_our_words(repo: PostgresRunt
         (asyncpg.InternalClientError("cannot switch to state 12; hush"), DatabaseUnavailableError, "not ready"),
         (asyncpg.InterfaceError("connection is closed"), DatabaseUnavailableError, "the connection was lost"),
         (asyncpg.InterfaceError("pool is closing"), DatabaseUnavailableError, "the pool is closed"),
-        (OSError(24, "Too many open files"), DatabaseUnavailableError, "Too many open files"),
-        (RuntimeError("can't start new thread"), DatabaseUnavailableError, "RuntimeError"),
+        (OSError(24, "Too many open files"), DatabaseUnavailableError, "Too many open files.*ulimit"),
+        (RuntimeError("can't start new thread"), DatabaseUnavailableError, "start a thread.*ulimit"),
         (
             asyncpg.TargetServerAttributeNotMatched("none of the hosts"),
             DatabaseUnavailableError,

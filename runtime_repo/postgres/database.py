@@ -233,6 +233,8 @@ class PostgresDatabase(Unique):
             else:
                 terminated(pool)
                 await self._teller.close(_FAREWELL)
+        # What was told in the end was an answer to wait for.
+        self._stop_watching()
 
     def abandon(self) -> None:
         with contextlib.suppress(Exception):
