@@ -169,8 +169,6 @@ async def test_keys_that_are_no_text_end_no_list(sqlite_factory: Callable[[], Ru
             "insert into runtime_attempts (attempt_id, run_id, attempt_no, status, payload_json) "
             f"select column1, 'run', 1, 'completed', '{{' from (values {copies}, (x'00ff'), (x'01'))",
         )
-        async with repo.transaction() as transaction:
-            transaction.connection.text_factory = lambda text: text.decode(errors="replace")
         for limit in (1, 2, 5, 1000):
             seen: list[str] = []
             while True:
