@@ -26,7 +26,7 @@ from runtime_repo.errors import (
     Difference,
     ForeignSchemaError,
     MigrationError,
-    RuntimeRepoError,
+    RefusedError,
     SchemaDriftError,
     SchemaError,
     SchemaHistoryError,
@@ -313,7 +313,7 @@ async def _apply(transaction: Transaction, look: Look, decision: Migrate) -> tup
                     await transaction.execute("schema.create_ledger")
             await transaction.script(migration.sql)
             await transaction.fetch("schema.record", migration.version, migration.name)
-        except RuntimeRepoError as error:
+        except (DatabaseUnavailableError, RefusedError) as error:
             raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
         applied.append(AppliedMigration(migration.version, migration.name, time.monotonic() - started))
     return tuple(applied)
