@@ -177,8 +177,9 @@ class BootTransaction:
             await self._connection.execute(self._looks.queries[query], timeout=NO_LIMIT)
 
     async def script(self, text: str) -> None:
+        text = fill(text, self._looks.tokens)
         with self._translated():
-            await self._connection.execute(fill(text, self._looks.tokens), timeout=NO_LIMIT)
+            await self._connection.execute(text, timeout=NO_LIMIT)
 
     async def ask(self, text: str) -> Sequence[Row]:
         with self._translated():

@@ -7,6 +7,7 @@ session, so it runs behind a transaction-pooling pgbouncer (with ``statement_cac
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import random
@@ -289,10 +290,7 @@ class PostgresDatabase(Unique):
 
     async def answer(self, connection: "Connection", ask: Callable[..., Awaitable[T]], *args: object) -> T:
         """The server's answer to one statement on *connection*, within ``verb_timeout``."""
-        loop = asyncio.get_running_loop()
-        self._unanswered[connection] = loop.time()
-        if self._watch is None:
-            self._watch = loop.call_later(_WATCH, self._look_after)
+        self._watch_over(connection)
         limit = asyncio.timeout(self._verb_timeout)
         try:
             async with limit:
@@ -302,6 +300,22 @@ class PostgresDatabase(Unique):
             raise self._late(self._verb_timeout, "verb_timeout") if late else self._meaning(error) from bare(error)
         finally:
             self._unanswered.pop(connection, None)
+
+    @contextlib.contextmanager
+    def _unlimited(self, connection: "Connection") -> Iterator[None]:
+        """For boot's statements under the lock, which take their time: only an answer that was lost ends them."""
+        self._watch_over(connection)
+        try:
+            with self.translated():
+                yield
+        finally:
+            self._unanswered.pop(connection, None)
+
+    def _watch_over(self, connection: "Connection") -> None:
+        loop = asyncio.get_running_loop()
+        self._unanswered[connection] = loop.time()
+        if self._watch is None:
+            self._watch = loop.call_later(_WATCH, self._look_after)
 
     @contextlib.asynccontextmanager
     async def _acquired(self) -> AsyncIterator["Connection"]:
@@ -658,8 +672,10 @@ class PostgresDatabase(Unique):
                 # In a transaction of its own, for most who try at once fail, and need not begin or roll back for that.
                 await self._try_lock(connection)
                 await self._try_lock(connection, begin(connection.get_server_version().major))
-                yield BootTransaction(self._looks, connection, self.translated, self._startup_timeout)
-                with self.translated():
+                yield BootTransaction(
+                    self._looks, connection, functools.partial(self._unlimited, connection), self._startup_timeout
+                )
+                with self._unlimited(connection):
                     await connection.execute("commit", timeout=NO_LIMIT)
             except BaseException as error:
                 await finish(self._roll_back(connection))

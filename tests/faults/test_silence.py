@@ -87,13 +87,17 @@ class Relay:
         self._links.remove(link)
 
     async def _pump(self, link: list[bool], source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            await self._pour(link, source, sink)
+        if not link[0]:
+            sink.close()
+
+    async def _pour(self, link: list[bool], source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         while data := await source.read(65536):
             if self.silent_at is not None and self.silent_at in data:
                 link[0] = True
             if not link[0] and not self.is_silent:
                 sink.write(data)
-        if not link[0]:
-            sink.close()
 
     async def close(self) -> None:
         """Leave nothing."""
@@ -346,6 +350,22 @@ async def test_a_connection_that_is_lost_under_the_lock_has_rolled_back(
         assert not (await boot.look(CATALOGS)).namespace
         async with boot.lock():
             pass
+
+
+async def test_a_migration_whose_answer_was_lost_is_not_waited_for(
+    relay: Relay, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under no limit, but the server says that it is at work on nothing."""
+    quickly(monkeypatch)
+
+    async def migrate(boot: PostgresDatabase) -> None:
+        async with boot.lock() as transaction:
+            relay.cut()
+            await transaction.execute("schema.create_namespace")
+
+    async with opened(relay, postgres_schema) as boot:
+        with within(5), pytest.raises(Lost):
+            await migrate(boot)
 
 
 async def test_a_migration_that_is_cancelled_while_the_server_is_silent_ends(relay: Relay, make: Make) -> None:
