@@ -475,6 +475,26 @@ async def a_lease(repo: PostgresRuntimeRepository) -> Lease:
     return lease
 
 
+@contextlib.asynccontextmanager
+async def busy(repo: PostgresRuntimeRepository, number: int) -> AsyncIterator[None]:
+    """So many tasks have a transaction open meanwhile."""
+    over, ready = asyncio.Event(), asyncio.Barrier(number + 1)
+
+    async def hold() -> None:
+        async with repo.transaction():
+            await ready.wait()
+            await over.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(number):
+            tasks.create_task(hold())
+        try:
+            await ready.wait()
+            yield
+        finally:
+            over.set()
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["ours", "given"])
 async def test_heartbeats_do_not_wait_behind_transactions(
     postgres_url: str, postgres_schema: str, *, given: bool
@@ -485,8 +505,7 @@ async def test_heartbeats_do_not_wait_behind_transactions(
         repo = await stack.enter_async_context(PostgresRuntimeRepository(pool or postgres_url, schema=postgres_schema))
         lease = await a_lease(repo)
         kept = leases(await repo._database.heartbeats())
-        for _ in range(9 if given else 10):
-            await stack.enter_async_context(repo.transaction())
+        await stack.enter_async_context(busy(repo, 9 if given else 10))
         for _ in range(10):
             with within(0.5):
                 lease = await kept.heartbeat(lease)
@@ -519,11 +538,9 @@ async def test_a_pool_of_one_cannot_have_heartbeats(postgres_url: str, postgres_
 async def test_waiting_for_a_connection_of_the_pool_is_bounded(postgres_url: str, postgres_schema: str) -> None:
     """The error says how many there are and what to do."""
     repo = PostgresRuntimeRepository(postgres_url, schema=postgres_schema, max_size=2, verb_timeout=0.3)
-    async with repo, contextlib.AsyncExitStack() as stack:
-        for _ in range(2):
-            await stack.enter_async_context(repo.transaction())
+    async with repo, busy(repo, 2):
         with within(2), pytest.raises(DatabaseUnavailableError, match=r"none of the pool's 2 connections.*max_size"):
-            await asyncio.create_task(upsert(repo))
+            await upsert(repo)
 
 
 async def test_a_cancelled_query_has_ended_before_the_next_begins(postgres_url: str, postgres_schema: str) -> None:
