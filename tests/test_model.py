@@ -44,7 +44,7 @@ from tests.model import Model
 
 EXAMPLES = int(os.environ.get("ORIS_TEST_EXAMPLES", "0"))
 SETTINGS = settings(
-    max_examples=EXAMPLES or 180,
+    max_examples=EXAMPLES or 120,
     derandomize=not EXAMPLES,
     stateful_step_count=50,
     deadline=None,

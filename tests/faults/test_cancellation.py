@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import random
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
@@ -117,6 +118,8 @@ async def _scoped(work: Work, n: int) -> bool:
 
 
 BOTH_WAYS = pytest.mark.parametrize("cancelled_at", [_native, _scoped], ids=["task.cancel", "anyio scope"])
+# Of the second way every third moment, another third at each run: both meet the same awaits.
+MOMENTS = {_native: 1, _scoped: 3}
 CancelledAt = Callable[[Work, int], Coroutine[Any, Any, bool]]
 
 
@@ -132,7 +135,8 @@ async def test_boot_may_be_cancelled_at_every_await(lab: Lab, cancelled_at: Canc
     # Several connections to open are several to close.
     options = {"min_size": 2} if isinstance(lab, PostgresLab) else {}
     outcomes: list[int] = []
-    for n in range(FAR):
+    stride = MOMENTS[cancelled_at]
+    for n in range(random.randrange(stride), FAR, stride):
         lab = lab.another()
         await lab.lay(version)
         before = await lab.snapshot()
@@ -155,7 +159,7 @@ async def test_boot_may_be_cancelled_at_every_await(lab: Lab, cancelled_at: Canc
         if not cancelled:
             break
     # Both are met: cancelled early the boot has not happened, cancelled late it is complete.
-    assert len(outcomes) > 10
+    assert len(outcomes) * stride > 10
     assert set(outcomes) == {version, 2}
     assert outcomes == sorted(outcomes)
 

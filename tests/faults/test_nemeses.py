@@ -13,8 +13,8 @@ from tests.faults.nemeses.play import play
 from tests.faults.nemeses.stage import on_postgres, on_sqlite
 from tests.postgres_server import PostgresServer
 
-TTL = 1.5
-QUIET = 1.2
+TTL = 1.2
+QUIET = 0.8
 BOUND = 120
 """Seconds after which a run is given up that takes a third of them."""
 

@@ -29,7 +29,7 @@ _START = 30.0
 _REST = 30.0
 """Seconds in which all that was enqueued has to be done once nothing more is."""
 
-_CALM = 2.0
+_CALM = 1.0
 """Seconds of load before the first fault, and at least so many after the last."""
 
 _LOOK_EVERY = 0.2
