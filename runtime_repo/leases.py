@@ -228,10 +228,7 @@ class Leases:
         pause = length / 3 if every is None else span_ms("every", every, positive=True) / 1000
         if pause >= length:
             raise ConfigurationError(f"every is {every!r}: expected less than the ttl, {ttl!r}")
-        with contextlib.suppress(TimeoutError, DatabaseUnavailableError):
-            # What can have no heartbeats is refused at once; what is only away may be back when one is due.
-            async with asyncio.timeout(max(length / 6, MIN_PATIENCE)):
-                await self._queries.heartbeats()
+        await self._reserve(length)
         until = proved_until(lease)
         if until is None or until <= time.monotonic():
             # It was read, or comes from another process, or was claimed long ago.
@@ -247,6 +244,18 @@ class Leases:
             )
             async with keeper.keeping():
                 yield
+
+    async def _reserve(self, ttl: float) -> None:
+        """
+        Get ready to renew leases of *ttl* seconds. What can have no heartbeats is refused at once; what is only away
+        may be back when one is due.
+
+        Raises:
+            ConfigurationError: The pool that was given can have no connection for them, or this is a transaction.
+        """
+        with contextlib.suppress(TimeoutError, DatabaseUnavailableError):
+            async with asyncio.timeout(max(ttl / 6, MIN_PATIENCE)):
+                await self._queries.heartbeats()
 
     async def _renew(self, lease: Lease, ttl: timedelta) -> Lease:
         """One heartbeat, which does not wait behind the work."""

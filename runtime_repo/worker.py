@@ -153,7 +153,8 @@ class Worker:
         Work until told to stop; return at once if that has happened before. A worker runs once.
 
         Raises:
-            ConfigurationError: It has run before, or a signal cannot be caught here.
+            ConfigurationError: It has run before, a signal cannot be caught here, or the pool that the repository was
+                given has no room for heartbeats.
             RepositoryClosedError: The repository was closed.
         """
         if self._running is not None:
@@ -183,10 +184,20 @@ class Worker:
             async with anyio.create_task_group() as sweeping:
                 sweeping.start_soon(self._sweep)
                 try:
+                    await self._reserve()
                     await self._claim(handlers)
                 except (ConfigurationError, RepositoryClosedError) as error:
                     self._failure = error
                 self.stop()
+
+    async def _reserve(self) -> None:
+        """Find out whether leases can be kept at all, before any is taken."""
+        try:
+            await self._repo.leases._reserve(self._ttl.total_seconds())
+        except (ConfigurationError, RepositoryClosedError):
+            raise
+        except Exception as error:  # noqa: BLE001 - as for a claim
+            _log.debug("worker %s cannot prepare heartbeats yet: %s", self.worker_id, error)
 
     async def _claim(self, handlers: TaskGroup) -> None:
         """Claim as much as there is room for, again and again; wait where there is nothing."""
@@ -259,24 +270,31 @@ class Worker:
                 await anyio.sleep(self._sweep_every * random.uniform(0.5, 1.5))  # noqa: S311
 
     async def _work(self, lease: Lease) -> None:
+        is_held = False
         with holding(lease.lease_id, self._outages) as held:
             try:
                 async with self._repo.leases.hold(lease, ttl=self._ttl):
+                    is_held = True
                     await self._handle(lease, held)
             except LeaseLostError as error:
                 await self._discard(lease, held, error)
             except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
                 # No cancellation goes on from here: to the task group it would be the end of the worker.
                 if not held.ended:
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await finish(self._give_back(lease))
+                    await self._give_back(lease)
                 if not isinstance(error, asyncio.CancelledError):
                     self._fall(error)
             except DatabaseUnavailableError as error:
                 # Here as below its lease expires, and the attempt is made ready again.
                 self._outages.lost(error)
             except Exception as error:  # noqa: BLE001 - what befalls one attempt is not the end of the worker
-                _log.error("worker %s cannot report on attempt %r: %s", self.worker_id, lease.attempt_id, error)
+                if isinstance(error, ConfigurationError) and not is_held:
+                    # No lease can be kept, the next one neither.
+                    self._failure = error
+                    self.stop()
+                    await self._give_back(lease)
+                else:
+                    _log.error("worker %s cannot report on attempt %r: %s", self.worker_id, lease.attempt_id, error)
             finally:
                 self._room.release()
 
@@ -390,6 +408,10 @@ class Worker:
         return False
 
     async def _give_back(self, lease: Lease) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await finish(self._release(lease))
+
+    async def _release(self, lease: Lease) -> None:
         began = time.monotonic()
         try:
             await self._repo.leases.release(lease)

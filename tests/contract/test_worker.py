@@ -670,6 +670,63 @@ async def test_a_repository_that_is_closed_ends_it(factory: Factory) -> None:
             await task
 
 
+def too_small(monkeypatch: pytest.MonkeyPatch, repo: RuntimeRepository, *, after: int) -> None:
+    """No connection for heartbeats, as in a pool of one; so many times there is one before."""
+    heartbeats, asked = repo._gate.heartbeats, 0
+
+    async def refused() -> Any:
+        nonlocal asked
+        asked += 1
+        if asked > after:
+            raise ConfigurationError("the pool that was given is too small")
+        return await heartbeats()
+
+    monkeypatch.setattr(repo._gate, "heartbeats", refused)
+
+
+async def test_where_no_lease_can_be_kept_none_is_taken(
+    repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends at once with the reason, before an attempt's tries are spent."""
+    too_small(monkeypatch, repo, after=0)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with asyncio.timeout(10):
+        with pytest.raises(ConfigurationError, match="too small"):
+            await Worker(repo, for_ever, signals=()).run()
+    assert (await repo.attempts.get("a")).lease_version == 0
+
+
+async def test_who_can_keep_no_lease_any_more_ends(repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives back what it has just claimed, the try not counted."""
+    too_small(monkeypatch, repo, after=1)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with asyncio.timeout(10):
+        with pytest.raises(ConfigurationError, match="too small"):
+            await Worker(repo, for_ever, signals=()).run()
+    attempt = await repo.attempts.get("a")
+    assert (attempt.status, attempt.attempt_no, attempt.lease_version) == (AttemptStatus.QUEUED, 1, 1)
+
+
+async def test_an_outage_at_the_beginning_is_no_reason_to_end(
+    repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heartbeats need nothing until there is a lease, and by then the database may be back."""
+    heartbeats, asked = repo._gate.heartbeats, 0
+
+    async def refused_once() -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise RefusedError("not yet")
+        return await heartbeats()
+
+    monkeypatch.setattr(repo._gate, "heartbeats", refused_once)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with asyncio.timeout(10), running(Worker(repo, returning, signals=())):
+        await until(repo, "a", AttemptStatus.COMPLETED)
+    assert asked > 1
+
+
 async def test_who_was_stopped_before_does_nothing(repo: RuntimeRepository) -> None:
     """A signal may come before the work has begun."""
     await repo.attempts.enqueue("run", attempt_id="a")
