@@ -189,7 +189,8 @@ class Keeper:
         done, _ = await asyncio.wait([task], timeout=within)
         if not done or task.cancelled():
             leave(task)
-            raise DatabaseUnavailableError(f"the database did not answer a heartbeat within {within:.1f} s")
+            late = f"the database did not answer a heartbeat within {within:.1f} s"
+            raise DatabaseUnavailableError(late) from TimeoutError()
         return task.result()
 
     def _started(self, call: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":

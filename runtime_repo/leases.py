@@ -233,7 +233,7 @@ class Leases:
         if until is None or until <= time.monotonic():
             # It was read, or comes from another process, or was claimed long ago.
             lease = await self._renew(lease, ttl)
-        with holding(lease.lease_id, Outages(f"the hold of attempt {lease.attempt_id!r}")) as held:
+        with holding(lease.lease_id, Outages(f"the hold of attempt {lease.attempt_id!r}", ttl=length)) as held:
             keeper = Keeper(
                 lease,
                 held,

@@ -135,7 +135,7 @@ class Worker:
         except (TypeError, ValueError):
             raise ConfigurationError(f"signals is {signals!r}: expected some of signal.Signals") from None
         self._patience = min(_PATIENCE, ttl.total_seconds())
-        self._outages = Outages(f"worker {self.worker_id}")
+        self._outages = Outages(f"worker {self.worker_id}", ttl=ttl.total_seconds())
         self._room = asyncio.Semaphore(self._concurrency)
         self._told_to_stop = asyncio.Event()
         self._running: anyio.CancelScope | None = None
@@ -286,7 +286,7 @@ class Worker:
                     self._fall(error)
             except DatabaseUnavailableError as error:
                 # Here as below its lease expires, and the attempt is made ready again.
-                self._outages.lost(error)
+                self._lost(error)
             except Exception as error:  # noqa: BLE001 - what befalls one attempt is not the end of the worker
                 if isinstance(error, ConfigurationError) and not is_held:
                     # No lease can be kept, the next one neither.
@@ -370,8 +370,7 @@ class Worker:
             await self._insist(lambda: fail(_UNSTORABLE))
 
     async def _insist(self, report: Callable[[], Awaitable[object]]) -> None:
-        """Report, also when the database is away for a while; no longer than the lease is taken for."""
-        deadline = time.monotonic() + self._ttl.total_seconds()
+        """Report, also when the database is away for a while: as long as the lease is held, whose end cancels this."""
         pause, patience = _PAUSE_FIRST, self._patience
         key = object()
         try:
@@ -381,24 +380,26 @@ class Worker:
                     await _within(patience, report())
                 except (DatabaseUnavailableError, OverloadedError) as error:
                     self._outages.failed(key, "report", error, began=began)
-                    if time.monotonic() + pause > deadline:
-                        raise
                 else:
                     self._outages.succeeded(key)
                     return
                 await _rest(pause)
                 pause = min(pause * 2, _PAUSE_LAST)
-                # A large result may take its time.
-                patience = min(patience * 2, self._ttl.total_seconds())
+                # A large result may take its time, and so may the transactions of other handlers that are in front.
+                patience *= 2
         finally:
             self._outages.given_up(key)
 
     async def _discard(self, lease: Lease, held: Holding, error: LeaseLostError) -> None:
         """The lease is gone; say so, unless its holder has ended it himself, or the outage says it all."""
         if error.current is None:
-            self._outages.lost(error)
+            self._lost(error)
         elif not held.ended and not await self._was_ended_by_handler(lease):
             _log.warning("worker %s discards what it did: %s", self.worker_id, error)
+
+    def _lost(self, error: Exception) -> None:
+        """The lease could not be renewed for its whole length."""
+        self._outages.lost(error, began=time.monotonic() - self._ttl.total_seconds())
 
     async def _was_ended_by_handler(self, lease: Lease) -> bool:
         """Whether the handler ended its lease in a transaction of the application's own, whose end nobody told us."""
