@@ -209,7 +209,8 @@ class Leases:
         self, lease: Lease, *, ttl: timedelta = DEFAULT_TTL, every: timedelta | None = None
     ) -> AsyncIterator[None]:
         """
-        Keep the lease while the block runs, by a heartbeat in the background *every* so often (a third of *ttl*).
+        Keep the lease while the block runs, by a heartbeat in the background *every* so often (a third of *ttl*); the
+        first comes earlier where the lease was taken for less.
 
         The block is cancelled as soon as the lease is lost, and also when it can no longer be proved: when *ttl* has
         passed since the last heartbeat that succeeded was **sent**, by this process's clock, because the database did
