@@ -142,8 +142,11 @@ class Keeper:
 
     async def _beat(self) -> None:
         """Renew the lease again and again, until it has ended one way or the other."""
-        wake_at = cast(float, self._lease.asked_at) + self._every
-        patience = max(self._ttl / 6, MIN_PATIENCE)
+        # The lease may have been taken for less than heartbeats prove it for.
+        left = self._until - time.monotonic()
+        every = min(self._every, left / 3)
+        wake_at = min(cast(float, self._lease.asked_at) + self._every, self._until - left / 3)
+        patience = max(min(self._ttl, left) / 6, MIN_PATIENCE)
         while True:
             await asyncio.sleep(max(wake_at - time.monotonic(), 0))
             began = time.monotonic()
@@ -161,13 +164,14 @@ class Keeper:
                 return
             except Exception as error:  # noqa: BLE001 - the lease is proved still, and a later heartbeat may succeed
                 self._held.outages.failed(self, "renew a lease", error, began=began)
-                wake_at = time.monotonic() + self._every / 10
+                wake_at = time.monotonic() + every / 10
                 # The connection may be silent, or the database only slow.
                 patience *= 2
             else:
                 self._held.outages.succeeded(self)
                 self._prove(lease)
-                wake_at = cast(float, lease.asked_at) + self._every
+                every = self._every
+                wake_at = cast(float, lease.asked_at) + every
                 patience = max(self._ttl / 6, MIN_PATIENCE)
 
     async def _was_ended_by_holder(self) -> bool:
@@ -185,7 +189,8 @@ class Keeper:
         done, _ = await asyncio.wait([task], timeout=within)
         if not done or task.cancelled():
             leave(task)
-            raise DatabaseUnavailableError(f"the database did not answer a heartbeat within {within:.1f} s")
+            late = f"the database did not answer a heartbeat within {within:.1f} s"
+            raise DatabaseUnavailableError(late) from TimeoutError()
         return task.result()
 
     def _started(self, call: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":

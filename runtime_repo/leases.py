@@ -209,7 +209,8 @@ class Leases:
         self, lease: Lease, *, ttl: timedelta = DEFAULT_TTL, every: timedelta | None = None
     ) -> AsyncIterator[None]:
         """
-        Keep the lease while the block runs, by a heartbeat in the background *every* so often (a third of *ttl*).
+        Keep the lease while the block runs, by a heartbeat in the background *every* so often (a third of *ttl*); the
+        first comes earlier where the lease was taken for less.
 
         The block is cancelled as soon as the lease is lost, and also when it can no longer be proved: when *ttl* has
         passed since the last heartbeat that succeeded was **sent**, by this process's clock, because the database did
@@ -228,15 +229,12 @@ class Leases:
         pause = length / 3 if every is None else span_ms("every", every, positive=True) / 1000
         if pause >= length:
             raise ConfigurationError(f"every is {every!r}: expected less than the ttl, {ttl!r}")
-        with contextlib.suppress(TimeoutError, DatabaseUnavailableError):
-            # What can have no heartbeats is refused at once; what is only away may be back when one is due.
-            async with asyncio.timeout(max(length / 6, MIN_PATIENCE)):
-                await self._queries.heartbeats()
+        await self._reserve(length)
         until = proved_until(lease)
         if until is None or until <= time.monotonic():
             # It was read, or comes from another process, or was claimed long ago.
             lease = await self._renew(lease, ttl)
-        with holding(lease.lease_id, Outages(f"the hold of attempt {lease.attempt_id!r}")) as held:
+        with holding(lease.lease_id, Outages(f"the hold of attempt {lease.attempt_id!r}", ttl=length)) as held:
             keeper = Keeper(
                 lease,
                 held,
@@ -247,6 +245,18 @@ class Leases:
             )
             async with keeper.keeping():
                 yield
+
+    async def _reserve(self, ttl: float) -> None:
+        """
+        Get ready to renew leases of *ttl* seconds. What can have no heartbeats is refused at once; what is only away
+        may be back when one is due.
+
+        Raises:
+            ConfigurationError: The pool that was given can have no connection for them, or this is a transaction.
+        """
+        with contextlib.suppress(TimeoutError, DatabaseUnavailableError):
+            async with asyncio.timeout(max(ttl / 6, MIN_PATIENCE)):
+                await self._queries.heartbeats()
 
     async def _renew(self, lease: Lease, ttl: timedelta) -> Lease:
         """One heartbeat, which does not wait behind the work."""

@@ -135,7 +135,7 @@ class Worker:
         except (TypeError, ValueError):
             raise ConfigurationError(f"signals is {signals!r}: expected some of signal.Signals") from None
         self._patience = min(_PATIENCE, ttl.total_seconds())
-        self._outages = Outages(f"worker {self.worker_id}")
+        self._outages = Outages(f"worker {self.worker_id}", ttl=ttl.total_seconds())
         self._room = asyncio.Semaphore(self._concurrency)
         self._told_to_stop = asyncio.Event()
         self._running: anyio.CancelScope | None = None
@@ -153,7 +153,8 @@ class Worker:
         Work until told to stop; return at once if that has happened before. A worker runs once.
 
         Raises:
-            ConfigurationError: It has run before, or a signal cannot be caught here.
+            ConfigurationError: It has run before, a signal cannot be caught here, or the pool that the repository was
+                given has no room for heartbeats.
             RepositoryClosedError: The repository was closed.
         """
         if self._running is not None:
@@ -183,10 +184,20 @@ class Worker:
             async with anyio.create_task_group() as sweeping:
                 sweeping.start_soon(self._sweep)
                 try:
+                    await self._reserve()
                     await self._claim(handlers)
                 except (ConfigurationError, RepositoryClosedError) as error:
                     self._failure = error
                 self.stop()
+
+    async def _reserve(self) -> None:
+        """Find out whether leases can be kept at all, before any is taken."""
+        try:
+            await self._repo.leases._reserve(self._ttl.total_seconds())
+        except (ConfigurationError, RepositoryClosedError):
+            raise
+        except Exception as error:  # noqa: BLE001 - as for a claim
+            _log.debug("worker %s cannot prepare heartbeats yet: %s", self.worker_id, error)
 
     async def _claim(self, handlers: TaskGroup) -> None:
         """Claim as much as there is room for, again and again; wait where there is nothing."""
@@ -259,24 +270,31 @@ class Worker:
                 await anyio.sleep(self._sweep_every * random.uniform(0.5, 1.5))  # noqa: S311
 
     async def _work(self, lease: Lease) -> None:
+        is_held = False
         with holding(lease.lease_id, self._outages) as held:
             try:
                 async with self._repo.leases.hold(lease, ttl=self._ttl):
+                    is_held = True
                     await self._handle(lease, held)
             except LeaseLostError as error:
                 await self._discard(lease, held, error)
             except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
                 # No cancellation goes on from here: to the task group it would be the end of the worker.
                 if not held.ended:
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await finish(self._give_back(lease))
+                    await self._give_back(lease)
                 if not isinstance(error, asyncio.CancelledError):
                     self._fall(error)
             except DatabaseUnavailableError as error:
                 # Here as below its lease expires, and the attempt is made ready again.
-                self._outages.lost(error)
+                self._lost(error)
             except Exception as error:  # noqa: BLE001 - what befalls one attempt is not the end of the worker
-                _log.error("worker %s cannot report on attempt %r: %s", self.worker_id, lease.attempt_id, error)
+                if isinstance(error, ConfigurationError) and not is_held:
+                    # No lease can be kept, the next one neither.
+                    self._failure = error
+                    self.stop()
+                    await self._give_back(lease)
+                else:
+                    _log.error("worker %s cannot report on attempt %r: %s", self.worker_id, lease.attempt_id, error)
             finally:
                 self._room.release()
 
@@ -352,8 +370,7 @@ class Worker:
             await self._insist(lambda: fail(_UNSTORABLE))
 
     async def _insist(self, report: Callable[[], Awaitable[object]]) -> None:
-        """Report, also when the database is away for a while; no longer than the lease is taken for."""
-        deadline = time.monotonic() + self._ttl.total_seconds()
+        """Report, also when the database is away for a while: as long as the lease is held, whose end cancels this."""
         pause, patience = _PAUSE_FIRST, self._patience
         key = object()
         try:
@@ -363,24 +380,26 @@ class Worker:
                     await _within(patience, report())
                 except (DatabaseUnavailableError, OverloadedError) as error:
                     self._outages.failed(key, "report", error, began=began)
-                    if time.monotonic() + pause > deadline:
-                        raise
                 else:
                     self._outages.succeeded(key)
                     return
                 await _rest(pause)
                 pause = min(pause * 2, _PAUSE_LAST)
-                # A large result may take its time.
-                patience = min(patience * 2, self._ttl.total_seconds())
+                # A large result may take its time, and so may the transactions of other handlers that are in front.
+                patience *= 2
         finally:
             self._outages.given_up(key)
 
     async def _discard(self, lease: Lease, held: Holding, error: LeaseLostError) -> None:
         """The lease is gone; say so, unless its holder has ended it himself, or the outage says it all."""
         if error.current is None:
-            self._outages.lost(error)
+            self._lost(error)
         elif not held.ended and not await self._was_ended_by_handler(lease):
             _log.warning("worker %s discards what it did: %s", self.worker_id, error)
+
+    def _lost(self, error: Exception) -> None:
+        """The lease could not be renewed for its whole length."""
+        self._outages.lost(error, began=time.monotonic() - self._ttl.total_seconds())
 
     async def _was_ended_by_handler(self, lease: Lease) -> bool:
         """Whether the handler ended its lease in a transaction of the application's own, whose end nobody told us."""
@@ -390,6 +409,10 @@ class Worker:
         return False
 
     async def _give_back(self, lease: Lease) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await finish(self._release(lease))
+
+    async def _release(self, lease: Lease) -> None:
         began = time.monotonic()
         try:
             await self._repo.leases.release(lease)

@@ -62,6 +62,16 @@ async def test_a_lease_is_kept_beyond_its_length(factory: Factory) -> None:
         await repo.attempts.complete(lease)
 
 
+async def test_a_lease_that_was_taken_for_less_is_renewed_in_time(repo: RuntimeRepository) -> None:
+    """Claimed for half a second, and held with heartbeats ten seconds apart: the first comes before its end."""
+    lease = await claimed(repo, TTL)
+    async with asyncio.timeout(20), repo.leases.hold(lease):
+        while (await repo.leases.list())[0].heartbeat_at == lease.heartbeat_at:
+            pass
+        await asyncio.sleep(TTL.total_seconds())
+    await repo.attempts.complete(lease)
+
+
 @pytest.mark.parametrize("read", [False, True])
 async def test_the_block_ends_when_the_lease_is_lost(factory: Factory, read: bool) -> None:  # noqa: FBT001
     """At the next heartbeat, with the reason; also of a lease that was read and not claimed here."""

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -22,10 +23,12 @@ from runtime_repo import (
     Lease,
     NewAttempt,
     OverloadedError,
+    PostgresRuntimeRepository,
     RefusedError,
     RepositoryClosedError,
     RetryPolicy,
     RuntimeRepository,
+    SqliteRuntimeRepository,
     UnreadableRowError,
     Worker,
     fencing,
@@ -607,6 +610,70 @@ async def test_what_goes_wrong_is_tried_again_and_told_once(
     assert "can go on" in end
 
 
+async def refused_at_once() -> None:
+    """An error from a database that is away."""
+    raise unavailable()
+
+
+async def unanswered() -> None:
+    """A connection that is silent."""
+    await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize(("away", "lines"), [(refused_at_once, 2), (unanswered, 0)])
+async def test_a_result_waits_as_long_as_the_lease_is_kept(
+    repo: RuntimeRepository,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    away: Callable[[], Awaitable[None]],
+    lines: int,
+) -> None:
+    """For longer than one ttl; and a single call without an answer, while heartbeats have theirs, is no outage."""
+    complete, ttl = Attempts.complete, 2 * SHORT
+    began: list[float] = []
+
+    async def late(self: Attempts, lease: Lease, result: Any = None) -> Attempt:
+        began.append(time.monotonic())
+        if began[-1] < began[0] + 2 * ttl.total_seconds():
+            await away()
+        return await complete(self, lease, result)
+
+    monkeypatch.setattr(Attempts, "complete", late)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with running(Worker(repo, returning, ttl=ttl, signals=())):
+        done = await until(repo, "a", AttemptStatus.COMPLETED)
+        await eventually(lambda: len(caplog.records) == lines)
+    assert (done.lease_version, len(began) > 1) == (1, True)
+    assert len(caplog.records) == lines
+
+
+@pytest.fixture
+def narrow(factory: Factory, request: pytest.FixtureRequest) -> Factory:
+    """Repositories with one connection for all work, on both databases."""
+    if isinstance(factory(), SqliteRuntimeRepository):
+        return factory
+    url, schema = (request.getfixturevalue(name) for name in ("postgres_url", "postgres_schema"))
+    return lambda: PostgresRuntimeRepository(url, schema=schema, max_size=1)
+
+
+async def test_handlers_that_wait_for_each_other_are_no_outage(
+    narrow: Factory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their transactions take the only connection, in turn, for longer than a lease: nothing is lost, nothing told."""
+    ttl = timedelta(seconds=1.2)
+
+    async def handle(_lease: Lease) -> None:
+        async with repo.transaction():
+            await asyncio.sleep(ttl.total_seconds() / 3)
+
+    async with narrow() as repo, narrow() as other:
+        ids = await other.attempts.enqueue_many(NewAttempt("run") for _ in range(6))
+        async with running(Worker(repo, handle, ttl=ttl, sweep_every=ttl, signals=())):
+            attempts = [await until(other, attempt_id, AttemptStatus.COMPLETED) for attempt_id in ids]
+    assert {attempt.lease_version for attempt in attempts} == {1}
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 async def test_what_is_never_stored_fails_the_attempt(
     repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -668,6 +735,63 @@ async def test_a_repository_that_is_closed_ends_it(factory: Factory) -> None:
         await repo.close()
         with pytest.raises(RepositoryClosedError):
             await task
+
+
+def too_small(monkeypatch: pytest.MonkeyPatch, repo: RuntimeRepository, *, after: int) -> None:
+    """No connection for heartbeats, as in a pool of one; so many times there is one before."""
+    heartbeats, asked = repo._gate.heartbeats, 0
+
+    async def refused() -> Any:
+        nonlocal asked
+        asked += 1
+        if asked > after:
+            raise ConfigurationError("the pool that was given is too small")
+        return await heartbeats()
+
+    monkeypatch.setattr(repo._gate, "heartbeats", refused)
+
+
+async def test_where_no_lease_can_be_kept_none_is_taken(
+    repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends at once with the reason, before an attempt's tries are spent."""
+    too_small(monkeypatch, repo, after=0)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with asyncio.timeout(10):
+        with pytest.raises(ConfigurationError, match="too small"):
+            await Worker(repo, for_ever, signals=()).run()
+    assert (await repo.attempts.get("a")).lease_version == 0
+
+
+async def test_who_can_keep_no_lease_any_more_ends(repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives back what it has just claimed, the try not counted."""
+    too_small(monkeypatch, repo, after=1)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with asyncio.timeout(10):
+        with pytest.raises(ConfigurationError, match="too small"):
+            await Worker(repo, for_ever, signals=()).run()
+    attempt = await repo.attempts.get("a")
+    assert (attempt.status, attempt.attempt_no, attempt.lease_version) == (AttemptStatus.QUEUED, 1, 1)
+
+
+async def test_an_outage_at_the_beginning_is_no_reason_to_end(
+    repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heartbeats need nothing until there is a lease, and by then the database may be back."""
+    heartbeats, asked = repo._gate.heartbeats, 0
+
+    async def refused_once() -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise RefusedError("not yet")
+        return await heartbeats()
+
+    monkeypatch.setattr(repo._gate, "heartbeats", refused_once)
+    await repo.attempts.enqueue("run", attempt_id="a")
+    async with asyncio.timeout(10), running(Worker(repo, returning, signals=())):
+        await until(repo, "a", AttemptStatus.COMPLETED)
+    assert asked > 1
 
 
 async def test_who_was_stopped_before_does_nothing(repo: RuntimeRepository) -> None:
