@@ -49,7 +49,7 @@ from runtime_repo.schema import (
 from runtime_repo.shielding import CLEAN_UP, finish, leave
 from runtime_repo.step_reports import StepReports
 
-__all__ = ["RuntimeRepository", "RuntimeTransaction", "Unique", "check_flag", "check_seconds"]
+__all__ = ["RuntimeRepository", "RuntimeTransaction", "Unique", "check_flag", "check_seconds", "is_known_to_be_sync"]
 
 _DYING = 0.4
 """Seconds for a boot that did not heed its cancellation to fail, once its connection was taken from it."""
@@ -607,7 +607,7 @@ def check_flag(name: str, value: object) -> None:
 def _checked(before_migrate: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
     """*before_migrate*, refused now if it can be told to be no coroutine function, and otherwise when it is called."""
     expected = "expected a coroutine function without arguments"
-    if not callable(before_migrate) or _is_known_to_be_sync(before_migrate):
+    if not callable(before_migrate) or is_known_to_be_sync(before_migrate):
         raise ConfigurationError(f"before_migrate is {before_migrate!r}: {expected}")
 
     async def call() -> object:
@@ -619,11 +619,12 @@ def _checked(before_migrate: Callable[[], Awaitable[object]]) -> Callable[[], Aw
     return call
 
 
-def _is_known_to_be_sync(function: Any) -> bool:
+def is_known_to_be_sync(function: Any) -> bool:
+    """Whether *function* can be told to be no coroutine function; of some callables it shows when they are called."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
-    if not inspect.isroutine(function):
+    if not inspect.isroutine(function) and not inspect.iscoroutinefunction(function):
         function = type(function).__call__
     # A lambda has no other way to call a coroutine function with arguments.
     return (
