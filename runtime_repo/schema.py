@@ -403,7 +403,7 @@ async def _check(transaction: Transaction, migration: Migration) -> None:
     except RuntimeRepoError as error:
         raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
     problems = [
-        f"{row['number']} rows have {row['what']}, such as the one of {row['example']!r}: shorten or delete them"
+        f"{row['number']} rows have {row['what']}, such as the one of {row['example']!r}: change or delete them"
         for row in rows
         if row["number"]
     ]
