@@ -239,13 +239,19 @@ class RuntimeRepository(Stores):
         self, statements: AbstractAsyncContextManager[Statements] | None = None
     ) -> AsyncIterator[RuntimeTransaction]:
         own = self._gate.atomic()
-        async with statements or own as opened:
+        async with contextlib.AsyncExitStack() as stack:
+            opened = await stack.enter_async_context(statements or own)
             gate = _TransactionGate(_OneByOne(opened), self._gate)
             try:
                 with self._gate.within_transaction():
                     yield RuntimeTransaction(gate, opened.connection)
             finally:
                 gate.is_open = False
+                if self._gate.is_inherited:
+                    # To end it is the parent's affair.
+                    _keep_for_good(stack.pop_all())
+            if self._gate.is_inherited:
+                self._gate.check_place()
         if statements is None:
             gate.committed()
 
@@ -555,23 +561,23 @@ async def _wait_for(event: asyncio.Event) -> None:
 
 _constructed: "weakref.WeakSet[RuntimeRepository]" = weakref.WeakSet()
 
-_kept: list[RuntimeRepository] = []
+_kept: list[object] = []
 """What a parent had open when it forked this process."""
 
 
-def _keep_for_good(repository: RuntimeRepository) -> None:
+def _keep_for_good(inherited: object) -> None:
     """
-    Let *repository* be collected never, not even when the interpreter ends.
+    Let what is *inherited* be collected never, not even when the interpreter ends.
 
     A connection that is collected is closed: SQLite would clean up beside the parent's, under locks that are not ours;
     a transport would change the set of events that the parent waits for.
     """
-    _kept.append(repository)
+    _kept.append(inherited)
     # Where ctypes is missing, it is collected with this module, as the very last.
     with contextlib.suppress(ImportError):
         import ctypes
 
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(repository))
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
 
 def _inherit() -> None:
