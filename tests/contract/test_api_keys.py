@@ -101,6 +101,7 @@ async def test_a_key_authenticates_with_its_secret(repo: RuntimeRepository, cloc
     assert await repo.api_keys.authenticate("K", "right") is None
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_a_key_is_an_operator_unless_it_is_said(repo: RuntimeRepository) -> None:
     """The role of a new key, as the database has it for the keys of version 1."""
     assert (await repo.api_keys.put("k", "right")).role == "operator"
@@ -138,6 +139,7 @@ async def test_putting_again_replaces_the_secret(repo: RuntimeRepository, clock:
     assert (await repo.api_keys.put("k", "new", role="admin")).role == "admin"
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_putting_the_same_again_changes_nothing_for_its_user(repo: RuntimeRepository) -> None:
     """Whoever does not know whether the call arrived repeats it: the key and its secret are the same."""
     first = await repo.api_keys.put("k", "right")
@@ -147,6 +149,7 @@ async def test_putting_the_same_again_changes_nothing_for_its_user(repo: Runtime
     assert await repo.api_keys.list() == [again]
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_twenty_tasks_put_one_key(factory: Factory) -> None:
     """One of the secrets is the key's, whole."""
     async with factory() as one, factory() as two:
@@ -155,6 +158,7 @@ async def test_twenty_tasks_put_one_key(factory: Factory) -> None:
         assert [key for key in answers if key] == await two.api_keys.list()
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_an_inactive_key_does_not_authenticate(repo: RuntimeRepository, clock: Clock) -> None:
     """Until it is active again; to say it twice changes nothing, and a new secret does not bring it back."""
     key = await repo.api_keys.put("k", "right", now=clock.now)
@@ -169,6 +173,7 @@ async def test_an_inactive_key_does_not_authenticate(repo: RuntimeRepository, cl
     assert await repo.api_keys.authenticate("k", "new") == active
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_an_unknown_key_is_not_found(repo: RuntimeRepository) -> None:
     """``get`` and ``set_active`` raise, ``find`` and ``authenticate`` return None."""
     assert await repo.api_keys.find("nobody") is None
@@ -179,6 +184,7 @@ async def test_an_unknown_key_is_not_found(repo: RuntimeRepository) -> None:
     assert await repo.api_keys.list() == []
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_any_tells_whether_it_was_ever_set_up(repo: RuntimeRepository) -> None:
     """Inactive keys count: to deactivate the last one does not open the door of the first boot again."""
     assert await repo.api_keys.any() is False
@@ -188,6 +194,7 @@ async def test_any_tells_whether_it_was_ever_set_up(repo: RuntimeRepository) -> 
     assert await repo.api_keys.any() is True
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_keys_are_listed_by_pages(repo: RuntimeRepository) -> None:
     """Every key is on exactly one page, whatever its status."""
     for number in range(5):
@@ -322,6 +329,7 @@ async def test_an_unknown_status_is_an_error_that_names_it(repo: RuntimeReposito
     assert await repo.api_keys.any()
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_keys_are_written_with_a_transaction(repo: RuntimeRepository) -> None:
     """Or not at all; and within it they authenticate already."""
     with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the whole block fails
@@ -440,6 +448,7 @@ async def test_a_cancelled_put_has_happened_or_not(factory: Factory) -> None:
             assert turns < 10**6
 
 
+@pytest.mark.usefixtures("scrypt")
 def test_every_event_loop_has_turns_of_its_own(factory: Factory) -> None:
     """One loop after another, and several in threads at once, use the module and end."""
 

@@ -501,7 +501,7 @@ async def test_a_loop_that_has_ended_is_named(lab: Lab) -> None:
 
 @on_sqlite
 async def test_what_a_loop_left_open_is_closed_without_a_word(lab: SqliteLab) -> None:
-    """The driver's thread has no event loop to tell that it closes the file: the first has ended, the second soon does."""
+    """The driver's thread has no event loop to tell: the first has ended, and the second soon does."""
     program = (
         "import asyncio, sys\n"
         "from runtime_repo import ConfigurationError, SqliteRuntimeRepository\n"
