@@ -213,7 +213,7 @@ def form(n: object = 2**14, r: object = 8, p: object = 1, salt: str = SALT.hex()
     return f"scrypt${n}${r}${p}${salt}${digest}"
 
 
-@pytest.mark.parametrize(("n", "p"), [(2**14, 1), (2**15, 1), (2**16, 1), (2**14, 8)])
+@pytest.mark.parametrize(("n", "p"), [(2**14, 1), (2**15, 1), (2**16, 1), (2**14, 2)])
 async def test_a_hash_of_another_cost_authenticates(repo: RuntimeRepository, n: int, p: int) -> None:
     """As an earlier release stored it, and as a later one may."""
     await repo.api_keys.put("k", "other")
