@@ -200,7 +200,7 @@ class RuntimeRepository(Stores):
         Look at the schema as it is now, and tell what a boot would find: for a health check, or before a deployment.
 
         It writes nothing and creates nothing, whatever the boot may do, and needs no boot: on a repository that was not
-        awaited it looks through a connection of its own.
+        awaited it looks through a connection of its own, and so it does at any file, beside the transactions of others.
 
         Raises:
             DatabaseUnavailableError: The database cannot be reached, opened or read.

@@ -365,7 +365,7 @@ async def test_an_inspection_leaves_the_file_as_it_is(lab: SqliteLab) -> None:
 
 
 async def test_an_inspection_may_be_made_at_any_time(lab: SqliteLab) -> None:
-    """While a boot is under way it sees what stands so far, and disturbs nothing; afterwards the open connection."""
+    """While a boot is under way it sees what stands so far, and disturbs nothing, and so it does afterwards."""
     await lab.lay(1)
     found = []
 
