@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
@@ -668,12 +669,15 @@ async def _closed(connection: aiosqlite.Connection) -> None:
 
 def _abandon(connection: aiosqlite.Connection) -> None:
     """Close it without waiting for that, and without telling an event loop, which may have ended by then."""
+    if sys.is_finalizing():
+        connection.stop()  # no thread runs any more, nor would one begin
+        return
     # Only where there is no event loop has the driver nobody to tell.
     stopping = threading.Thread(target=connection.stop, daemon=True)
     try:
         stopping.start()
     except RuntimeError:
-        connection.stop()  # the interpreter ends, and starts no thread any more
+        connection.stop()  # the interpreter is about to end, and begins no thread any more
     else:
         stopping.join()
 
