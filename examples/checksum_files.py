@@ -32,7 +32,6 @@ from runtime_repo import Attempt, Lease, LeaseLostError, RuntimeRepoError, Runti
 
 BATCH, PAGE = 8, 500
 CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # removes the progress bar
-TTL = timedelta(seconds=5)
 PAUSE = 0.1  # seconds before an idle process looks again
 
 
@@ -84,9 +83,9 @@ async def boot_and_work(parent: Connection, args: Namespace, queue: str, worker_
     async with repo:
         say(parent, boot_of(repo, started))
         while not parent.poll():
-            leases = await repo.leases.claim(worker_id, queues=queue, limit=BATCH, ttl=TTL)
+            leases = await repo.leases.claim(worker_id, queues=queue, limit=BATCH, ttl=args.ttl)
             if leases:
-                await compute_all(repo, leases)
+                await compute_all(repo, leases, args.ttl)
             elif not await repo.leases.requeue_expired():
                 await asyncio.sleep(PAUSE)
 
@@ -112,10 +111,10 @@ def boot_of(repo: RuntimeRepository, started: float) -> str:
     return f"{schema:<16} {time.monotonic() - started:>6.3f} s {report.waited:>6.3f} s"
 
 
-async def compute_all(repo: RuntimeRepository, leases: Sequence[Lease]) -> None:
+async def compute_all(repo: RuntimeRepository, leases: Sequence[Lease], ttl: timedelta) -> None:
     """Finish one attempt after the other, while the leases on all of them are kept."""
     held = {lease.lease_id: lease for lease in leases}
-    beating = asyncio.create_task(keep(repo, held))
+    beating = asyncio.create_task(keep(repo, held, ttl))
     for lease in leases:
         if lease.lease_id not in held:
             continue
@@ -130,13 +129,13 @@ async def compute_all(repo: RuntimeRepository, leases: Sequence[Lease]) -> None:
     beating.cancel()
 
 
-async def keep(repo: RuntimeRepository, held: dict[str, Lease]) -> None:
+async def keep(repo: RuntimeRepository, held: dict[str, Lease], ttl: timedelta) -> None:
     """Beat three times in a lease's length, and let go of a lease that could not be kept: it will be another's."""
     while True:
-        await asyncio.sleep(TTL.total_seconds() / 3)
+        await asyncio.sleep(ttl.total_seconds() / 3)
         for lease in list(held.values()):
             try:
-                await repo.leases.heartbeat(lease, ttl=TTL)
+                await repo.leases.heartbeat(lease, ttl=ttl)
             except RuntimeRepoError:
                 held.pop(lease.lease_id, None)
 
@@ -240,11 +239,17 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--database", default="checksum_files.db", help="path or postgresql:// URL; %(default)s")
     parser.add_argument("--schema", default="runtime", help="runtime schema on PostgreSQL; %(default)s")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="processes; %(default)s")
+    parser.add_argument(
+        "--lease", type=float, default=5, metavar="SECONDS", help="until a dead one is replaced; %(default)s"
+    )
     parser.add_argument("--output", metavar="FILE", help="where the checksums go; standard output")
     args = parser.parse_args()
     folder, output = Path(args.folder), Path(args.output or "-")
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}: expected 1 or more")
+    if not 0.1 <= args.lease <= 3600:
+        parser.error(f"--lease is {args.lease}: expected 0.1 to 3600 seconds")
+    args.ttl = timedelta(seconds=args.lease)
     if not folder.is_dir():
         parser.error(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     if not output.parent.is_dir() or (output.exists() and not output.is_file()):

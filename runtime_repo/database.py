@@ -192,8 +192,8 @@ class Database(Source, Protocol):
         """Back up an existing database before its upgrade, under the lock; None where that is the operator's work."""
         ...
 
-    async def ready(self) -> None:
-        """The schema is right: make ready to serve."""
+    async def ready(self, version: int) -> None:
+        """The schema is right, and at *version*: make ready to serve."""
         ...
 
 

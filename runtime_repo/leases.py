@@ -57,6 +57,9 @@ _log = logging.getLogger("runtime_repo")
 DEFAULT_TTL = timedelta(seconds=30)
 MAX_CLAIM = 10_000
 
+_LAST_TOKEN = 2**63 - 1
+"""There is none after it, so it is never given out: it would be given out again."""
+
 _GIVE_BACK = 0.8
 """Seconds for which a cancelled claim is given back, while its caller waits to hear of the cancellation."""
 
@@ -133,7 +136,7 @@ class Leases:
         try:
             for row in await self._queries.fetch(query, *given):
                 try:
-                    leases.append(lease_from_row(row, asked_at=asked_at))
+                    leases.append(_below_the_last(lease_from_row(row, asked_at=asked_at)))
                 except UnreadableRowError as error:
                     leases.unreadable += (error,)
                     await self._park(row["lease_id"], error, given[-1])
@@ -330,6 +333,13 @@ class Leases:
         attempts = readable(rows, attempt_from_row)
         self._queries.tell({attempt.queue for attempt in attempts if attempt.status is AttemptStatus.QUEUED})
         return attempts
+
+
+def _below_the_last(lease: Lease) -> Lease:
+    """Let a lease through, unless its token is the one that cannot be given out."""
+    if lease.version >= _LAST_TOKEN:
+        raise UnreadableRowError("runtime_attempts", lease.attempt_id, "its lease_version is the last that there is")
+    return lease
 
 
 def _renewed(lease: Lease, row: Row, asked_at: float) -> Lease:

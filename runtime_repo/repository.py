@@ -49,7 +49,7 @@ from runtime_repo.schema import (
 from runtime_repo.shielding import CLEAN_UP, finish, leave
 from runtime_repo.step_reports import StepReports
 
-__all__ = ["RuntimeRepository", "RuntimeTransaction", "Unique", "check_flag", "check_seconds"]
+__all__ = ["RuntimeRepository", "RuntimeTransaction", "Unique", "check_flag", "check_seconds", "is_known_to_be_sync"]
 
 _DYING = 0.4
 """Seconds for a boot that did not heed its cancellation to fail, once its connection was taken from it."""
@@ -200,7 +200,7 @@ class RuntimeRepository(Stores):
         Look at the schema as it is now, and tell what a boot would find: for a health check, or before a deployment.
 
         It writes nothing and creates nothing, whatever the boot may do, and needs no boot: on a repository that was not
-        awaited it looks through a connection of its own.
+        awaited it looks through a connection of its own, and so it does at any file, beside the transactions of others.
 
         Raises:
             DatabaseUnavailableError: The database cannot be reached, opened or read.
@@ -239,13 +239,19 @@ class RuntimeRepository(Stores):
         self, statements: AbstractAsyncContextManager[Statements] | None = None
     ) -> AsyncIterator[RuntimeTransaction]:
         own = self._gate.atomic()
-        async with statements or own as opened:
+        async with contextlib.AsyncExitStack() as stack:
+            opened = await stack.enter_async_context(statements or own)
             gate = _TransactionGate(_OneByOne(opened), self._gate)
             try:
                 with self._gate.within_transaction():
                     yield RuntimeTransaction(gate, opened.connection)
             finally:
                 gate.is_open = False
+                if self._gate.is_inherited:
+                    # To end it is the parent's affair.
+                    _keep_for_good(stack.pop_all())
+            if self._gate.is_inherited:
+                self._gate.check_place()
         if statements is None:
             gate.committed()
 
@@ -555,23 +561,23 @@ async def _wait_for(event: asyncio.Event) -> None:
 
 _constructed: "weakref.WeakSet[RuntimeRepository]" = weakref.WeakSet()
 
-_kept: list[RuntimeRepository] = []
+_kept: list[object] = []
 """What a parent had open when it forked this process."""
 
 
-def _keep_for_good(repository: RuntimeRepository) -> None:
+def _keep_for_good(inherited: object) -> None:
     """
-    Let *repository* be collected never, not even when the interpreter ends.
+    Let what is *inherited* be collected never, not even when the interpreter ends.
 
     A connection that is collected is closed: SQLite would clean up beside the parent's, under locks that are not ours;
     a transport would change the set of events that the parent waits for.
     """
-    _kept.append(repository)
+    _kept.append(inherited)
     # Where ctypes is missing, it is collected with this module, as the very last.
     with contextlib.suppress(ImportError):
         import ctypes
 
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(repository))
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
 
 def _inherit() -> None:
@@ -607,7 +613,7 @@ def check_flag(name: str, value: object) -> None:
 def _checked(before_migrate: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
     """*before_migrate*, refused now if it can be told to be no coroutine function, and otherwise when it is called."""
     expected = "expected a coroutine function without arguments"
-    if not callable(before_migrate) or _is_known_to_be_sync(before_migrate):
+    if not callable(before_migrate) or is_known_to_be_sync(before_migrate):
         raise ConfigurationError(f"before_migrate is {before_migrate!r}: {expected}")
 
     async def call() -> object:
@@ -619,11 +625,12 @@ def _checked(before_migrate: Callable[[], Awaitable[object]]) -> Callable[[], Aw
     return call
 
 
-def _is_known_to_be_sync(function: Any) -> bool:
+def is_known_to_be_sync(function: Any) -> bool:
+    """Whether *function* can be told to be no coroutine function; of some callables it shows when they are called."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
-    if not inspect.isroutine(function):
+    if not inspect.isroutine(function) and not inspect.iscoroutinefunction(function):
         function = type(function).__call__
     # A lambda has no other way to call a coroutine function with arguments.
     return (

@@ -287,7 +287,7 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
                 raise decision.error
             found = decision.from_version if found is None else found
             if isinstance(decision, Serve):
-                await database.ready()
+                await database.ready(len(migrations))
                 return _report(found, decision, patience)
             patience.begin()
             async with database.lock() as transaction:
@@ -298,7 +298,7 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
                 preparation = preparation or await _prepare(database, transaction, decision, policy)
                 applied = await _apply(transaction, look, decision)
                 verified = _verify(await transaction.look(catalogs), migrations, policy)
-            await database.ready()
+            await database.ready(len(migrations))
             return _report(decision.from_version, verified, patience, applied, preparation.backup)
         except Busy as busy:
             if patience.exhausted:
@@ -403,7 +403,7 @@ async def _check(transaction: Transaction, migration: Migration) -> None:
     except RuntimeRepoError as error:
         raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
     problems = [
-        f"{row['number']} rows have {row['what']}, such as the one of {row['example']!r}: shorten or delete them"
+        f"{row['number']} rows have {row['what']}, such as the one of {row['example']!r}: change or delete them"
         for row in rows
         if row["number"]
     ]

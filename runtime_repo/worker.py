@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import anyio
@@ -35,7 +34,7 @@ from runtime_repo.keeping import is_running
 from runtime_repo.leases import DEFAULT_TTL
 from runtime_repo.outages import Outages
 from runtime_repo.records import DEFAULT_QUEUE, Lease, RetryPolicy
-from runtime_repo.repository import RuntimeRepository
+from runtime_repo.repository import RuntimeRepository, is_known_to_be_sync
 from runtime_repo.shielding import finish
 from runtime_repo.values import check_count, check_id, queue_names, span_ms
 
@@ -491,11 +490,7 @@ async def _rest(pause: float) -> None:
 
 def _check_handler(handler: object) -> None:
     """Refuse what certainly is no coroutine function; of other callables it shows when they are called."""
-    function: Any = handler
-    while isinstance(function, functools.partial):
-        function = function.func
-    is_function = isinstance(function, (FunctionType, MethodType)) and function.__name__ != "<lambda>"
-    if not callable(handler) or (is_function and not inspect.iscoroutinefunction(inspect.unwrap(function))):
+    if not callable(handler) or is_known_to_be_sync(handler):
         raise ConfigurationError(f"handler is {handler!r}: expected a coroutine function, declared with 'async def'")
 
 

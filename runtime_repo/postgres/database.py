@@ -740,7 +740,7 @@ class PostgresDatabase(Unique):
             row["pid"], row["application_name"], row["client_address"], row["transaction_age"], row["user_name"]
         )
 
-    async def ready(self) -> None:
+    async def ready(self, version: int) -> None:  # noqa: ARG002 - the operator's backups are no affair of ours
         self._has_booted = True
         if self._target.pool is not None and self._own is not None:
             own, self._own = self._own, None

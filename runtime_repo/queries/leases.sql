@@ -6,7 +6,7 @@
 -- promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no claim more
 -- than that, and shrinks with each. Which lease id is whose is looked up in one object: what is chosen is thought to be
 -- one row, and joined to the attempts it would be read anew for each. A token stops at the last one that there is, where
--- another program has put it there: the id is enough.
+-- another program has put it there: what gets that one is parked.
 with moment as (
     select coalesce($5, {now_ms}) as at
 ), ready as (
@@ -83,7 +83,7 @@ update {schema}.runtime_attempts
 insert into {schema}.runtime_leases
        (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
 select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
-       ready.lease_version + 1, coalesce($5, {now_ms})
+       min(ready.lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
   from (select attempt_id, lease_version, row_number() over () - 1 as n
           from (select attempt_id, lease_version
                   from {schema}.runtime_attempts
@@ -100,7 +100,7 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
 update {schema}.runtime_attempts
-   set status = 'leased', lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+   set status = 'leased', lease_version = min(lease_version, 9223372036854775806) + 1, worker_id = $2, ended_by = null,
        lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
  where attempt_id in (
            select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
@@ -200,7 +200,7 @@ update {schema}.runtime_attempts
 insert into {schema}.runtime_leases
        (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
 select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
-       ready.lease_version + 1, coalesce($5, {now_ms})
+       min(ready.lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
   from (select attempt_id, lease_version, row_number() over () - 1 as n
           from (select attempt_id, lease_version
                   from (select a.attempt_id, a.lease_version, a.priority, a.enqueued_at_ms
@@ -224,7 +224,7 @@ select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce(
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
 update {schema}.runtime_attempts
-   set status = 'leased', lease_version = lease_version + 1, worker_id = $2, ended_by = null,
+   set status = 'leased', lease_version = min(lease_version, 9223372036854775806) + 1, worker_id = $2, ended_by = null,
        lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
  where attempt_id in (
            select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
@@ -266,8 +266,8 @@ select {lease}
 -- As above, in statements of one transaction.
 insert into {schema}.runtime_leases
        (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-select $4, attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}), lease_version + 1,
-       coalesce($5, {now_ms})
+select $4, attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
+       min(lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
   from {schema}.runtime_attempts
  where attempt_id = $1
    and status in ('queued', 'retry_backoff')
@@ -277,8 +277,8 @@ select $4, attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}), 
        lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
        claimed_at_ms = excluded.claimed_at_ms;
 update {schema}.runtime_attempts
-   set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2, lease_id = $4,
-       ended_by = null
+   set status = 'leased', retry_at_ms = null, lease_version = min(lease_version, 9223372036854775806) + 1,
+       worker_id = $2, lease_id = $4, ended_by = null
  where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $4);
 select {lease}
   from {schema}.runtime_leases as l

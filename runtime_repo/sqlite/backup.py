@@ -1,10 +1,11 @@
 """
 The copy of a SQLite database that a boot takes before its upgrade, beside it and online.
 
-It is called ``….partial`` until the upgrade is about to commit, and only then by its own name. So a copy of a boot that
-did not commit never outlives it: an error or a cancellation removes it at once, and what a kill left is removed by the
-next boot that takes a copy, which has the write lock and therefore knows that nobody else is at work. A copy under its
-own name is never removed; a kill within the very COMMIT may leave one that was not needed.
+It is called ``….partial`` while it is written, ``….pending`` once it is whole, and only after the upgrade has committed
+by its own name. So a copy of a boot that did not commit never outlives it for long: an error or a cancellation removes
+it at once, and what a kill left is removed by the next boot that upgrades the same file, which has the write lock and
+therefore knows that nobody else is at work. A boot that was killed between its commit and the renaming leaves the name
+to the next one that finds the file up to date. A copy under its own name is never removed.
 """
 
 import asyncio
@@ -22,9 +23,10 @@ from runtime_repo.errors import RuntimeRepoError
 from runtime_repo.shielding import settle
 from runtime_repo.sqlite.connection import Connection
 
-__all__ = ["Copy"]
+__all__ = ["Copy", "name_what_is_pending", "remove_what_was_left"]
 
 _PARTIAL = ".partial"
+_PENDING = ".pending"
 
 
 class Copy:
@@ -33,7 +35,7 @@ class Copy:
 
     Attributes:
         target: What it is called in the end.
-        is_taken: Whether it is there, whole, under either name.
+        is_taken: Whether it is there, whole, until its upgrade has committed.
     """
 
     def __init__(self, source: Path, version: int) -> None:
@@ -42,6 +44,7 @@ class Copy:
         self.is_taken = False
         self._source = source
         self._partial = self.target.with_name(self.target.name + _PARTIAL)
+        self._pending = self.target.with_name(self.target.name + _PENDING)
 
     async def take(self, run: Callable[[Callable[[Connection], None]], Awaitable[None]]) -> None:
         """Copy the database by *run*, a hop of a connection that has no transaction, under another's write lock."""
@@ -52,7 +55,7 @@ class Copy:
                 if cancelled:
                     raise InterruptedError
 
-            _remove_what_was_left(self._source)
+            remove_what_was_left(self._source)
             try:
                 self._copy(connection, check)
                 check(0, 0, 0)
@@ -80,29 +83,54 @@ class Copy:
             # Not the WAL of its source: who looks at the copy would make files beside it.
             copy.execute("pragma journal_mode = delete").fetchone()
         shutil.copymode(self._source, self._partial)
+        self._partial.replace(self._pending)
+        _sync_folder(self.target.parent)
 
     def keep(self) -> None:
-        """Give it its own name, durably: its upgrade is about to commit."""
+        """Give it its own name, durably: its upgrade has committed."""
         if self.is_taken:
-            self._partial.replace(self.target)
-            _sync_folder(self.target.parent)
+            _name(self._pending, self.target)
 
     def drop(self) -> None:
         """Remove it: its upgrade did not commit."""
         self.is_taken = False
-        for path in (self.target, *(self._partial.with_name(self._partial.name + end) for end in ("", "-wal", "-shm"))):
+        for path in (
+            self._pending,
+            *(self._partial.with_name(self._partial.name + end) for end in ("", "-wal", "-shm")),
+        ):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
 
-def _remove_what_was_left(source: Path) -> None:
-    """Remove what boots that were killed have left: nobody else can be taking a copy now."""
-    ours = re.compile(re.escape(source.name) + r"\.v\d+-\d{8}T\d{12}Z\.backup" + re.escape(_PARTIAL) + "(-wal|-shm)?")
+def remove_what_was_left(source: Path) -> None:
+    """Remove what boots left that were killed before they committed: nobody else can be taking a copy now."""
+    for path, _ in _left(source):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def name_what_is_pending(source: Path, version: int) -> None:
+    """Name what a boot left that was killed after it had committed: *source* is known to be at *version* by now."""
+    with contextlib.suppress(OSError):
+        for path, before in _left(source):
+            # Of this version, a newer release may just be taking one.
+            if path.suffix == _PENDING and before < version:
+                _name(path, path.with_suffix(""))
+
+
+def _name(pending: Path, target: Path) -> None:
+    # Another boot, which finds the upgrade done, may have been quicker; and whatever fails here, the next one mends.
+    with contextlib.suppress(OSError):
+        pending.replace(target)
+        _sync_folder(target.parent)
+
+
+def _left(source: Path) -> list[tuple[Path, int]]:
+    """Copies of *source* that have no name of their own yet, and what belongs to them, each with its version."""
+    ours = re.compile(re.escape(source.name) + r"\.v(\d+)-\d{8}T\d{12}Z\.backup\.(pending|partial(-wal|-shm)?)")
     with os.scandir(source.parent) as entries:
-        for entry in entries:
-            if ours.fullmatch(entry.name):
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)  # noqa: PTH108
+        found = [(entry, ours.fullmatch(entry.name)) for entry in entries]
+    return [(Path(entry.path), int(match[1])) for entry, match in found if match]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
@@ -33,7 +34,7 @@ from runtime_repo.errors import (
 from runtime_repo.queries import fill, load_queries, split_statements
 from runtime_repo.repository import Unique
 from runtime_repo.shielding import CLEAN_UP, finish
-from runtime_repo.sqlite.backup import Copy
+from runtime_repo.sqlite.backup import Copy, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.limits import Limit, Limits
@@ -92,7 +93,6 @@ class SqliteDatabase(Unique):
         self._queries = _queries()
         self._connection: aiosqlite.Connection | None = None
         self._turn = Turn()
-        self._boots = False
         self._copy: Copy | None = None
 
     def __repr__(self) -> str:
@@ -108,7 +108,7 @@ class SqliteDatabase(Unique):
         self._limits.close()
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.stop()
+            _abandon(connection)
 
     def inherited(self) -> None:
         if self._path is not None:
@@ -379,7 +379,6 @@ class SqliteDatabase(Unique):
         except TimeoutError:
             raise Busy from None
         commit: Hop | None = None
-        self._boots = True
         try:
             await self._try_to_begin()
             yield _BootTransaction(self)
@@ -400,13 +399,12 @@ class SqliteDatabase(Unique):
         else:
             self._copy = None
         finally:
-            self._boots = False
             self._turn.give()
 
     def _commit_boot(self, connection: Connection) -> None:
+        connection.execute("commit")
         if self._copy is not None:
             self._copy.keep()
-        connection.execute("commit")
 
     async def _try_to_begin(self) -> None:
         try:
@@ -432,14 +430,14 @@ class SqliteDatabase(Unique):
 
     async def inspect(self, shipped: Sequence[Catalog]) -> Look:
         with Limit(self._limits):
-            if self._path is None and self._connection is None:
+            if self._path is not None:
+                return await self._inspect_apart(self._path, shipped)
+            if self._connection is None:
                 return Look(None, Catalog())
-            if self._connection is not None and (self._path is None or not self._boots):
-                return await self._alone(partial(self.look_now, shipped))
-            return await self._inspect_apart(shipped)
+            return await self._alone(partial(self.look_now, shipped))
 
-    async def _inspect_apart(self, shipped: Sequence[Catalog]) -> Look:
-        """Look on a connection for this alone, which makes no file."""
+    async def _inspect_apart(self, path: Path, shipped: Sequence[Catalog]) -> Look:
+        """Look on a connection for this alone, which makes no file and waits for no transaction of this process."""
         deadline = time.monotonic() + self._lock_timeout
         while True:
             first = Hop(looking(self._queries, shipped))
@@ -449,18 +447,29 @@ class SqliteDatabase(Unique):
                 if time.monotonic() >= deadline:
                     raise self._locked() from busy.__cause__
             except DatabaseUnavailableError:
-                if self._path is not None and _is_absent(self._path):
+                self._prove()
+                # What a boot would make is fresh.
+                if _is_absent(path) and (not self._writes or path.parent.is_dir()):
                     return Look(None, Catalog())
                 raise
             else:
                 await _closed(connection)
+                self._prove()
                 return cast(Look, first.fetchall())
             await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
+
+    def _prove(self) -> None:
+        """See that what is open, if anything is, is still the file in its place."""
+        own = None if self._connection is None else self._connection._connection
+        if isinstance(own, Connection):
+            own.prove(now=True)
 
     async def lock_holder(self) -> LockHolder | None:
         return None
 
-    async def ready(self) -> None:
+    async def ready(self, version: int) -> None:
+        if self._writes and self._path is not None:
+            name_what_is_pending(self._path, version)
         # A connection that has read a database in WAL mode has its log beside it.
         if self._writes and self._path is not None and not os.path.exists(f"{self._path}-wal"):  # noqa: ASYNC240, PTH110
             # While others hold the file in its old mode it works all the same; a later boot will switch.
@@ -469,7 +478,10 @@ class SqliteDatabase(Unique):
                     await self.hop(_switch_to_wal)
 
     async def take_backup(self, from_version: int) -> Path | None:
-        if not self._backup or self._path is None:
+        if self._path is None:
+            return None
+        if not self._backup:
+            remove_what_was_left(self._path)
             return None
         self._copy = Copy(self._path, from_version)
         await self._take_copy(self._copy)
@@ -653,6 +665,21 @@ async def _closed(connection: aiosqlite.Connection) -> None:
     if not hangs:
         # It has nothing more to do.
         thread.join(_LAST_BREATH)
+
+
+def _abandon(connection: aiosqlite.Connection) -> None:
+    """Close it without waiting for that, and without telling an event loop, which may have ended by then."""
+    if sys.is_finalizing():
+        connection.stop()  # no thread runs any more, nor would one begin
+        return
+    # Only where there is no event loop has the driver nobody to tell.
+    stopping = threading.Thread(target=connection.stop, daemon=True)
+    try:
+        stopping.start()
+    except RuntimeError:
+        connection.stop()  # the interpreter is about to end, and begins no thread any more
+    else:
+        stopping.join()
 
 
 _HANGS = object()

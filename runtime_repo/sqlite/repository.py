@@ -32,8 +32,9 @@ class SqliteRuntimeRepository(RuntimeRepository):
         migrate: False is verify-only: nothing is created or written, and pending migrations refuse the boot.
         on_drift: ``"warn"`` serves although the structure has drifted, and logs every difference.
         backup: Copy the file beside itself before an upgrade, named ``<file>.v<version>-<time>.backup``. Until the
-            upgrade commits that name ends with ``.partial``; a copy of a boot that does not commit is removed, one
-            left by a kill by the next boot that takes a copy. A copy under its own name is never removed.
+            upgrade has committed that name ends with ``.partial``, and with ``.pending`` once the copy is whole. A copy
+            of a boot that does not commit is removed, one left by a kill by the next boot that upgrades. A copy under
+            its own name is never removed.
         before_migrate: A coroutine function that runs once, under the lock, before the first migration is applied.
         lock_timeout: Seconds to wait for another process's migration or write.
         verb_timeout: Seconds that a verb may take, waiting for its turn and for locks included, and so each statement

@@ -101,6 +101,7 @@ async def test_a_key_authenticates_with_its_secret(repo: RuntimeRepository, cloc
     assert await repo.api_keys.authenticate("K", "right") is None
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_a_key_is_an_operator_unless_it_is_said(repo: RuntimeRepository) -> None:
     """The role of a new key, as the database has it for the keys of version 1."""
     assert (await repo.api_keys.put("k", "right")).role == "operator"
@@ -138,6 +139,7 @@ async def test_putting_again_replaces_the_secret(repo: RuntimeRepository, clock:
     assert (await repo.api_keys.put("k", "new", role="admin")).role == "admin"
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_putting_the_same_again_changes_nothing_for_its_user(repo: RuntimeRepository) -> None:
     """Whoever does not know whether the call arrived repeats it: the key and its secret are the same."""
     first = await repo.api_keys.put("k", "right")
@@ -147,6 +149,7 @@ async def test_putting_the_same_again_changes_nothing_for_its_user(repo: Runtime
     assert await repo.api_keys.list() == [again]
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_twenty_tasks_put_one_key(factory: Factory) -> None:
     """One of the secrets is the key's, whole."""
     async with factory() as one, factory() as two:
@@ -155,6 +158,7 @@ async def test_twenty_tasks_put_one_key(factory: Factory) -> None:
         assert [key for key in answers if key] == await two.api_keys.list()
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_an_inactive_key_does_not_authenticate(repo: RuntimeRepository, clock: Clock) -> None:
     """Until it is active again; to say it twice changes nothing, and a new secret does not bring it back."""
     key = await repo.api_keys.put("k", "right", now=clock.now)
@@ -169,6 +173,7 @@ async def test_an_inactive_key_does_not_authenticate(repo: RuntimeRepository, cl
     assert await repo.api_keys.authenticate("k", "new") == active
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_an_unknown_key_is_not_found(repo: RuntimeRepository) -> None:
     """``get`` and ``set_active`` raise, ``find`` and ``authenticate`` return None."""
     assert await repo.api_keys.find("nobody") is None
@@ -179,6 +184,7 @@ async def test_an_unknown_key_is_not_found(repo: RuntimeRepository) -> None:
     assert await repo.api_keys.list() == []
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_any_tells_whether_it_was_ever_set_up(repo: RuntimeRepository) -> None:
     """Inactive keys count: to deactivate the last one does not open the door of the first boot again."""
     assert await repo.api_keys.any() is False
@@ -188,6 +194,7 @@ async def test_any_tells_whether_it_was_ever_set_up(repo: RuntimeRepository) -> 
     assert await repo.api_keys.any() is True
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_keys_are_listed_by_pages(repo: RuntimeRepository) -> None:
     """Every key is on exactly one page, whatever its status."""
     for number in range(5):
@@ -206,7 +213,7 @@ def form(n: object = 2**14, r: object = 8, p: object = 1, salt: str = SALT.hex()
     return f"scrypt${n}${r}${p}${salt}${digest}"
 
 
-@pytest.mark.parametrize(("n", "p"), [(2**14, 1), (2**15, 1), (2**16, 1), (2**14, 8)])
+@pytest.mark.parametrize(("n", "p"), [(2**14, 1), (2**15, 1), (2**16, 1), (2**14, 2)])
 async def test_a_hash_of_another_cost_authenticates(repo: RuntimeRepository, n: int, p: int) -> None:
     """As an earlier release stored it, and as a later one may."""
     await repo.api_keys.put("k", "other")
@@ -216,39 +223,39 @@ async def test_a_hash_of_another_cost_authenticates(repo: RuntimeRepository, n: 
     assert await repo.api_keys.authenticate("k", "other") is None
 
 
-@pytest.mark.parametrize(
-    "stored",
-    [
-        *("", "right", "scrypt", "$2b$12$KIXQ4oN1Y9xQ1Z1Z1Z1Z1u", "pbkdf2$1000$00$00", DIGEST.hex(), "scrypt$$$$$"),
-        *(form(2**31), form(2**62), form("9" * 400), form(2**17), form(2**13), form(2), form(0), form(-(2**14))),
-        *(form(2**14 + 1), form("2**14"), form("016384"), form("١٦٣٨٤"), form(r=1), form(r=2**30), form(p=0)),
-        *(
-            form(p=2**30),
-            form(p=17),
-            form(2**16, p=16),
-            form(p=""),
-            form() + "\n",
-            form() + "$",
-            " " + form(),
-            form().upper(),
-            form()[:-1],
-        ),
-        *(form(salt=""), form(salt="zz" * 16), form(digest=""), form(digest="00"), form(digest=DIGEST.hex()[:-2])),
-        *(form(salt=SALT.hex() * 99999), form(digest=DIGEST.hex() + "00"), form(digest="é" * 64)),
-    ],
-    ids=lambda stored: ascii(stored[:50]),
-)
-async def test_a_hash_of_unknown_form_never_authenticates(repo: RuntimeRepository, scrypt: Scrypt, stored: str) -> None:
+UNKNOWN_FORMS = [
+    *("", "right", "scrypt", "$2b$12$KIXQ4oN1Y9xQ1Z1Z1Z1Z1u", "pbkdf2$1000$00$00", DIGEST.hex(), "scrypt$$$$$"),
+    *(form(2**31), form(2**62), form("9" * 400), form(2**17), form(2**13), form(2), form(0), form(-(2**14))),
+    *(form(2**14 + 1), form("2**14"), form("016384"), form("١٦٣٨٤"), form(r=1), form(r=2**30), form(p=0)),
+    *(
+        form(p=2**30),
+        form(p=17),
+        form(2**16, p=16),
+        form(p=""),
+        form() + "\n",
+        form() + "$",
+        " " + form(),
+        form().upper(),
+        form()[:-1],
+    ),
+    *(form(salt=""), form(salt="zz" * 16), form(digest=""), form(digest="00"), form(digest=DIGEST.hex()[:-2])),
+    *(form(salt=SALT.hex() * 99999), form(digest=DIGEST.hex() + "00"), form(digest="é" * 64)),
+]
+"""What version 1, or another program, may have left; never a hash of ours."""
+
+
+async def test_a_hash_of_unknown_form_never_authenticates(repo: RuntimeRepository, scrypt: Scrypt) -> None:
     """Nor does it raise, or cost more than any other: version 1 may have left anything. A new secret mends it."""
     await repo.api_keys.put("k", "other")
-    await change(repo, "k", secret_hash=form())
-    assert await repo.api_keys.authenticate("k", "right")
-    await change(repo, "k", secret_hash=stored)
-    scrypt.calls.clear()
-    assert await repo.api_keys.authenticate("k", "right") is None
-    assert scrypt.calls == [(2**14, 8, 1, 32)]
-    await repo.api_keys.put("k", "right")
-    assert await repo.api_keys.authenticate("k", "right")
+    for stored in UNKNOWN_FORMS:
+        await change(repo, "k", secret_hash=form())
+        assert await repo.api_keys.authenticate("k", "right")
+        await change(repo, "k", secret_hash=stored)
+        scrypt.calls.clear()
+        assert await repo.api_keys.authenticate("k", "right") is None, stored[:50]
+        assert scrypt.calls == [(2**14, 8, 1, 32)], stored[:50]
+        await repo.api_keys.put("k", "right")
+        assert await repo.api_keys.authenticate("k", "right"), stored[:50]
 
 
 async def test_the_work_is_the_same_whichever_key_is_named(
@@ -322,6 +329,7 @@ async def test_an_unknown_status_is_an_error_that_names_it(repo: RuntimeReposito
     assert await repo.api_keys.any()
 
 
+@pytest.mark.usefixtures("scrypt")
 async def test_keys_are_written_with_a_transaction(repo: RuntimeRepository) -> None:
     """Or not at all; and within it they authenticate already."""
     with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the whole block fails
@@ -440,6 +448,7 @@ async def test_a_cancelled_put_has_happened_or_not(factory: Factory) -> None:
             assert turns < 10**6
 
 
+@pytest.mark.usefixtures("scrypt")
 def test_every_event_loop_has_turns_of_its_own(factory: Factory) -> None:
     """One loop after another, and several in threads at once, use the module and end."""
 
@@ -483,22 +492,20 @@ SECRETS: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "word"),
-    [
-        *(({"key_id": value}, f"key_id .*{word}") for value, word in IDS),
-        *(({"role": value}, f"role .*{word}") for value, word in IDS if value is not None),
-        *(({"secret": value}, f"secret .*{word}") for value, word in SECRETS),
-        ({"now": NAIVE}, "now"),
-    ],
-)
-async def test_a_key_that_cannot_be_meant_is_refused(
-    repo: RuntimeRepository, scrypt: Scrypt, wrong: dict[str, Any], word: str
-) -> None:
+WRONG: list[tuple[dict[str, Any], str]] = [
+    *(({"key_id": value}, f"key_id .*{word}") for value, word in IDS),
+    *(({"role": value}, f"role .*{word}") for value, word in IDS if value is not None),
+    *(({"secret": value}, f"secret .*{word}") for value, word in SECRETS),
+    ({"now": NAIVE}, "now"),
+]
+
+
+async def test_a_key_that_cannot_be_meant_is_refused(repo: RuntimeRepository, scrypt: Scrypt) -> None:
     """The error names the argument, and of a secret nothing else; nothing is computed or stored."""
-    with pytest.raises(ConfigurationError, match=word) as refused:
-        await repo.api_keys.put(**({"key_id": "k", "secret": "hush"} | wrong))
-    assert "hush" not in f"{refused.value} {refused.value!r}"
+    for wrong, word in WRONG:
+        with pytest.raises(ConfigurationError, match=word) as refused:
+            await repo.api_keys.put(**({"key_id": "k", "secret": "hush"} | wrong))
+        assert "hush" not in f"{refused.value} {refused.value!r}"
     assert scrypt.calls == []
     assert not await repo.api_keys.any()
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from runtime_repo import (
+    Lease,
     NewAttempt,
     Page,
     PayloadMismatchError,
     RuntimeRepository,
-    SqliteRuntimeRepository,
     UnreadableRowError,
     Worker,
 )
@@ -261,16 +261,33 @@ async def test_a_report_a_job_an_entry_and_a_key(repo: RuntimeRepository) -> Non
         await repo.interrupts.get("2")
 
 
-async def test_a_token_at_its_end_keeps_nobody_from_the_rest(repo: RuntimeRepository) -> None:
-    """Another program put it there: SQLite has no next one and it is parked, on PostgreSQL the lease's id fences."""
-    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("bad", "good")])
-    await spoil(repo, f"lease_version = {2**63 - 1}")
-    leases = {lease.attempt_id: lease for lease in await repo.leases.claim("worker", limit=2)}
-    assert "good" in leases
-    if isinstance(repo, SqliteRuntimeRepository):
-        assert (await stored(repo, "status"))[0]["status"] == "failed"
-    else:
-        assert (await repo.attempts.complete(leases["bad"])).status == "completed"
+@pytest.mark.parametrize("way", ["one queue", "several queues", "by its id"])
+async def test_the_last_token_is_given_out_to_nobody(repo: RuntimeRepository, way: str) -> None:
+    """Another program put it there, and there is none after it: the attempt has failed and says why; no token twice."""
+
+    async def claim(name: str) -> list[Lease]:
+        if way == "by its id":
+            lease = await repo.leases.claim_attempt(name, "worker")
+            return [lease] if lease else []
+        return list(await repo.leases.claim("worker", queues="default" if way == "one queue" else ["default", "b"]))
+
+    for last in (2**63 - 1, 2**63 - 2):
+        name = f"bad-{last}"
+        await repo.attempts.enqueue("run", attempt_id=name)
+        await spoil(repo, f"lease_version = {last}", f"'{name}'")
+        if way == "by its id":
+            with pytest.raises(UnreadableRowError, match="lease_version is the last"):
+                await claim(name)
+        else:
+            assert await claim(name) == []
+        failed = await repo.attempts.get(name)
+        assert (failed.status, failed.lease_version) == ("failed", 2**63 - 1)
+        assert "lease_version is the last" in str(failed.error)
+    await repo.attempts.enqueue("run", attempt_id="good")
+    await spoil(repo, f"lease_version = {2**63 - 3}", "'good'")
+    [lease] = await claim("good")
+    assert lease.version == 2**63 - 2
+    assert (await repo.attempts.complete(lease)).status == "completed"
 
 
 async def test_what_is_no_json_in_the_strict_sense_is_compared(repo: RuntimeRepository) -> None:

@@ -865,13 +865,26 @@ class Handles:
         """None."""
 
 
+class HandlesPlainly:
+    """What is called, and is no coroutine function."""
+
+    def __call__(self, lease: Lease) -> None:
+        """None."""
+
+
 @functools.wraps(for_ever)
 def decorated(lease: Lease) -> Awaitable[None]:
     """A decorator's plain function around a coroutine function."""
     return for_ever(lease)
 
 
-@pytest.mark.parametrize("handler", [None, "work", plain, yielding, Handles().plain, functools.partial(plain)])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        *(None, "work", plain, yielding, Handles().plain, functools.partial(plain)),
+        *(HandlesPlainly(), HandlesPlainly, Handles),
+    ],
+)
 async def test_a_handler_is_a_coroutine_function(repo: RuntimeRepository, handler: Any) -> None:
     """What certainly is none is refused at once, not when the first attempt comes."""
     with pytest.raises(ConfigurationError, match="async def"):

@@ -133,6 +133,42 @@ loop.close()
             assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
 
 
+@pytest.mark.parametrize("way", ["leaves", "raises", "exits"])
+async def test_a_child_cannot_end_the_transaction_in_which_it_was_forked(lab: Lab, way: str) -> None:
+    """Leaving the block is refused in words, what it raises gets through, and the parent's goes on."""
+    program = f"""
+way = {way!r}
+
+async def main():
+    async with repo.transaction() as transaction:
+        await transaction.attempts.enqueue("run", attempt_id="in")
+        pid = os.fork()
+        if pid == 0:
+            if way == "raises":
+                raise ZeroDivisionError
+            if way == "exits":
+                sys.exit(5)
+            return
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code == 5, code
+        await transaction.attempts.enqueue("run", attempt_id="on")
+
+try:
+    run(main())
+except ConfigurationError as error:
+    assert way == "leaves" and "before the process was forked" in str(error), error
+    os._exit(5)
+except ZeroDivisionError:
+    assert way == "raises"
+    os._exit(5)
+run(use(repo, "after"))
+run(repo.close())
+loop.close()
+"""
+    await run(lab, program)
+    assert await ids(lab) == ["after", "before", "in", "on"]
+
+
 async def test_a_child_may_open_one_of_its_own(lab: Lab) -> None:
     """One on the same database loses nothing that it commits, however the parent ends meanwhile."""
     program = """

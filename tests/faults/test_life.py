@@ -499,6 +499,32 @@ async def test_a_loop_that_has_ended_is_named(lab: Lab) -> None:
         gc.collect()
 
 
+@on_sqlite
+async def test_what_a_loop_left_open_is_closed_without_a_word(lab: SqliteLab) -> None:
+    """The driver's thread has no event loop to tell: the first has ended, and the second soon does."""
+    program = (
+        "import asyncio, sys\n"
+        "from runtime_repo import ConfigurationError, SqliteRuntimeRepository\n"
+        "repository = SqliteRuntimeRepository(sys.argv[1])\n"
+        "async def opened():\n"
+        "    await repository\n"
+        "asyncio.run(opened())\n"
+        "thread = repository._database._connection._thread\n"
+        "async def main():\n"
+        "    try:\n"
+        "        await repository.close()\n"
+        "    except ConfigurationError:\n"
+        "        pass\n"
+        "asyncio.run(main())\n"
+        "thread.join(10)\n"
+        "assert not thread.is_alive()\n"
+    )
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", program, str(lab.path)], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 async def test_what_failed_or_was_not_awaited_may_be_opened_in_another_loop(lab: Lab) -> None:
     """Nothing of it belongs to the loop that is gone."""
     fail = True

@@ -365,7 +365,7 @@ async def test_an_inspection_leaves_the_file_as_it_is(lab: SqliteLab) -> None:
 
 
 async def test_an_inspection_may_be_made_at_any_time(lab: SqliteLab) -> None:
-    """While a boot is under way it sees what stands so far, and disturbs nothing; afterwards the open connection."""
+    """While a boot is under way it sees what stands so far, and disturbs nothing, and so it does afterwards."""
     await lab.lay(1)
     found = []
 
@@ -377,6 +377,38 @@ async def test_an_inspection_may_be_made_at_any_time(lab: SqliteLab) -> None:
         assert found == [1]
         assert repo.boot_report.to_version == 2
         assert (await inspected(cast(SqliteDatabase, repo._database)))[0] == 2
+
+
+async def test_an_inspection_waits_for_no_transaction_of_another_task(lab: SqliteLab) -> None:
+    """A health check answers while one is open, also where nothing else gets its turn."""
+    async with lab.nothing_left(), SqliteRuntimeRepository(lab.path, verb_timeout=LIMIT) as repo:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue("run")
+            status = await asyncio.create_task(repo.inspect())
+        assert (status.found, status.refusal) == (2, None)
+
+
+@pytest.mark.parametrize("what", ["deleted", "replaced"])
+async def test_an_inspection_notices_that_the_open_file_went_away(lab: SqliteLab, what: str) -> None:
+    """What it would look at is not what the verbs use."""
+    async with SqliteRuntimeRepository(lab.path) as repo:
+        away = lab.path.with_name("away")
+        lab.path.rename(away)
+        if what == "replaced":
+            lab.path.write_bytes(away.read_bytes())
+        with pytest.raises(DatabaseUnavailableError, match=f"was {what}"):
+            await repo.inspect()
+
+
+async def test_an_inspection_says_what_the_boot_would_where_the_folder_is_missing(lab: SqliteLab) -> None:
+    """A file that is absent is made, a folder is not; who makes nothing finds nothing."""
+    missing = lab.path.parent / "missing" / "runtime.db"
+    async with lab.nothing_left():
+        for act in (SqliteRuntimeRepository(missing).inspect, SqliteRuntimeRepository(missing).ensure_schema):
+            with pytest.raises(DatabaseUnavailableError, match=r"the folder .* does not exist: create it first"):
+                await act()
+        for act in (SqliteRuntimeRepository(lab.path).inspect, SqliteRuntimeRepository(missing, migrate=False).inspect):
+            assert (await act()).found == 0
 
 
 async def test_an_inspection_of_a_locked_file_is_bounded(lab: SqliteLab) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import resource
 import shutil
+import signal
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -230,7 +231,7 @@ async def test_the_copy_of_a_boot_that_did_not_commit_goes_away(lab: SqliteLab, 
                 await lab.boot(before_migrate=step, lock_timeout=0.2)
     assert {"it raises": KeyError, "cancelled": TimeoutError}.get(way, RuntimeRepoError) in type(caught.value).__mro__
     [[copy]] = seen
-    assert copy.endswith(".backup.partial")
+    assert copy.endswith(".backup.pending")
     assert await lab.snapshot() == before
     assert len((await lab.boot()).applied) == 1
     assert len(copies(lab)) == 1
@@ -288,11 +289,45 @@ async def test_kills_leave_one_copy_at_most(lab: SqliteLab) -> None:
         assert await killed.stdout.readline() == b"copied\n"
         killed.kill()
         await killed.wait()
-        assert [name.endswith(".partial") for name in copies(lab)] == [True]
+        assert [name.endswith(".pending") for name in copies(lab)] == [True]
     (lab.path.parent / f"{lab.path.name}.v1-mine.backup.partial").touch()
     report = await lab.boot()
     assert report.backup is not None
     assert copies(lab) == sorted([report.backup.name, f"{lab.path.name}.v1-mine.backup.partial"])
+
+
+@on_sqlite
+@pytest.mark.parametrize("moment", ["before", "after"])
+async def test_a_kill_around_the_commit_leaves_the_copy_of_what_committed(lab: SqliteLab, moment: str) -> None:
+    """Killed just before, no copy joins another; just after, the next boot gives the only copy its name."""
+    await lab.reach(1)
+    program = (
+        "import asyncio, os, signal, sys\n"
+        "from runtime_repo import SqliteRuntimeRepository\n"
+        "from runtime_repo.sqlite.database import SqliteDatabase\n"
+        "commit = SqliteDatabase._commit_boot\n"
+        "def killed(database, connection):\n"
+        "    if sys.argv[2] == 'after':\n"
+        "        database._copy.keep = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        commit(database, connection)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "SqliteDatabase._commit_boot = killed\n"
+        "asyncio.run(SqliteRuntimeRepository(sys.argv[1]).ensure_schema())\n"
+    )
+    for _ in range(2 if moment == "before" else 1):
+        killed = await asyncio.create_subprocess_exec(sys.executable, "-c", program, str(lab.path), moment)
+        assert await killed.wait() == -signal.SIGKILL
+        assert [name.endswith(".pending") for name in copies(lab)] == [True]
+    [left] = copies(lab)
+    newer = lab.path.with_name(left.replace(".v1-", ".v2-"))
+    newer.touch()  # the copy of a newer release, which is about to upgrade
+    report = await lab.boot(backup=moment == "after")
+    if moment == "before":
+        # It was not needed, and might be older than what is upgraded now.
+        assert (len(report.applied), copies(lab)) == (1, [])
+    else:
+        assert report.applied == ()
+        assert copies(lab) == [left.removesuffix(".pending"), newer.name]
 
 
 @on_sqlite

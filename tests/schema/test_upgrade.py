@@ -267,6 +267,27 @@ async def test_an_id_that_is_too_long_is_refused_before_anything_is_done(
     assert (await lab.boot()).to_version == 2
 
 
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ("runtime_attempts", "attempt_id"),
+        ("runtime_leases", "lease_id"),
+        ("runtime_jobs", "thread_id"),
+        ("runtime_interrupts", "interrupt_id"),
+        ("runtime_api_keys", "key_id"),
+    ],
+)
+async def test_an_empty_key_is_refused_before_anything_is_done(lab: Lab, table: str, key: str) -> None:
+    """No verb can name such a row and no list shows it; the error does."""
+    await lab.reach(1)
+    first = f"(select min({key}) from {table})"
+    await lab.execute(f"update {table} set {key} = '' where {key} = {first}")
+    (problem,) = (await lab.refused(UnsuitableDatabaseError)).problems
+    assert problem.startswith(f"1 rows have an empty {key} in {table}, ")
+    await lab.execute(f"update {table} set {key} = 'mended' where {key} = ''")
+    assert (await lab.boot()).to_version == 2
+
+
 async def test_the_last_number_of_tries_is_kept(lab: Lab) -> None:
     """An attempt that has used up all numbers is upgraded, and no number overflows."""
     await lab.reach(1)

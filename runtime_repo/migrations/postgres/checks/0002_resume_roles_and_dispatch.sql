@@ -1,6 +1,7 @@
 -- What version 1 may hold and version 2 cannot: one row for each kind, with the number of rows and the key of one of them.
 -- Ids are keys of indexes, and PostgreSQL refuses an index row of more than 2,704 bytes: an id or a name has at most 512
--- characters and 1,024 bytes of UTF-8, the id of an attempt or an interrupt 1,536, on both databases.
+-- characters and 1,024 bytes of UTF-8, the id of an attempt or an interrupt 1,536, on both databases. An empty key could
+-- be named by no verb, and is before the beginning of every list.
 
 select 'attempt_id, run_id or status of more than 512 characters or too many bytes in runtime_attempts' as what,
        pg_catalog.count(*) as number, pg_catalog.min(pg_catalog.left(attempt_id, 60)) as example
@@ -56,4 +57,24 @@ select 'key_id of more than 512 characters or too many bytes in runtime_api_keys
        pg_catalog.count(*) as number, pg_catalog.min(pg_catalog.left(key_id, 60)) as example
   from {schema}.runtime_api_keys
  where pg_catalog.length(key_id) > 512
-    or pg_catalog.octet_length(key_id) > 1024;
+    or pg_catalog.octet_length(key_id) > 1024
+ union all
+select 'an empty attempt_id in runtime_attempts' as what, pg_catalog.count(*) as number, pg_catalog.min(attempt_id) as example
+  from {schema}.runtime_attempts
+ where attempt_id = ''
+ union all
+select 'an empty lease_id in runtime_leases' as what, pg_catalog.count(*) as number, pg_catalog.min(lease_id) as example
+  from {schema}.runtime_leases
+ where lease_id = ''
+ union all
+select 'an empty thread_id in runtime_jobs' as what, pg_catalog.count(*) as number, pg_catalog.min(thread_id) as example
+  from {schema}.runtime_jobs
+ where thread_id = ''
+ union all
+select 'an empty interrupt_id in runtime_interrupts' as what, pg_catalog.count(*) as number, pg_catalog.min(interrupt_id) as example
+  from {schema}.runtime_interrupts
+ where interrupt_id = ''
+ union all
+select 'an empty key_id in runtime_api_keys' as what, pg_catalog.count(*) as number, pg_catalog.min(key_id) as example
+  from {schema}.runtime_api_keys
+ where key_id = '';
