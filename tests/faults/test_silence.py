@@ -445,11 +445,12 @@ async def two_hosts(first: Relay, second: Relay, schema: str) -> AsyncIterator[P
 
 async def claim_again_and_again(repo: PostgresRuntimeRepository, patience: float) -> None:
     """As a worker does, until it is answered."""
-    while True:
-        with contextlib.suppress(TimeoutError, DatabaseUnavailableError):
-            async with asyncio.timeout(patience):
-                await repo.leases.claim("worker")
-                return
+    async with asyncio.timeout(15):
+        while True:
+            with contextlib.suppress(TimeoutError, DatabaseUnavailableError):
+                async with asyncio.timeout(patience):
+                    await repo.leases.claim("worker")
+                    return
 
 
 @pytest.mark.parametrize(
