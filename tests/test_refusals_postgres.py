@@ -1,6 +1,7 @@
 """PostgreSQL: what the server refuses is no outage, what two wrote at once is repeated, and no error shows a row."""
 
 import asyncio
+import errno
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -185,8 +186,8 @@ async def test_a_connection_that_two_use_is_told_in_our_words(repo: PostgresRunt
         (asyncpg.InternalClientError("cannot switch to state 12; hush"), DatabaseUnavailableError, "not ready"),
         (asyncpg.InterfaceError("connection is closed"), DatabaseUnavailableError, "the connection was lost"),
         (asyncpg.InterfaceError("pool is closing"), DatabaseUnavailableError, "the pool is closed"),
-        (OSError(24, "Too many open files"), DatabaseUnavailableError, "Too many open files.*ulimit"),
-        (RuntimeError("can't start new thread"), DatabaseUnavailableError, "start a thread.*ulimit"),
+        (RuntimeError("can't start new thread"), DatabaseUnavailableError, "start a thread.*ulimit -u"),
+        (OSError(errno.EMFILE, "Too many open files"), DatabaseUnavailableError, "Too many open files.*ulimit -n"),
         (
             asyncpg.TargetServerAttributeNotMatched("none of the hosts"),
             DatabaseUnavailableError,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import inspect
+import itertools
 import os
 import re
 import socket
@@ -10,6 +11,7 @@ import ssl
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Never, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -51,6 +53,16 @@ NO_LIMIT = 1e9
 _TRY = 5.0
 """Seconds in which one server, of one or several, has to answer who connects, unless it has been seen to need more."""
 
+_NEXT_TRY = 1.25
+_HURRIED_TRY = 0.5
+"""The same for each of several once one of them has answered, and for who has a lease to keep."""
+
+_SUSPECT = 0.25
+"""Seconds after which whoever gives up connecting has had a reason to, unless the server is known to be as slow."""
+
+_SILENT_FOR = 30.0
+"""Seconds for which a server that was silent is tried after the others."""
+
 _POOL_OPTIONS = set(inspect.signature(asyncpg.create_pool).parameters) - {"connection_class", "record_class"}
 """What a pool keeps for itself; it passes everything else to its connections."""
 
@@ -69,6 +81,26 @@ _KEEPALIVE = (
 
 class Unusable(Exception):  # noqa: N818 - between the driver and the database; it never leaves the package
     """The driver can't make anything of the DSN or the options. Its own words, which may repeat a part, stay behind."""
+
+
+@dataclass
+class _Host:
+    """One of the servers, as options that win over the DSN's, and what connecting to it was like."""
+
+    options: dict[str, Any]
+    took: float = 0.0
+    """Seconds that the slowest answer of the last ones took."""
+    silent_at: float = 0.0
+    """When it was found silent; 0 once it has answered."""
+
+    def answered(self, seconds: float) -> None:
+        self.silent_at = 0.0
+        self.took = max(seconds, self.took / 2)
+
+    def gave_up(self, seconds: float) -> None:
+        """Whoever connected has left after so long: where it might have answered by then, it is silent."""
+        if seconds >= max(_SUSPECT, min(2 * self.took, _NEXT_TRY)):
+            self.silent_at = time.monotonic()
 
 
 class Target:
@@ -94,9 +126,10 @@ class Target:
             problem = "an existing pool has its options already" if options else None
         # A connect of the application's own finds its way by itself.
         is_found = self.pool is not None or self._connect is not None or not self._shown
-        self._hosts = [{}] if is_found else _hosts(self._dsn, options)
+        self._hosts = [_Host(host) for host in ([{}] if is_found else _hosts(self._dsn, options))]
         self._rounds = _rounds(self._dsn, options) if len(self._hosts) > 1 else [{}]
-        self._slowest = 0.0
+        # How often none of them has answered since one did; None is before any has.
+        self._vain: int | None = None
         dsn, options = "", {}
         if problem:
             raise ConfigurationError(
@@ -115,11 +148,13 @@ class Target:
         """Whether the pool shall have connections before somebody wants one."""
         return bool(self._options["min_size"] or self._options.get("init_size"))
 
-    def patience(self, startup_timeout: float) -> float:
+    def patience(self, startup_timeout: float, *, hurried: bool = False) -> float:
         """For how long, in seconds, one server may be silent to who connects, so that there is time for all of them."""
-        tries = len(self._hosts) * len(self._rounds) + 1
-        # Of one that has answered, if slowly, the next answer is expected to take no longer than twice as long.
-        return max(min(_TRY, startup_timeout / tries), min(2 * self._slowest, startup_timeout))
+        usual = _TRY
+        if len(self._hosts) > 1 and self._vain is not None:
+            # They may all be slow rather than silent.
+            usual = min((_HURRIED_TRY if hurried else _NEXT_TRY) * 2**self._vain, _TRY)
+        return min(usual, startup_timeout / (len(self._hosts) * len(self._rounds) + 1))
 
     def new_pool(self, connect: Callable[..., Awaitable["Connection"]]) -> "Pool":
         """
@@ -153,6 +188,8 @@ class Target:
     ) -> "Connection":
         """
         Connect as asyncpg's pools do, for the pool or instead of it; each server has *patience* seconds to answer.
+
+        A server that needed longer for its last answer has twice that.
 
         Raises:
             Unusable: asyncpg cannot make anything of the DSN or the options.
@@ -198,28 +235,49 @@ class Target:
                 os.dup2(nothing, transport.get_extra_info("socket").fileno(), inheritable=False)
         os.close(nothing)
 
+    def forget_silence(self) -> None:
+        """Try the servers in the order in which they are named: those that answer are not as they should be."""
+        for host in self._hosts:
+            host.silent_at = 0.0
+
     async def _first_of_all(self, args: Sequence[Any], options: dict[str, Any], patience: float) -> "Connection":
         """
-        The first server that answers as it should.
+        The first server that answers as it should; one that was silent a moment ago is as good as not there.
 
         asyncpg would go through them by itself, but under one time-out for all: one that is silent takes all of it.
         """
         failures: list[Exception] = []
-        for wanted in self._rounds:
-            for host in self._hosts:
-                began = time.monotonic()
-                try:
-                    async with asyncio.timeout(patience):
-                        connection = await self._connected(args, options | host | wanted)
-                except Exception as error:
-                    if not is_transient(error):
-                        raise
-                    failures.append(error)
-                else:
-                    self._slowest = max(self._slowest, time.monotonic() - began)
-                    return connection
+        for wanted, host in self._in_order():
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(max(patience, 2 * host.took)):
+                    connection = await self._connected(args, options | host.options | wanted)
+            except asyncio.CancelledError:
+                # Whoever has less patience begins with the next server when he tries again.
+                host.gave_up(time.monotonic() - began)
+                raise
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+                if isinstance(error, TimeoutError):
+                    host.silent_at = time.monotonic()
+                failures.append(error)
+            else:
+                host.answered(time.monotonic() - began)
+                self._vain = 0
+                return connection
+        if self._vain is not None:
+            self._vain += 1
         # One that refuses says more than one that is silent.
         raise next((failure for failure in failures if not isinstance(failure, TimeoutError)), failures[0])
+
+    def _in_order(self) -> list[tuple[dict[str, Any], _Host]]:
+        """What to ask of which server: in the order that is wanted, but first of those that were not silent lately."""
+        since = time.monotonic() - _SILENT_FOR
+        return sorted(
+            itertools.product(self._rounds, self._hosts),
+            key=lambda found: found[1].silent_at if found[1].silent_at > since else 0.0,
+        )
 
     async def _connected(self, args: Sequence[Any], options: dict[str, Any]) -> "Connection":
         is_theirs = self._connect is not None or callable(options.get("password"))

@@ -152,7 +152,7 @@ class PostgresDatabase(Unique):
         has_room = target.pool is None or target.pool.get_max_size() > 2
         self._listener = Listener(self._listening if listen and has_room else None)
         self._hearing: Connection | None = None
-        self._heartbeats = Heartbeats(self._lend, self._verb, target.pool)
+        self._heartbeats = Heartbeats(functools.partial(self._lend, hurried=True), self._verb, target.pool)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target!r}, schema={self._schema!r})"
@@ -201,13 +201,13 @@ class PostgresDatabase(Unique):
         self._made.add(own)
         return own
 
-    async def _lend(self) -> "Connection":
+    async def _lend(self, *, hurried: bool = False) -> "Connection":
         """A connection for something else than verbs: outside of a pool of ours, and one of a pool that was given."""
         if self._target.pool is not None:
             return await self._waited_for(self._target.pool)
         async with self._in_time(self._startup_timeout, "startup_timeout"):
             with self.translated(connecting=True):
-                return await self._target.lend(self._target.patience(self._startup_timeout))
+                return await self._target.lend(self._target.patience(self._startup_timeout, hurried=hurried))
 
     async def close(self) -> None:
         await finish(self._close(), within=_CLOSING)
@@ -389,6 +389,7 @@ class PostgresDatabase(Unique):
         """Give up a connection that would go on failing, and with one that is read-only all that may be so."""
         terminated(connection)
         if is_spoilt(error, "25006"):
+            self._target.forget_silence()
             self._drop_idle()
 
     def _drop_idle(self) -> None:

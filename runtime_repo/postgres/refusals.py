@@ -29,7 +29,8 @@ _POOLER = (
     "a pooler in between runs each statement on another server connection: pass statement_cache_size=0, "
     "as behind a transaction-pooling pgbouncer"
 )
-_OWN_LIMITS = "this process or its machine is at a limit: raise it (ulimit), or let others end"
+_OWN_FILES = "this process has too many files open, or its machine has: close some, or raise the limit (ulimit -n)"
+_OWN_THREADS = "raise the limit of this process's threads or memory (ulimit -u, the container's)"
 _VERIFY = "the schema is not the one that this release needs: ensure_schema() says what differs"
 
 _REMEDIES = {
@@ -106,10 +107,10 @@ def meaning(error: BaseException, place: str, *, connecting: bool = False) -> Ru
         words = _words(error) or "no answer in time"
         return DatabaseUnavailableError(f"{place}: {words}: {_REMEDIES['08']}")
     if isinstance(error, OSError):
-        remedy = _REMEDIES["08"] if error.errno not in (errno.EMFILE, errno.ENFILE) else _OWN_LIMITS
+        remedy = _REMEDIES["08"] if error.errno not in (errno.EMFILE, errno.ENFILE) else _OWN_FILES
         return DatabaseUnavailableError(f"{place}: {_words(error) or type(error).__name__}: {remedy}")
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return DatabaseUnavailableError(f"{place}: this process can't start a thread: {_OWN_LIMITS}")
+        return DatabaseUnavailableError(f"{place}: this process can't start a thread: {_OWN_THREADS}")
     # Of what nobody foresaw not even the words can be trusted.
     return DatabaseUnavailableError(f"{place}: {type(error).__name__}: {_REMEDIES['08']}")
 

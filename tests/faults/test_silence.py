@@ -108,15 +108,29 @@ class Relay:
             writer.close()
 
 
-@pytest.fixture
-async def relay(postgres_url: str, postgres_schema: str) -> AsyncIterator[Relay]:  # noqa: ARG001 - dropped after it
-    """A network of the test's own."""
-    relay = Relay(postgres_url)
+@contextlib.asynccontextmanager
+async def relayed(url: str) -> AsyncIterator[Relay]:
+    """A relay that runs."""
+    relay = Relay(url)
     server = await asyncio.start_server(relay.accept, "127.0.0.1", 0)
     relay.port = server.sockets[0].getsockname()[1]
     yield relay
     server.close()
     await relay.close()
+
+
+@pytest.fixture
+async def relay(postgres_url: str, postgres_schema: str) -> AsyncIterator[Relay]:  # noqa: ARG001 - dropped after it
+    """A network of the test's own."""
+    async with relayed(postgres_url) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def other(postgres_url: str) -> AsyncIterator[Relay]:
+    """The way to a second host."""
+    async with relayed(postgres_url) as relay:
+        yield relay
 
 
 @pytest.fixture
@@ -418,6 +432,91 @@ async def test_of_several_hosts_a_silent_one_is_passed_over(
         with within(2):
             async with PostgresRuntimeRepository(dsn, schema=postgres_schema, startup_timeout=1.5, **options) as repo:
                 assert await repo.attempts.find("a") is None
+
+
+@contextlib.asynccontextmanager
+async def two_hosts(first: Relay, second: Relay, schema: str) -> AsyncIterator[PostgresRuntimeRepository]:
+    """Open by way of the first."""
+    dsn = first.url.replace(f":{first.port}", f":{first.port},127.0.0.1:{second.port}")
+    async with PostgresRuntimeRepository(dsn, schema=schema) as repo:
+        assert (first.links, second.links) == (1, 0)
+        yield repo
+
+
+async def claim_again_and_again(repo: PostgresRuntimeRepository, patience: float) -> None:
+    """As a worker does, until it is answered."""
+    async with asyncio.timeout(15):
+        while True:
+            with contextlib.suppress(TimeoutError, DatabaseUnavailableError):
+                async with asyncio.timeout(patience):
+                    await repo.leases.claim("worker")
+                    return
+
+
+@pytest.mark.parametrize(
+    ("patience", "seconds"),
+    [
+        # A try on the silent connection and its clean-up, then the first host has what patience it gets.
+        pytest.param(2.0, 2.0 + SOON + connections._NEXT_TRY, id="enough for both"),
+        pytest.param(0.5, 0.5 + SOON + 0.5, id="too little for one"),
+    ],
+)
+async def test_whoever_has_little_time_reaches_the_second_host(
+    relay: Relay, other: Relay, postgres_schema: str, monkeypatch: pytest.MonkeyPatch, patience: float, seconds: float
+) -> None:
+    """The first falls silent; it is left alone for a while, and then it is the first again."""
+    async with two_hosts(relay, other, postgres_schema) as repo:
+        relay.fall_silent()
+        with within(seconds):
+            await claim_again_and_again(repo, patience)
+        relay.work()
+        async with busy(repo, 4):
+            assert relay.links == 0
+        monkeypatch.setattr(connections, "_SILENT_FOR", 0.0)
+        async with busy(repo, 6):
+            assert relay.links > 0
+
+
+async def write_read_only(repo: PostgresRuntimeRepository) -> None:
+    """As if the connection led to a standby."""
+    async with repo.transaction() as transaction:
+        await transaction.connection.execute("set transaction read only")
+        await transaction.jobs.upsert("thread", "running")
+
+
+async def test_a_server_that_is_read_only_is_not_preferred(relay: Relay, other: Relay, postgres_schema: str) -> None:
+    """It may be the standby of the one that was silent for a moment."""
+    async with two_hosts(relay, other, postgres_schema) as repo:
+        relay.fall_silent()
+        await claim_again_and_again(repo, 0.5)
+        relay.work()
+        with pytest.raises(DatabaseUnavailableError, match="read-only"):
+            await write_read_only(repo)
+        await upsert(repo)
+        assert (relay.links, other.links) == (1, 0)
+
+
+async def test_a_lease_outlives_the_silence_of_the_first_host(relay: Relay, other: Relay, postgres_schema: str) -> None:
+    """The heartbeats have reached the second by the time that the lease has to be renewed."""
+    async with two_hosts(relay, other, postgres_schema) as repo:
+        await repo.attempts.enqueue("run")
+        (lease,) = await repo.leases.claim("worker", ttl=timedelta(seconds=3))
+        async with repo.leases.hold(lease, ttl=timedelta(seconds=3)):
+            # The first heartbeat connects.
+            await asyncio.sleep(1.5)
+            relay.fall_silent()
+            await asyncio.sleep(3.5)
+        assert other.links
+
+
+async def test_a_slow_server_of_several_is_given_more_and_more_time() -> None:
+    """Where none of them answers in time, they may all be slow rather than silent."""
+    target = Target("postgresql://a,b/db", {})
+    assert target.patience(60) == connections._TRY
+    target._vain = 0
+    assert [target.patience(60), target.patience(60, hurried=True)] == [1.25, 0.5]
+    target._vain = 2
+    assert [target.patience(60), target.patience(60, hurried=True)] == [5.0, 2.0]
 
 
 async def test_a_silent_host_does_not_take_all_of_the_startup_timeout(relay: Relay, make: Make) -> None:
