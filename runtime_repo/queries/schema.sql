@@ -85,19 +85,20 @@ select
         or pg_catalog.split_part(pg_catalog.current_setting('search_path'), ',', 1)
             operator(pg_catalog.=) 'pg_catalog'::pg_catalog.text)
    and pg_catalog.current_setting('quote_all_identifiers') operator(pg_catalog.=) 'off'::pg_catalog.text
-   and (select pg_catalog.count(*)
-          from (select nspowner from pg_catalog.pg_namespace
-                 where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid
-                 union all
-                select relowner from pg_catalog.pg_class
-                 where oid operator(pg_catalog.=)
-                       pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')::pg_catalog.oid
-                   and relkind operator(pg_catalog.=) 'r'::pg_catalog."char") as o (owner)
-         where pg_catalog.pg_get_userbyid(owner) operator(pg_catalog.=) current_user
-            or pg_catalog.pg_has_role(owner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
-            or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
-                and pg_catalog.pg_has_role(owner, 'member'::pg_catalog.text))
-       ) operator(pg_catalog.=) 2::pg_catalog.int8;
+   and (select pg_catalog.pg_get_userbyid(nspowner) operator(pg_catalog.=) current_user
+               or pg_catalog.pg_has_role(nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
+               or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
+                   and pg_catalog.pg_has_role(nspowner, 'member'::pg_catalog.text))
+          from pg_catalog.pg_namespace
+         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid)
+   and (select relkind operator(pg_catalog.=) 'r'::pg_catalog."char"
+           and (pg_catalog.pg_get_userbyid(relowner) operator(pg_catalog.=) current_user
+               or pg_catalog.pg_has_role(relowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
+               or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
+                   and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)))
+          from pg_catalog.pg_class
+         where oid operator(pg_catalog.=)
+               pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')::pg_catalog.oid);
 
 -- name: surroundings @postgres
 -- The same in detail: whether the schema is there ($1, its quoted name), its owner if that is a stranger, which of $2, all
@@ -177,7 +178,10 @@ select array(select pg_catalog.concat_ws(' ', version, applied_at_ms, name)
                                                        operator(pg_catalog.=) 'off'::pg_catalog.text
                                                and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)
                                               then null else 'stranger' end)
-               from pg_catalog.pg_class where oid operator(pg_catalog.=) any (o)) as relations,
+               from pg_catalog.pg_class where oid operator(pg_catalog.=) any (o))
+           operator(pg_catalog.||)
+           array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, polrelid), 'policy')
+                   from pg_catalog.pg_policy where polrelid operator(pg_catalog.=) any (o)) as relations,
        array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, attrelid), attnum, attname, atttypid,
                                          atttypmod, attnotnull, attidentity, attgenerated, attcollation,
                                          case when attinhcount operator(pg_catalog.>) 0 then 'inherited' end)
