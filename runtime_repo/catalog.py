@@ -121,8 +121,9 @@ def compare(expected: Catalog, live: Catalog, *, is_trusted: bool = True) -> tup
       exclusion constraint, the bounds of a partition.
     - Tolerated is what may refuse or speed up a statement, but not change it: extra columns and indexes, CHECK and
       exclusion constraints, foreign keys in either direction, a parent table, a deterministic collation, row security
-      that does not apply to this role, policies that nothing enables, STRICT and WITHOUT ROWID.
-    - Neither are other tables, constraints' names, storage parameters, statistics, comments, privileges.
+      that does not apply to this role, STRICT and WITHOUT ROWID.
+    - Neither are other tables, constraints' names, storage parameters, statistics, comments, privileges,
+      policies that nothing enables.
 
     What cannot be served even with ``on_drift="warn"``, such as row security that applies, is no drift but a problem of
     the look.

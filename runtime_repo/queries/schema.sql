@@ -75,25 +75,21 @@ select t.name as "table", i.name, i."unique", i.origin, i.partial, k.name as "co
 -- costs a quarter of a prepared statement. To plan a statement that names a relation may run what its owner has planted,
 -- in a view or in the expressions of an index or of statistics; and whoever owns the table or the schema, or may write
 -- into the session's path, may plant triggers and the like later. So the owners have to be this role, one that it belongs
--- to (of a superuser pg_has_role would say that of every role), the database's owner or a superuser. The path is read as
--- it is written, for a schema that it names before pg_catalog may be created later.
+-- to (of a superuser pg_has_role would say that of every role), the database's owner or a superuser, of whom pg_has_role
+-- says that it is that owner too. The path is read as it is written, for a schema that it names before pg_catalog may be
+-- created later.
 select
  where not pg_catalog.row_security_active(
                pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')::pg_catalog.oid)
-   and (pg_catalog.strpos(pg_catalog.lower(pg_catalog.current_setting('search_path')), 'pg_catalog')
-            operator(pg_catalog.=) 0
-        or pg_catalog.split_part(pg_catalog.current_setting('search_path'), ',', 1)
-            operator(pg_catalog.=) 'pg_catalog'::pg_catalog.text)
+   and pg_catalog.current_setting('search_path') operator(pg_catalog.!~~*) '%_pg_catalog%'::pg_catalog.text
    and pg_catalog.current_setting('quote_all_identifiers') operator(pg_catalog.=) 'off'::pg_catalog.text
-   and (select pg_catalog.pg_get_userbyid(nspowner) operator(pg_catalog.=) current_user
-               or pg_catalog.pg_has_role(nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
+   and (select pg_catalog.pg_has_role(nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
                or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
                    and pg_catalog.pg_has_role(nspowner, 'member'::pg_catalog.text))
           from pg_catalog.pg_namespace
          where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid)
    and (select relkind operator(pg_catalog.=) 'r'::pg_catalog."char"
-           and (pg_catalog.pg_get_userbyid(relowner) operator(pg_catalog.=) current_user
-               or pg_catalog.pg_has_role(relowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
+           and (pg_catalog.pg_has_role(relowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
                or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
                    and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)))
           from pg_catalog.pg_class
@@ -169,19 +165,14 @@ select array(select pg_catalog.concat_ws(' ', version, applied_at_ms, name)
                                          relhastriggers, relrowsecurity, relchecks, relhassubclass,
                                          case when relforcerowsecurity then 'forced' end,
                                          case when relispartition then 'partition' end,
-                                         case when pg_catalog.pg_get_userbyid(relowner)
-                                                       operator(pg_catalog.=) current_user
-                                                or pg_catalog.pg_has_role(
+                                         case when pg_catalog.pg_has_role(
                                                        relowner, 'pg_database_owner'::pg_catalog.name,
                                                        'member'::pg_catalog.text)
                                                 or pg_catalog.current_setting('is_superuser')
                                                        operator(pg_catalog.=) 'off'::pg_catalog.text
                                                and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)
                                               then null else 'stranger' end)
-               from pg_catalog.pg_class where oid operator(pg_catalog.=) any (o))
-           operator(pg_catalog.||)
-           array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, polrelid), 'policy')
-                   from pg_catalog.pg_policy where polrelid operator(pg_catalog.=) any (o)) as relations,
+               from pg_catalog.pg_class where oid operator(pg_catalog.=) any (o)) as relations,
        array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, attrelid), attnum, attname, atttypid,
                                          atttypmod, attnotnull, attidentity, attgenerated, attcollation,
                                          case when attinhcount operator(pg_catalog.>) 0 then 'inherited' end)
@@ -289,11 +280,6 @@ select o.relname, 'row security', 'it does not apply to this role'
  union all
 select o.relname, 'forced row security', 'it is not enabled'
   from ours as o where o.relforcerowsecurity and not o.relrowsecurity
- union all
-select o.relname, 'policy ' || p.polname::pg_catalog.text,
-       pg_catalog.concat_ws(' with check ', pg_catalog.pg_get_expr(p.polqual, p.polrelid),
-                            pg_catalog.pg_get_expr(p.polwithcheck, p.polrelid))
-  from ours as o join pg_catalog.pg_policy as p on p.polrelid = o.oid
  order by 1, 2;
 
 -- name: lock_holder @postgres
