@@ -92,22 +92,38 @@ class Look:
     """What keeps it from being migrated, but not from being served."""
 
 
-_CHANGES_MEANING = ("trigger", "rule", "unlogged storage", "child table", "conflict clause")
+_CHANGES_MEANING = (
+    "trigger",
+    "rule",
+    "unlogged storage",
+    "child table",
+    "conflict clause",
+    "deferrable primary key",
+)
 """Of what hangs on a table, that which makes a statement of ours do something else than it says."""
 
 
-def compare(expected: Catalog, live: Catalog) -> tuple[list[Difference], list[Difference]]:
+_RUNS_CODE = ("check constraint", "exclusion constraint", "parent table")
+"""Of what else hangs on a table, that which evaluates an expression of its author's for whoever writes."""
+
+
+def compare(expected: Catalog, live: Catalog, *, is_trusted: bool = True) -> tuple[list[Difference], list[Difference]]:
     """
     Return what is drift, and what is extra and tolerated.
 
     - Drift is whatever changes what our statements mean: a table, column, key, unique constraint or index that is
       missing or another; a collation by which two ids may be equal that are not the same (on SQLite any but BINARY);
-      a table that a crash empties (UNLOGGED); a trigger, a rule, a child table, a conflict clause of SQLite's; an extra
-      column that is NOT NULL and has no default, for it makes every insert fail.
+      a table that a crash empties (UNLOGGED); a trigger, a rule, a child table, a conflict clause of SQLite's, a
+      deferrable primary key; an extra column that is NOT NULL, or of a domain with constraints, and has no default, for
+      it makes every insert fail.
+    - Where strangers own what is ours (not *is_trusted*), drift is every expression of theirs, too, for it runs as
+      whoever calls a verb: an extra column's default, an expression or a predicate of an extra index, a CHECK or
+      exclusion constraint, the bounds of a partition.
     - Tolerated is what may refuse or speed up a statement, but not change it: extra columns and indexes, CHECK and
-      exclusion constraints, foreign keys in either direction, a deterministic collation, row security that does not
-      apply to this role, STRICT and WITHOUT ROWID.
-    - Neither are other tables, constraints' names, storage parameters, statistics, comments, privileges.
+      exclusion constraints, foreign keys in either direction, a parent table, a deterministic collation, row security
+      that does not apply to this role, STRICT and WITHOUT ROWID.
+    - Neither are other tables, constraints' names, storage parameters, statistics, comments, privileges,
+      policies that nothing enables.
 
     What cannot be served even with ``on_drift="warn"``, such as row security that applies, is no drift but a problem of
     the look.
@@ -121,12 +137,12 @@ def compare(expected: Catalog, live: Catalog) -> tuple[list[Difference], list[Di
         if found is None:
             drift.append(Difference(f"table {name}", "a table", None))
             continue
-        _compare_columns(name, table, found, drift, extra)
+        _compare_columns(name, table, found, drift, extra, is_trusted=is_trusted)
         if table.primary_key != found.primary_key:
             drift.append(Difference(f"primary key of {name}", _key(table.primary_key), _key(found.primary_key)))
-        _compare_indexes(name, table, found, drift, extra)
+        _compare_indexes(name, table, found, drift, extra, is_trusted=is_trusted)
         for attached, line in found.attached.items():
-            refused = attached.startswith(_CHANGES_MEANING)
+            refused = attached.startswith(_CHANGES_MEANING if is_trusted else (*_CHANGES_MEANING, *_RUNS_CODE))
             difference = Difference(f"{attached} on {name}", "none" if refused else None, line)
             (drift if refused else extra).append(difference)
     return drift, extra
@@ -137,7 +153,7 @@ def _key(columns: Sequence[str]) -> str | None:
 
 
 def _compare_columns(
-    name: str, expected: Table, found: Table, drift: list[Difference], extra: list[Difference]
+    name: str, expected: Table, found: Table, drift: list[Difference], extra: list[Difference], *, is_trusted: bool
 ) -> None:
     for column, line in expected.columns.items():
         if found.columns.get(column) != line:
@@ -147,12 +163,14 @@ def _compare_columns(
             continue
         if " not null" in line and not re.search(" (default|auto|generated)", line):
             drift.append(Difference(f"column {name}.{column}", "none, or one with a default", line))
+        elif not is_trusted and re.search(" (default|generated)|domain with constraints", line):
+            drift.append(Difference(f"column {name}.{column}", "none that runs a stranger's code", line))
         else:
             extra.append(Difference(f"column {name}.{column}", None, line))
 
 
 def _compare_indexes(
-    name: str, expected: Table, found: Table, drift: list[Difference], extra: list[Difference]
+    name: str, expected: Table, found: Table, drift: list[Difference], extra: list[Difference], *, is_trusted: bool
 ) -> None:
     meanings = {_meaning(line) for line in found.indexes.values()}
     wanted = {_meaning(line) for line in expected.indexes.values()}
@@ -165,7 +183,11 @@ def _compare_indexes(
         elif _meaning(line) not in meanings:
             drift.append(Difference(f"index {index} on {name}", line, None))
     for index, line in found.indexes.items():
-        if index not in expected.indexes and _meaning(line) not in wanted:
+        if index in expected.indexes or _meaning(line) in wanted:
+            continue
+        if not is_trusted and re.search(r"\(.*\(| where ", line.replace(" INCLUDE (", "")):
+            drift.append(Difference(f"index {index} on {name}", "none that runs a stranger's code", line))
+        else:
             extra.append(Difference(f"index {index} on {name}", None, line))
 
 

@@ -171,14 +171,21 @@ class LockHolder:
     client_address: str | None
     """An IP address, or ``local`` for a Unix socket; None where this role may not see it."""
     transaction_age: float | None
-    """Seconds since the holder's transaction began; None where this role may not see it."""
+    """Seconds since the holder's transaction began; None where it has none, or this role may not see it."""
     user: str | None = None
+    session_age: float | None = None
+    """Seconds since the holder connected; None where this role may not see it."""
 
     def __str__(self) -> str:
-        age = "unknown age" if self.transaction_age is None else f"{self.transaction_age:.1f} s"
+        if self.transaction_age is not None:
+            doing = f"in a transaction of {self.transaction_age:.1f} s"
+        elif self.session_age is not None:
+            doing = f"in no transaction, connected for {self.session_age:.1f} s"
+        else:
+            doing = "in a transaction of unknown age"
         return (
             f"process {self.pid} (user {self.user or 'unknown'}, application {self.application_name!r}, "
-            f"client {self.client_address or 'unknown'}, in a transaction of {age})"
+            f"client {self.client_address or 'unknown'}, {doing})"
         )
 
 

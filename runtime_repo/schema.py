@@ -197,9 +197,9 @@ def decide(look: Look, migrations: Sequence[Migration], policy: Policy) -> Decis
     Serve, migrate these, or refuse because: unsuitable, foreign, too new, a gap or another name, drift, pending.
 
     What only stands in the way of a migration is served, and told of, but not migrated: a name that is taken, a schema
-    whose owner may be anybody.
+    or a table whose owner may be anybody.
     """
-    ledger, catalog = look.ledger, look.catalog
+    ledger = look.ledger
     supported = migrations[-1].version
     recorded = {row.version: row.name for row in ledger or ()}
     version = max(recorded, default=0)
@@ -217,7 +217,7 @@ def decide(look: Look, migrations: Sequence[Migration], policy: Policy) -> Decis
         if recorded.get(number) != name:
             return Refuse(SchemaHistoryError(number, recorded.get(number), name))
 
-    drift, extra = compare(shipped[version].catalog, catalog) if version else ([], [])
+    drift, extra = _compared(shipped[version], look) if version else ([], [])
     if drift and policy.on_drift == "refuse":
         return Refuse(SchemaDriftError(version, drift))
     tolerated = (*drift, *extra, *look.reservations)
@@ -230,6 +230,11 @@ def decide(look: Look, migrations: Sequence[Migration], policy: Policy) -> Decis
     if look.reservations:
         return Refuse(UnsuitableDatabaseError([str(reservation) for reservation in look.reservations]))
     return Migrate(version, pending, tolerated)
+
+
+def _compared(recorded: Migration, look: Look) -> tuple[list[Difference], list[Difference]]:
+    """What is drift, and what is tolerated; less is where strangers may have made it."""
+    return compare(recorded.catalog, look.catalog, is_trusted=not look.reservations)
 
 
 def _foreign(look: Look, recorded: Migration | None, newest: Migration) -> list[str]:
@@ -325,7 +330,7 @@ async def inspect_schema(database: Database, migrations: Sequence[Migration], po
     look = await _inspected(database, [migration.catalog for migration in migrations], _Patience(policy.lock_timeout))
     found = max((row.version for row in look.ledger or ()), default=0)
     recorded = next((migration for migration in migrations if migration.version == found), None)
-    drift, extra = compare(recorded.catalog, look.catalog) if recorded else ([], [])
+    drift, extra = _compared(recorded, look) if recorded else ([], [])
     decision = decide(look, migrations, policy)
     return SchemaStatus(
         found,

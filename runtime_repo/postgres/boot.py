@@ -1,6 +1,7 @@
 """What boot reads of a PostgreSQL database, and what it does under the advisory lock."""
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +26,9 @@ __all__ = ["LOCK_TIMEOUT", "BootTransaction", "Looks", "begin"]
 LOCK_TIMEOUT = "100ms"
 """How long one try may queue live traffic behind it while it waits for a table."""
 
+_GLANCE = 1.0
+"""Seconds after which a look that only names the ledger gives way to one that says what it waits for."""
+
 _BOUNDED = f"set local lock_timeout = '{LOCK_TIMEOUT}'; set local quote_all_identifiers = off;"
 """How the server is told to spell names must not look like drift."""
 
@@ -41,18 +45,20 @@ class Looks:
         if problem := _encoding_problem(connection):
             return Look(None, Catalog(), problems=(problem,))
         if await connection.execute(self.queries["schema.plain"]) == "SELECT 1":
-            look = await self.recognize(connection, shipped)
-            if look is not None and look.catalog is shipped[-1]:
-                return look
+            # To name a table that is locked waits for it before the statement has set its own limit. The close look,
+            # which has set it by then, finds out whether it is that.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GLANCE):
+                    look = await self.recognize(connection, shipped)
+                    if look is not None and look.catalog is shipped[-1]:
+                        return look
         around, is_readable = await self.look_around(connection, shipped)
         if around.problems or not around.names:
             return around
-        if around.reservations and is_readable and (look := await self.recognize(connection, shipped)):
-            return replace(around, ledger=look.ledger, catalog=look.catalog)
         # Several statements must see one state, or a migration that commits between them would look like drift.
         try:
             await connection.execute(f"begin isolation level repeatable read read only; {_BOUNDED}", timeout=NO_LIMIT)
-            return await self.look_closely(connection, shipped, around)
+            return await self.look_closely(connection, shipped, around, is_readable=is_readable)
         finally:
             await finish(rolled_back(connection))
 
@@ -74,15 +80,11 @@ class Looks:
         whether the ledger may be named.
         """
         newest = shipped[-1].tables
-        names = [LEDGER, *newest, *(index for table in newest.values() for index in table.indexes)]
+        indexes = (index for table in newest.values() for index in table.indexes)
+        names = list(dict.fromkeys([LEDGER, *newest, *indexes]))
         qualified = self._qualified(names)
         row, *_ = await connection.fetch(
             self.queries["schema.surroundings"], self.tokens["schema"], qualified, timeout=NO_LIMIT
-        )
-        stranger = Difference(
-            f"schema {self._schema}",
-            f"owned by {row['role']}, a role that it belongs to, the database's owner or a superuser",
-            f"owned by {row['stranger']}, who may change it at any time: migrate as that role, or change the owner",
         )
         around = Look(
             None,
@@ -90,13 +92,29 @@ class Looks:
             namespace=row["namespace"],
             names=frozenset(name for name, full in zip(names, qualified, strict=True) if full in row["taken"]),
             problems=tuple(_problems(row)),
-            reservations=(stranger,) if row["stranger"] else (),
+            reservations=tuple(self._strangers(row)),
         )
-        return around, row["readable"]
+        ledger = f"{self.tokens['schema']}.{LEDGER}"
+        is_planted = ledger in row["theirs"] and not around.names & (newest.keys() - {LEDGER})
+        return around, row["readable"] and not is_planted
 
-    async def look_closely(self, connection: "Connection", shipped: Sequence[Catalog], around: Look) -> Look:
+    def _strangers(self, row: Row) -> Iterator[Difference]:
+        """Whoever may change at any time what is ours: the schema's owner, and those of tables in it."""
+        trusted = f"owned by {row['role']}, a role that it belongs to, the database's owner or a superuser"
+        found = "owned by {}, who may change it at any time: migrate as that role, or change the owner"
+        if row["stranger"]:
+            yield Difference(f"schema {self._schema}", trusted, found.format(row["stranger"]))
+        for table, owner in sorted(zip(row["theirs"], row["owners"], strict=True)):
+            if owner != row["stranger"]:
+                yield Difference(f"table {table.rpartition('.')[2]}", trusted, found.format(owner))
+
+    async def look_closely(
+        self, connection: "Connection", shipped: Sequence[Catalog], around: Look, *, is_readable: bool
+    ) -> Look:
         """
         The catalog first, then the ledger if there is one: naming a missing one would abort the transaction.
+
+        One that is not readable is taken for somebody else's.
 
         Raises:
             Busy: An index went away while it was read, for PostgreSQL describes one as it is now, not as the snapshot
@@ -109,7 +127,7 @@ class Looks:
         if tables is None:
             raise Busy
         catalog = Catalog(tables)
-        if not catalog.has_ledger:
+        if not catalog.has_ledger or not is_readable:
             return replace(around, catalog=catalog, namespace=bool(rows))
         ledger, text = await self._glance(connection, shipped)
         known = next((catalog for catalog in shipped if catalog.fingerprint == text), Catalog(tables, text))
@@ -135,8 +153,8 @@ def _encoding_problem(connection: "Connection") -> str | None:
 
 
 def _problems(row: Row) -> Iterator[str]:
-    path = re.sub(r"^pg_temp_\d+(, |$)", "", row["path"])
-    if not re.match("pg_catalog(,|$)", path):
+    names = _names(row["path"])
+    if {*names[: names.index("pg_catalog")]} - {"pg_temp"} if "pg_catalog" in names else ():
         yield (
             f"the session's search_path puts another schema before pg_catalog ({row['path']}), where functions may be "
             f"planted that run as {row['role']}: remove pg_catalog from the role's or database's search_path, or let "
@@ -147,6 +165,17 @@ def _problems(row: Row) -> Iterator[str]:
             f"row-level security hides rows of {', '.join(row['hidden'])} from {row['role']}: disable it, or exempt "
             "the role (alter role ... bypassrls)"
         )
+    for trap in row["traps"]:
+        yield (
+            f"{trap} may run code of the table's owner as {row['role']} when the table is only named,: "
+            "drop it, or change the table's owner"
+        )
+
+
+def _names(path: str) -> list[str]:
+    """The schemas that a search_path names, whether there are such or not."""
+    found = re.findall(r'"((?:[^"]|"")*)"|([^\s,"]+)', path)
+    return [quoted.replace('""', '"') if quoted else bare.lower() for quoted, bare in found]
 
 
 class BootTransaction:
@@ -198,10 +227,10 @@ class BootTransaction:
         # A ledger that took a row is there, and may be named without risk to the transaction.
         if self._has_recorded and (look := await self._looks.recognize(self._connection, shipped)):
             return look
-        around, _ = await self._looks.look_around(self._connection, shipped)
+        around, is_readable = await self._looks.look_around(self._connection, shipped)
         if around.problems or not around.names:
             return around
-        return await self._looks.look_closely(self._connection, shipped, around)
+        return await self._looks.look_closely(self._connection, shipped, around, is_readable=is_readable)
 
 
 def begin(server: int) -> str:

@@ -60,14 +60,18 @@ def _table(row: Row, found: Sequence[Sequence[Any]], attached: Mapping[str, str]
     name = row["relname"]
     names: dict[int, str] = {}
     columns: dict[str, str] = {}
-    for number, column, kind, not_null, generated, auto, default, loose in json.loads(row["columns"] or "[]"):
+    for number, column, kind, not_null, generated, auto, default, is_constrained, loose in json.loads(
+        row["columns"] or "[]"
+    ):
         names[number] = column
         line = str(kind)
         if name == LEDGER and column == "version" and kind in ("smallint", "bigint"):
             line = "integer"  # an earlier program's ledger may have any of them
         if loose:
             line += f" collate {loose} (nondeterministic)"
-        if not_null:
+        if is_constrained:
+            line += " (a domain with constraints)"
+        if not_null or is_constrained:
             line += " not null"
         if auto:
             line += " auto"
@@ -81,6 +85,8 @@ def _table(row: Row, found: Sequence[Sequence[Any]], attached: Mapping[str, str]
     for index, primary, *facts in found:
         if primary and facts[2]:
             primary_key = tuple(names[number] for number in facts[3])
+            if not facts[1]:
+                attached = {**attached, "deferrable primary key": "no ON CONFLICT can name it"}
         else:
             indexes[index] = _index(*facts)
     letter = row["relkind"].decode() if isinstance(row["relkind"], bytes) else row["relkind"]

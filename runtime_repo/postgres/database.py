@@ -90,10 +90,16 @@ _WATCH = 2.0
 _AT_WORK = """
 select pid, state, pid operator(pg_catalog.=) pg_catalog.pg_backend_pid() as asks
   from pg_catalog.pg_stat_activity
- where pid operator(pg_catalog.=) any ($1::pg_catalog.int4[])
+ where pid operator(pg_catalog.=) any (array(
+           select x::pg_catalog.int4 from pg_catalog.unnest($1::pg_catalog.text[]) as x))
     or pid operator(pg_catalog.=) pg_catalog.pg_backend_pid()
 """
-"""What the server does for some of its sessions, and for the one that asks."""
+"""
+What the server does for some of its sessions, and for the one that asks.
+
+For an array of numbers the driver would ask the server how to spell one, in words of its own, which resolve to whatever
+stands on the path; texts it knows.
+"""
 
 
 class PostgresDatabase(Unique):
@@ -450,7 +456,7 @@ class PostgresDatabase(Unique):
             asking = await self._lend()
             try:
                 async with asyncio.timeout(_OVERDUE):
-                    rows = await asking.fetch(_AT_WORK, list(pids.values()), timeout=NO_LIMIT)
+                    rows = await asking.fetch(_AT_WORK, [str(pid) for pid in pids.values()], timeout=NO_LIMIT)
             finally:
                 await finish(self._returned(asking))
             if [row["pid"] for row in rows if row["asks"]] != [asking.get_server_pid()]:
@@ -654,12 +660,8 @@ class PostgresDatabase(Unique):
                 with self.translated():
                     return await self._looks.look(connection, shipped)
         except DatabaseUnavailableError as error:
-            cause = error.__cause__
-            # Somebody is changing our tables: one is locked, or an index went away while it was described ("cache
-            # lookup failed", an internal error).
-            if isinstance(cause, (asyncpg.LockNotAvailableError, asyncpg.InternalServerError)):
-                raise Busy from cause
-            if is_lost(cause):
+            _check_busy(error)
+            if is_lost(error.__cause__):
                 terminated(connection)
                 if self._boot_until is None or self._boot_until > asyncio.get_running_loop().time():
                     raise Lost from error
@@ -728,9 +730,13 @@ class PostgresDatabase(Unique):
             await finish(self._returned(answer))
 
     async def _inspected(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
-        async with self._in_time(self._startup_timeout, "startup_timeout"):
-            with self.translated():
-                return await self._looks.look(connection, shipped)
+        try:
+            async with self._in_time(self._startup_timeout, "startup_timeout"):
+                with self.translated():
+                    return await self._looks.look(connection, shipped)
+        except DatabaseUnavailableError as error:
+            _check_busy(error)
+            raise
 
     async def lock_holder(self) -> LockHolder | None:
         rows = await self.fetch("schema.lock_holder", _LOCK_CLASS, self._lock_key, self._schema)
@@ -738,7 +744,12 @@ class PostgresDatabase(Unique):
             return None
         row = rows[0]
         return LockHolder(
-            row["pid"], row["application_name"], row["client_address"], row["transaction_age"], row["user_name"]
+            row["pid"],
+            row["application_name"],
+            row["client_address"],
+            row["transaction_age"],
+            row["user_name"],
+            row["session_age"],
         )
 
     async def ready(self, version: int) -> None:  # noqa: ARG002 - the operator's backups are no affair of ours
@@ -785,6 +796,16 @@ class _Statements:
 
     def tell(self, queues: Iterable[str]) -> None:
         self._untold.update(queues)
+
+
+def _check_busy(error: DatabaseUnavailableError) -> None:
+    """
+    Raise Busy for what a look meets while somebody changes our tables.
+
+    One is locked, or an index went away while it was described ("cache lookup failed", an internal error).
+    """
+    if isinstance(error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.InternalServerError)):
+        raise Busy from error.__cause__
 
 
 def _check_schema(schema: str) -> None:

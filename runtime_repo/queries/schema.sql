@@ -72,68 +72,110 @@ select t.name as "table", i.name, i."unique", i.origin, i.partial, k.name as "co
 
 -- name: plain @postgres
 -- Whether the look may name the ledger and need not look around: it answers with one row or none, unprepared, for that
--- costs a quarter of a prepared statement. To plan a statement that names a view may run what its owner has planted; only
--- what has a file of its own is none. A role that may write into the session's path, or that owns the schema, may plant
--- triggers and the like later, so the owner has to be this role, one that it belongs to (of a superuser pg_has_role would
--- say that of every role), the database's owner or a superuser.
+-- costs a quarter of a prepared statement. To plan a statement that names a relation may run what its owner has planted,
+-- in a view or in the expressions of an index or of statistics; and whoever owns the table or the schema, or may write
+-- into the session's path, may plant triggers and the like later. So the owners have to be this role, one that it belongs
+-- to (of a superuser pg_has_role would say that of every role), the database's owner or a superuser, of whom pg_has_role
+-- says that it is that owner too. The path is read as it is written, for a schema that it names before pg_catalog may be
+-- created later.
 select
- where pg_catalog.pg_relation_filenode(pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')) is not null
-   and not pg_catalog.row_security_active(
+ where not pg_catalog.row_security_active(
                pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')::pg_catalog.oid)
-   and (pg_catalog.current_schemas(true))[1] operator(pg_catalog.=) 'pg_catalog'::pg_catalog.name
+   and pg_catalog.current_setting('search_path') operator(pg_catalog.!~~*) '%_pg_catalog%'::pg_catalog.text
    and pg_catalog.current_setting('quote_all_identifiers') operator(pg_catalog.=) 'off'::pg_catalog.text
-   and (select pg_catalog.pg_get_userbyid(nspowner) operator(pg_catalog.=) current_user
-               or pg_catalog.pg_has_role(
-                      nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
+   and (select pg_catalog.pg_has_role(nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
                or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
                    and pg_catalog.pg_has_role(nspowner, 'member'::pg_catalog.text))
           from pg_catalog.pg_namespace
-         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid);
+         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid)
+   and (select relkind operator(pg_catalog.=) 'r'::pg_catalog."char"
+           and (pg_catalog.pg_has_role(relowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
+               or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
+                   and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)))
+          from pg_catalog.pg_class
+         where oid operator(pg_catalog.=)
+               pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')::pg_catalog.oid);
 
 -- name: surroundings @postgres
 -- The same in detail: whether the schema is there ($1, its quoted name), its owner if that is a stranger, which of $2, all
--- qualified, are taken in it, what row security hides from this role, the session's path, and whether to name the ledger
--- is safe. To ask by name needs no plan, which halves the cost on a fresh connection.
+-- qualified, are taken in it, the stranger who owns each of them, what row security hides from this role, the session's
+-- path, whether the ledger is a table, and what would run a stranger's code in a statement that does no more than name a
+-- table. To ask by name needs no plan, which halves the cost on a fresh connection.
+  with recursive groups (id) as (
+       select m.roleid
+         from pg_catalog.pg_auth_members as m
+         join pg_catalog.pg_roles as r on r.oid operator(pg_catalog.=) m.member
+        where r.rolname operator(pg_catalog.=) current_user
+        union
+       select m.roleid
+         from pg_catalog.pg_auth_members as m
+         join groups as g on g.id operator(pg_catalog.=) m.member),
+       strangers as (
+       select r.oid as id, r.rolname::pg_catalog.text as name
+         from pg_catalog.pg_roles as r
+        where r.rolname operator(pg_catalog.<>) current_user
+          and not pg_catalog.pg_has_role(r.oid, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
+          and not r.oid operator(pg_catalog.=) any (array(select id from groups))),
+       theirs as (
+       select c.oid as id, x as full_name, s.name as owner,
+              x operator(pg_catalog.=) e'{schema_text}.runtime_schema_migrations'::pg_catalog.text as is_ledger
+         from pg_catalog.unnest($2::pg_catalog.text[]) as x
+         join pg_catalog.pg_class as c on c.oid operator(pg_catalog.=) pg_catalog.to_regclass(x)::pg_catalog.oid
+         join strangers as s on s.id operator(pg_catalog.=) c.relowner
+        where c.relkind operator(pg_catalog.=) 'r'::pg_catalog."char")
 select pg_catalog.to_regnamespace($1::pg_catalog.text) is not null as namespace,
        array(select x from pg_catalog.unnest($2::pg_catalog.text[]) as x
               where pg_catalog.to_regclass(x) is not null or pg_catalog.to_regtype(x) is not null) as taken,
        array(select x from pg_catalog.unnest($2::pg_catalog.text[]) as x
               where pg_catalog.row_security_active(pg_catalog.to_regclass(x)::pg_catalog.oid)) as hidden,
-       pg_catalog.array_to_string(pg_catalog.current_schemas(true), ', ') as path,
+       pg_catalog.current_setting('search_path') as path,
        current_user::pg_catalog.text as role,
-       pg_catalog.pg_relation_filenode(
-           pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')) is not null as readable,
-       (select pg_catalog.pg_get_userbyid(n.nspowner)::pg_catalog.text
+       exists (select from pg_catalog.pg_class
+                where oid operator(pg_catalog.=)
+                      pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')::pg_catalog.oid
+                  and relkind operator(pg_catalog.=) 'r'::pg_catalog."char") as readable,
+       (select s.name
           from pg_catalog.pg_namespace as n
-         where n.oid operator(pg_catalog.=) pg_catalog.to_regnamespace($1::pg_catalog.text)::pg_catalog.oid
-           and pg_catalog.pg_get_userbyid(n.nspowner) operator(pg_catalog.<>) current_user
-           and not pg_catalog.pg_has_role(
-                       n.nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
-           and not n.nspowner operator(pg_catalog.=) any (array(
-                       with recursive groups (id) as (
-                           select m.roleid
-                             from pg_catalog.pg_auth_members as m
-                             join pg_catalog.pg_roles as r on r.oid operator(pg_catalog.=) m.member
-                            where r.rolname operator(pg_catalog.=) current_user
-                            union
-                           select m.roleid
-                             from pg_catalog.pg_auth_members as m
-                             join groups as g on g.id operator(pg_catalog.=) m.member)
-                       select id from groups))) as stranger;
+          join strangers as s on s.id operator(pg_catalog.=) n.nspowner
+         where n.oid operator(pg_catalog.=) pg_catalog.to_regnamespace($1::pg_catalog.text)::pg_catalog.oid) as stranger,
+       array(select full_name from theirs) as theirs,
+       array(select owner from theirs) as owners,
+       array(select pg_catalog.concat('index ', pg_catalog.quote_ident(c.relname::pg_catalog.text), ' on ', t.full_name)
+               from theirs as t
+               join pg_catalog.pg_index as i on i.indrelid operator(pg_catalog.=) t.id
+               join pg_catalog.pg_class as c on c.oid operator(pg_catalog.=) i.indexrelid
+              where t.is_ledger and (i.indexprs is not null or i.indpred is not null)
+              union all
+             select pg_catalog.concat('statistics ', pg_catalog.quote_ident(e.stxname::pg_catalog.text), ' on ',
+                                      t.full_name)
+               from theirs as t
+               join pg_catalog.pg_statistic_ext as e on e.stxrelid operator(pg_catalog.=) t.id
+              where e.stxexprs is not null) as traps;
 
 -- name: look @postgres
 -- The ledger and the raw catalog text of our relations ($1, qualified names), by which a warm boot recognizes it: one
 -- statement. Its cost is planning and page faults on a fresh connection, so it has no joins and makes no records, every
 -- operator and type is the one that an index of the catalogs has (an oid compared to a regclass costs 0.2 ms), and an
--- index is not named (0.3 ms): an equal one under another name serves. pg_get_expr locks the table that it is about, so
+-- index is not named (0.3 ms): an equal one under another name serves. What is seldom is only in the text where it is: a
+-- stranger's table is never recognized. pg_get_expr locks the table that it is about, so
 -- while somebody changes that table the statement gives up soon.
 select array(select pg_catalog.concat_ws(' ', version, applied_at_ms, name)
                from only {schema}.runtime_schema_migrations) as ledger,
        array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, oid), relkind, relpersistence, relhasrules,
-                                         relhastriggers, relrowsecurity, relchecks, relhassubclass)
+                                         relhastriggers, relrowsecurity, relchecks, relhassubclass,
+                                         case when relforcerowsecurity then 'forced' end,
+                                         case when relispartition then 'partition' end,
+                                         case when pg_catalog.pg_has_role(
+                                                       relowner, 'pg_database_owner'::pg_catalog.name,
+                                                       'member'::pg_catalog.text)
+                                                or pg_catalog.current_setting('is_superuser')
+                                                       operator(pg_catalog.=) 'off'::pg_catalog.text
+                                               and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)
+                                              then null else 'stranger' end)
                from pg_catalog.pg_class where oid operator(pg_catalog.=) any (o)) as relations,
        array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, attrelid), attnum, attname, atttypid,
-                                         atttypmod, attnotnull, attidentity, attgenerated, attcollation)
+                                         atttypmod, attnotnull, attidentity, attgenerated, attcollation,
+                                         case when attinhcount operator(pg_catalog.>) 0 then 'inherited' end)
                from pg_catalog.pg_attribute
               where attrelid operator(pg_catalog.=) any (o) and attnum operator(pg_catalog.>) 0) as columns,
        array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, adrelid), adnum,
@@ -163,6 +205,15 @@ select c.relname, c.relkind,
                             || pg_catalog.quote_ident(c.relname::pg_catalog.text),
                             a.attname::pg_catalog.text)::pg_catalog.regclass),
                    pg_catalog.pg_get_expr(d.adbin, d.adrelid),
+                   exists (with recursive domains (id, base, is_required) as (
+                               select t.oid, t.typbasetype, t.typnotnull from pg_catalog.pg_type as t
+                                where t.oid = a.atttypid and t.typtype = 'd'
+                                union all
+                               select t.oid, t.typbasetype, t.typnotnull from pg_catalog.pg_type as t
+                                 join domains as e on t.oid = e.base and t.typtype = 'd')
+                           select from domains as e
+                            where e.is_required
+                               or exists (select from pg_catalog.pg_constraint as k where k.contypid = e.id)),
                    (select l.collname from pg_catalog.pg_collation as l
                      where l.oid = a.attcollation and not l.collisdeterministic)) order by a.attnum)
           from pg_catalog.pg_attribute as a
@@ -206,6 +257,9 @@ select o.relname, 'unlogged storage', 'a crash empties the table' from ours as o
 select o.relname, 'child table ' || i.inhrelid::pg_catalog.regclass::pg_catalog.text, 'it inherits the table'
   from ours as o join pg_catalog.pg_inherits as i on i.inhparent = o.oid
  union all
+select o.relname, 'parent table ' || i.inhparent::pg_catalog.regclass::pg_catalog.text, 'the table belongs to it'
+  from ours as o join pg_catalog.pg_inherits as i on i.inhrelid = o.oid
+ union all
 select o.relname,
        case k.contype when 'c' then 'check constraint ' when 'f' then 'foreign key ' else 'exclusion constraint ' end
        || k.conname::pg_catalog.text,
@@ -223,6 +277,9 @@ select o.relname, 'collation of ' || a.attname::pg_catalog.text, l.collname::pg_
  union all
 select o.relname, 'row security', 'it does not apply to this role'
   from ours as o where o.relrowsecurity
+ union all
+select o.relname, 'forced row security', 'it is not enabled'
+  from ours as o where o.relforcerowsecurity and not o.relrowsecurity
  order by 1, 2;
 
 -- name: lock_holder @postgres
@@ -231,8 +288,8 @@ select o.relname, 'row security', 'it does not apply to this role'
 -- a role without pg_read_all_stats sees neither address nor times; a Unix socket has the port -1.
 select a.pid, coalesce(a.application_name, '') as application_name, a.usename::pg_catalog.text as user_name,
        case when a.client_port = -1 then 'local' else pg_catalog.host(a.client_addr) end as client_address,
-       extract(epoch from pg_catalog.clock_timestamp() - coalesce(a.xact_start, a.backend_start))::double precision
-           as transaction_age
+       extract(epoch from pg_catalog.clock_timestamp() - a.xact_start)::double precision as transaction_age,
+       extract(epoch from pg_catalog.clock_timestamp() - a.backend_start)::double precision as session_age
   from pg_catalog.pg_locks as l
   join pg_catalog.pg_stat_activity as a on a.pid = l.pid
  where l.granted

@@ -285,20 +285,54 @@ async def test_waiting_boots_do_not_stall_an_index_build_elsewhere(lab: Postgres
 
 
 @on_postgres
-async def test_a_warm_boot_does_not_wait_for_ever_for_a_locked_table(lab: PostgresLab) -> None:
-    """PostgreSQL's own catalog functions wait for a table that is locked exclusively: that has an end too."""
+@pytest.mark.parametrize("table", ["attempts", "schema_migrations"])
+async def test_a_warm_boot_does_not_wait_for_ever_for_a_locked_table(lab: PostgresLab, table: str) -> None:
+    """
+    PostgreSQL's own catalog functions wait for a table that is locked exclusively, and so does whatever names one
+    before it can set a limit: that has an end too.
+    """
     async with lab.repository() as repository:
         assert repository.boot_report.to_version == 2
     async with lab.session() as session, session.transaction(), closing(lab.repository(lock_timeout=0.3)) as repository:
-        await session.execute(f"lock table {lab.table('attempts')} in access exclusive mode")
+        await session.execute(f"lock table {lab.table(table)} in access exclusive mode")
         boot = asyncio.ensure_future(repository.ensure_schema())
         done, _ = await asyncio.wait([boot], timeout=5)
         assert done, "it was still waiting after 5 s"
         error = boot.exception()
-        if error is not None:
-            assert isinstance(error, SchemaLockTimeoutError)
-            assert error.holder is not None
-            assert error.holder.pid == session.get_server_pid()
+        assert isinstance(error, SchemaLockTimeoutError)
+        assert error.holder is not None
+        assert error.holder.pid == session.get_server_pid()
+
+
+@on_postgres
+@pytest.mark.parametrize("is_open", [True, False], ids=["open", "not open"])
+@pytest.mark.parametrize("table", ["attempts", "schema_migrations"])
+async def test_an_inspection_is_as_patient_as_a_boot(lab: PostgresLab, table: str, *, is_open: bool) -> None:
+    """A locked table is waited for, but not for longer than lock_timeout."""
+    async with lab.repository() as repository:
+        assert repository.boot_report.to_version == 2
+    async with closing(lab.repository(lock_timeout=0.3)) as repository:
+        if is_open:
+            await repository
+        async with lab.session() as session, session.transaction():
+            await session.execute(f"lock table {lab.table(table)} in access exclusive mode")
+            with pytest.raises(SchemaLockTimeoutError):
+                await asyncio.wait_for(repository.inspect(), 5)
+        assert (await repository.inspect()).refusal is None
+
+
+@on_postgres
+async def test_a_holder_without_a_transaction_has_none(lab: PostgresLab) -> None:
+    """A session that keeps an advisory lock between its transactions: since when it is there is all that is known."""
+    await lab.lay(1)
+    async with lab.session() as session:
+        await session.execute(f"select pg_advisory_lock({0x72756E74}, {lab.lock_key})")
+        holder = (await refused(lab, 0)).holder
+        assert holder is not None
+        assert (holder.pid, holder.transaction_age) == (session.get_server_pid(), None)
+        assert holder.session_age is not None
+        assert f"in no transaction, connected for {holder.session_age:.1f} s" in str(holder)
+        await session.execute("select pg_advisory_unlock_all()")
 
 
 @on_postgres

@@ -42,6 +42,12 @@ def schema_of(lab: Lab) -> str:
     return lab.schema
 
 
+def constrained(lab: Lab, domain: str) -> Difference:
+    """A column of a domain, which no verb fills."""
+    kind = f"{schema_of(lab)}.{domain}"
+    return Difference("column runtime_jobs.note", WITH_DEFAULT, f"{kind} (a domain with constraints) not null")
+
+
 @dataclass(frozen=True)
 class Drift:
     """A change, and what differs then. *differences* may depend on the lab."""
@@ -296,6 +302,32 @@ DRIFT = {
         "none",
         "a crash empties the table",
     ),
+    "primary key deferrable": drift(
+        Words(
+            None,
+            "alter table runtime_jobs drop constraint jobs_pk; alter table runtime_jobs add primary key (thread_id)"
+            " deferrable",
+        ),
+        "deferrable primary key on runtime_jobs",
+        "none",
+        "no ON CONFLICT can name it",
+    ),
+    "column of a NOT NULL domain": Drift(
+        Words(
+            None,
+            "create domain required as int not null; alter table runtime_jobs add column note required default 1;"
+            "alter table runtime_jobs alter note drop default",
+        ),
+        lambda lab: (constrained(lab, "required"),),
+    ),
+    "column of a domain of a domain with CHECK": Drift(
+        Words(
+            None,
+            "create domain checked as int check (value > 0); create domain indirect as checked;"
+            "alter table runtime_jobs add column note indirect",
+        ),
+        lambda lab: (constrained(lab, "indirect"),),
+    ),
     "child table": Drift(
         Words(None, "create table mine () inherits (runtime_jobs)"),
         lambda lab: (
@@ -523,6 +555,25 @@ EXTRA = {
         (Difference("index operators_own on runtime_jobs", None, "unique (created_at_ms)"),),
     ),
     "table": Extra("create table runtime_notes (note text)"),
+    "column of a plain domain": Extra(
+        Words(None, "create domain plain as int;alter table runtime_jobs add column note plain default 1"),
+        lambda lab: (Difference("column runtime_jobs.note", None, f"{schema_of(lab)}.plain default 1"),),
+    ),
+    "policy that nothing enables": Extra(Words(None, "create policy mine on runtime_jobs using (false)")),
+    "forced row security": Extra(
+        Words(None, "alter table runtime_jobs force row level security"),
+        (Difference("forced row security on runtime_jobs", None, "it is not enabled"),),
+    ),
+    "parent table": Extra(
+        Words(
+            None,
+            "create table mine (status text); alter table mine alter status set not null;"
+            "alter table runtime_jobs inherit mine",
+        ),
+        lambda lab: (
+            Difference(f"parent table {schema_of(lab)}.mine on runtime_jobs", None, "the table belongs to it"),
+        ),
+    ),
     "check constraint": Extra(
         rebuilt(
             "runtime_jobs",

@@ -6,6 +6,7 @@ does an operator's, if ``pg_catalog`` has none for exactly these types. What a s
 itself records of a function that consists of it.
 """
 
+import ast
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -194,3 +195,45 @@ def test_no_statement_in_the_code_calls_a_bare_function() -> None:
     """The few that stand in Python are built there, and not among those above."""
     code = "".join(path.read_text(encoding="utf-8") for path in Path(runtime_repo.__path__[0]).rglob("*.py"))
     assert re.findall(r"(?<![.\w])pg_(?!catalog)[a-z_]+\(", code) == []
+
+
+def built() -> Iterator[tuple[str, str]]:
+    """The statements with parameters that stand in Python."""
+    for path in Path(runtime_repo.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value.strip()
+                if re.match(r"(select|with|insert|update|delete)\s", text) and re.search(r"\$1|\bfrom\b", text):
+                    yield f"{path.name}, line {node.lineno}", text
+
+
+@on_postgres
+async def test_the_driver_asks_for_no_type(lab: PostgresLab) -> None:
+    """
+    For what its core does not know asyncpg sends a query of its own, whose operators are not qualified: of arrays it
+    knows those of texts and of oids.
+    """
+    assert any("$1" in text for _, text in built()), "there is such a statement"
+    await lab.boot()
+    asked: list[object] = []
+    connection = await asyncpg.connect(lab.url, connection_class=recording(asked))
+    try:
+        for name, statement in [*statements(lab.schema), *built()]:
+            if not is_ddl(statement):
+                await connection.prepare(statement)
+                assert asked == [], name
+        await connection.prepare("select $1::int4[]")
+        assert asked != [], "one that does is found"
+    finally:
+        await connection.close()
+
+
+def recording(asked: list[object]) -> type[asyncpg.Connection]:
+    """A connection that notes each type that the driver asks for."""
+
+    class Recording(asyncpg.Connection):
+        async def _introspect_types(self, *args: object) -> object:
+            asked.append(args)
+            return await super()._introspect_types(*args)  # type: ignore[misc]
+
+    return Recording

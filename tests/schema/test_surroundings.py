@@ -13,12 +13,16 @@ from runtime_repo import (
     Difference,
     ForeignSchemaError,
     PostgresRuntimeRepository,
+    SchemaDriftError,
     SchemaReport,
     SchemaStatus,
     UnsuitableDatabaseError,
 )
-from runtime_repo.schema import Policy, inspect_schema
+from runtime_repo.queries import fill
+from runtime_repo.schema import Policy, inspect_schema, load_migrations
 from tests.schema.lab import LEDGER, ONE, TWO, Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
+
+TOKENS = {"schema": "runtime", "now_ms": "0"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,29 @@ async def test_a_path_with_another_schema_before_pg_catalog_is_refused(
 
 
 @on_postgres
-@pytest.mark.parametrize("path", ["", "pg_catalog", "public", "pg_catalog, public", '"$user", public'])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "later, pg_catalog",
+        '"La""ter", PG_CATALOG',
+        '"$user", "pg_catalog"',
+        "pg_catalog_2, pg_catalog",
+        "pg_temp, later, pg_catalog",
+    ],
+)
+async def test_a_schema_before_pg_catalog_that_comes_later_is_refused(lab: PostgresLab, path: str) -> None:
+    """The path is judged as it is written, not by which of its schemas exist."""
+    await lab.reach(2)
+    for migrate in (True, False):
+        error = await lab.refused(UnsuitableDatabaseError, server_settings={"search_path": path}, migrate=migrate)
+        assert path in str(error)
+
+
+@on_postgres
+@pytest.mark.parametrize(
+    "path",
+    ["", "pg_catalog", "public", "pg_catalog, public", '"$user", public', "pg_temp, pg_catalog", '"my pg_catalog"'],
+)
 async def test_a_path_with_pg_catalog_first_is_served(lab: PostgresLab, path: str) -> None:
     """Whether it is named or not, and beside a temporary table too."""
 
@@ -206,6 +232,130 @@ async def test_a_view_on_the_ledgers_name_is_refused_unread(
         assert caught.value.tables == (LEDGER,)
     await neighbours.admin.execute("select 1")
     assert loot == []
+
+
+LEDGER_TABLE = (
+    f"create table runtime.{LEDGER} (version int primary key, name text not null, applied_at_ms bigint not null);"
+)
+TRAP = """
+create function runtime.evil() returns int language plpgsql immutable as $$ begin
+  perform pg_notify('loot', current_user); return 1; end $$;
+"""
+PLANTED_LEDGERS = {
+    "index": LEDGER_TABLE + f"create index on runtime.{LEDGER} ((runtime.evil() + version))",
+    "partial index": LEDGER_TABLE + f"create index on runtime.{LEDGER} (name) where version > runtime.evil()",
+    "statistics": LEDGER_TABLE
+    + f"create statistics runtime.s on (runtime.evil() + version), name from runtime.{LEDGER}",
+    "nothing yet": LEDGER_TABLE + f"insert into runtime.{LEDGER} values (2, '{TWO[1]}', 0)",
+    "materialized view": f"create materialized view runtime.{LEDGER} as"
+    " select 1 as version, 'x'::text as name, 1::bigint as applied_at_ms;"
+    f"create index on runtime.{LEDGER} ((runtime.evil() + version))",
+}
+
+
+@on_postgres
+@pytest.mark.parametrize("planted", PLANTED_LEDGERS)
+@pytest.mark.parametrize("is_theirs", [True, False], ids=["a stranger's schema", "a trusted schema"])
+async def test_a_planted_ledger_is_refused_unread(neighbours: Neighbours, planted: str, *, is_theirs: bool) -> None:
+    """To plan a statement that names a table folds the functions in expressions of its indexes and statistics."""
+    us, stranger = neighbours.us, neighbours.stranger
+    await neighbours.admin.execute(
+        f"create schema runtime authorization {stranger if is_theirs else 'current_user'};"
+        f"grant all on schema runtime to {stranger}; grant usage on schema runtime to public"
+    )
+    await neighbours.run(stranger, f"{TRAP} {PLANTED_LEDGERS[planted]}; grant select on runtime.{LEDGER} to public")
+    loot: list[object] = []
+    await neighbours.admin.add_listener("loot", lambda *words: loot.append(words[3]))
+    for role in (us, None):
+        for options in ({}, {"migrate": False}, {"on_drift": "warn"}):
+            with pytest.raises((ForeignSchemaError, UnsuitableDatabaseError), match=LEDGER):
+                await neighbours.boot(role, **options)
+    await neighbours.admin.execute("select 1")
+    assert loot == []
+
+
+@on_postgres
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_strangers_tables_in_a_trusted_schema_are_told_of(neighbours: Neighbours, version: int) -> None:
+    """Whoever may create in the schema may own what is named as ours: served and reported, but not migrated."""
+    us, stranger = neighbours.us, neighbours.stranger
+    await neighbours.admin.execute(f"create schema runtime; grant all on schema runtime to {us}, {stranger}")
+    sql = "".join(fill(migration.sql, TOKENS) for migration in load_migrations("postgres")[:version])
+    rows = ", ".join(f"({number}, '{name}', 0)" for number, name in (ONE, TWO)[:version])
+    await neighbours.run(stranger, f"{LEDGER_TABLE} insert into runtime.{LEDGER} values {rows}; {sql}")
+    await neighbours.run(stranger, f"grant select on all tables in schema runtime to {us}")
+    tables = load_migrations("postgres")[version - 1].catalog.tables
+    if version == 1:
+        with pytest.raises(UnsuitableDatabaseError, match=stranger):
+            await neighbours.boot(us)
+        return
+    for _ in range(2):
+        tolerated = (await neighbours.boot(us)).tolerated
+        assert [told.object for told in tolerated] == sorted(f"table {name}" for name in tables)
+        assert all(stranger in str(told.found) for told in tolerated)
+
+
+@on_postgres
+async def test_one_table_of_a_strangers_is_told_of(neighbours: Neighbours) -> None:
+    """A warm boot sees the owner of each table."""
+    await neighbours.boot(neighbours.us)
+    await neighbours.admin.execute(f"alter table runtime.runtime_jobs owner to {neighbours.stranger}")
+    (told,) = (await neighbours.boot(None)).tolerated[-1:]
+    assert told.object == "table runtime_jobs"
+
+
+STRANGERS_EXPRESSIONS = {
+    "check constraint": "add constraint c check (runtime.evil() = 1)",
+    "default": "add column x integer default runtime.evil()",
+    "generated column": "add column x integer generated always as (runtime.evil()) stored",
+    "index": "alter status set not null; create index i on runtime.runtime_jobs ((runtime.evil()))",
+    "partial index": "alter status set not null; create index i on runtime.runtime_jobs (status) where status <> ''",
+    "domain": "add column x runtime.positive default 1",
+}
+
+
+@on_postgres
+@pytest.mark.parametrize("planted", STRANGERS_EXPRESSIONS)
+async def test_a_strangers_expression_on_a_table_of_ours_is_drift(neighbours: Neighbours, planted: str) -> None:
+    """A verb would run it; the same of a trusted owner's is tolerated."""
+    owner = neighbours.stranger
+    await neighbours.boot(owner)
+    await neighbours.run(
+        owner,
+        f"{TRAP} create domain runtime.positive as int check (value > 0);"
+        f"alter table runtime.runtime_jobs {STRANGERS_EXPRESSIONS[planted]};"
+        "grant usage on schema runtime to public; grant all on all tables in schema runtime to public",
+    )
+    assert [told.expected for told in (await neighbours.boot(owner)).tolerated] == [None]
+    for role in (neighbours.us, None):
+        for migrate in (True, False):
+            with pytest.raises(SchemaDriftError, match="runtime_jobs"):
+                await neighbours.boot(role, migrate=migrate)
+
+
+@on_postgres
+async def test_a_strangers_plain_column_and_index_are_tolerated(neighbours: Neighbours) -> None:
+    """They hold no expression."""
+    await neighbours.boot(neighbours.stranger)
+    await neighbours.run(
+        neighbours.stranger,
+        "alter table runtime.runtime_jobs add column note text;"
+        "create index mine on runtime.runtime_jobs (note) include (status);"
+        "grant usage on schema runtime to public; grant all on all tables in schema runtime to public",
+    )
+    told = [difference.object for difference in (await neighbours.boot(neighbours.us)).tolerated]
+    assert told == ["column runtime_jobs.note", "index mine on runtime_jobs", "schema runtime"]
+
+
+@on_postgres
+async def test_the_message_names_a_table_whose_rows_are_hidden_once(neighbours: Neighbours) -> None:
+    """The ledger, too."""
+    await neighbours.boot(neighbours.us)
+    change = f"alter table runtime.{LEDGER} enable row level security, force row level security"
+    await neighbours.run(neighbours.us, change)
+    with pytest.raises(UnsuitableDatabaseError) as caught:
+        await neighbours.boot(neighbours.us)
+    assert str(caught.value).count(LEDGER) == 1
 
 
 @on_postgres
