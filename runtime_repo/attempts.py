@@ -147,7 +147,7 @@ class Attempts:
             return []
         arguments = (_array(given.values()), instant_ms("now", now))
         if all_new:
-            await self._queries.fetch("attempts.enqueue_new", *arguments)
+            await self._queries.fetch("attempts.enqueue_new", *arguments, len(given))
         else:
             async with self._queries.atomic() as queries:
                 rows = await queries.fetch("attempts.enqueue_many", *arguments)

@@ -6,7 +6,8 @@
 -- promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no claim more
 -- than that, and shrinks with each. Which lease id is whose is looked up in one object: what is chosen is thought to be
 -- one row, and joined to the attempts it would be read anew for each. A token stops at the last one that there is, where
--- another program has put it there: the id is enough.
+-- another program has put it there: the id is enough. What is chosen is leased, or all of it fails, where a limit is
+-- computed even if there is no row: a trigger that skips the lease's would leave the attempt to nobody.
 with moment as (
     select coalesce($5, {now_ms}) as at
 ), ready as (
@@ -60,15 +61,19 @@ with moment as (
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
+    returning 1
 )
 select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
        (select at from moment) as claimed_at_ms, {attempt}
   from claimed
- order by priority desc, enqueued_at_ms, attempt_id;
+ order by priority desc, enqueued_at_ms, attempt_id
+ limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from chosen)
+            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen))::bigint end;
 
 -- name: claim @sqlite
 -- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
--- what is due is promoted first. A file of version 1 may hold a key that is NULL, which nothing can be done with.
+-- what is due is promoted first. A file of version 1 may hold a key that is NULL, which nothing can be done with. All
+-- of it fails if a lease has no attempt, or if less is leased than is wanted and some is still ready: a trigger skipped it.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
  where attempt_id in (
@@ -104,6 +109,18 @@ update {schema}.runtime_attempts
        lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
  where attempt_id in (
            select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
+select json_extract('[]', case when changes() < leased.n then '{skipped}'
+                               when leased.n = json_array_length($4) then '$'
+                               when (select attempt_id
+                                       from {schema}.runtime_attempts
+                                      where queue = $1
+                                        and status = 'queued'
+                                        and retry_at_ms is null
+                                        and attempt_id is not null
+                                      order by priority desc, enqueued_at_ms, attempt_id
+                                      limit 1) is null then '$'
+                               else '{skipped}' end)
+  from (select count(*) as n from {schema}.runtime_leases where lease_id in (select value from json_each($4))) as leased;
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
@@ -173,11 +190,14 @@ with moment as (
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
+    returning 1
 )
 select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
        (select at from moment) as claimed_at_ms, {attempt}
   from claimed
- order by priority desc, enqueued_at_ms, attempt_id;
+ order by priority desc, enqueued_at_ms, attempt_id
+ limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from chosen)
+            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen))::bigint end;
 
 -- name: claim_from_several @sqlite
 -- As above. SQLite has no lateral join; a correlated IN does the same, behind a cross join: that is never turned round,
@@ -228,6 +248,21 @@ update {schema}.runtime_attempts
        lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
  where attempt_id in (
            select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
+select json_extract('[]', case when changes() < leased.n then '{skipped}'
+                               when leased.n = json_array_length($4) then '$'
+                               when not exists (
+                                        select 1
+                                          from json_each($1) as named
+                                         where (select attempt_id
+                                                  from {schema}.runtime_attempts
+                                                 where queue = named.value
+                                                   and status = 'queued'
+                                                   and retry_at_ms is null
+                                                   and attempt_id is not null
+                                                 order by priority desc, enqueued_at_ms, attempt_id
+                                                 limit 1) is not null) then '$'
+                               else '{skipped}' end)
+  from (select count(*) as n from {schema}.runtime_leases where lease_id in (select value from json_each($4))) as leased;
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
@@ -260,7 +295,9 @@ with claimed as (
 )
 select {lease}
   from leased as l
-  join claimed as a on a.attempt_id = l.attempt_id;
+  join claimed as a on a.attempt_id = l.attempt_id
+ limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from claimed)
+            then ('{skipped}: ' || (select pg_catalog.count(*) from claimed))::bigint end;
 
 -- name: claim_attempt @sqlite
 -- As above, in statements of one transaction.
@@ -280,6 +317,12 @@ update {schema}.runtime_attempts
    set status = 'leased', retry_at_ms = null, lease_version = lease_version + 1, worker_id = $2, lease_id = $4,
        ended_by = null
  where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $4);
+select json_extract('[]', '{skipped}')
+  from {schema}.runtime_attempts
+ where attempt_id = $1
+   and changes() = 0
+   and (status in ('queued', 'retry_backoff') and retry_at_ms is null
+        or exists (select 1 from {schema}.runtime_leases where lease_id = $4));
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id

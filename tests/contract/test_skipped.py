@@ -19,6 +19,12 @@ Call = Callable[[RuntimeRepository, Lease], Awaitable[object]]
 VERBS: dict[str, tuple[str, Call]] = {
     "enqueue": ("attempts", lambda repo, _: repo.attempts.enqueue("run", attempt_id="new")),
     "enqueue_many": ("attempts", lambda repo, _: repo.attempts.enqueue_many([NewAttempt("run", "new")])),
+    "enqueue_many, ids made": ("attempts", lambda repo, _: repo.attempts.enqueue_many([NewAttempt("run")] * 2)),
+    "claim": ("attempts", lambda repo, _: repo.leases.claim("worker")),
+    "claim's lease": ("leases", lambda repo, _: repo.leases.claim("worker")),
+    "claim from several": ("attempts", lambda repo, _: repo.leases.claim("worker", queues=["default", "other"])),
+    "claim from several's leases": ("leases", lambda repo, _: repo.leases.claim("worker", queues=["default", "other"])),
+    "claim_attempt's lease": ("leases", lambda repo, _: repo.leases.claim_attempt("ready", "worker")),
     "start": ("attempts", lambda repo, lease: repo.attempts.start(lease)),
     "complete": ("attempts", lambda repo, lease: repo.attempts.complete(lease)),
     "complete_many": ("attempts", lambda repo, lease: repo.attempts.complete_many([(lease, 1)])),
@@ -42,30 +48,30 @@ VERBS: dict[str, tuple[str, Call]] = {
 
 SKIP = {
     "sqlite": (
-        "create trigger skip_{verb} before {verb} on runtime_{table} begin select raise(ignore); end",
+        "create trigger skip_{verb} before {verb} on runtime_{table} when {when} begin select raise(ignore); end",
         "drop trigger skip_{verb}",
     ),
     "postgres": (
         "create or replace function {{schema}}.skip() returns trigger language plpgsql as 'begin return null; end'; "
         "create trigger skip_{verb} before {verb} on {{schema}}.runtime_{table} for each row "
-        "execute function {{schema}}.skip()",
+        "when ({when}) execute function {{schema}}.skip()",
         "drop trigger skip_{verb} on {{schema}}.runtime_{table}",
     ),
 }
 
 
-async def each(repo: RuntimeRepository, number: int, table: str) -> None:
+async def each(repo: RuntimeRepository, number: int, table: str, when: str = "true") -> None:
     """Run one of the statements for each way to write."""
     statements = SKIP["sqlite" if isinstance(repo, SqliteRuntimeRepository) else "postgres"]
     for verb in ("insert", "update"):
-        await execute(repo, statements[number].format(verb=verb, table=table))
+        await execute(repo, statements[number].format(verb=verb, table=table, when=when))
 
 
 @pytest.mark.parametrize("verb", VERBS)
 async def test_what_is_skipped_is_told(repo: RuntimeRepository, verb: str) -> None:
     """As refused, in words that name what to look for; nothing is written, and the lease holds as before."""
     table, call = VERBS[verb]
-    await repo.attempts.enqueue_many([NewAttempt("run", "a"), NewAttempt("run", "failed")])
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("a", "failed", "ready")])
     lease = await repo.leases.claim_attempt("a", "worker")
     failed = await repo.leases.claim_attempt("failed", "worker")
     assert lease is not None
@@ -89,3 +95,26 @@ async def test_a_lost_lease_is_still_lost(repo: RuntimeRepository) -> None:
     await each(repo, 0, "attempts")
     with pytest.raises(LeaseLostError):
         await repo.attempts.complete(lease)
+
+
+@pytest.mark.parametrize("queues", ["default", ["default", "other"]])
+async def test_one_lease_that_is_skipped_undoes_the_claim(repo: RuntimeRepository, queues: str | list[str]) -> None:
+    """No attempt is left to nobody, whether its own lease was skipped or another's."""
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("a", "b")])
+    before = await repo.attempts.list()
+    await each(repo, 0, "leases", "new.attempt_id = 'b'")
+    with pytest.raises(RefusedError, match="trigger"):
+        await repo.leases.claim("worker", limit=2, queues=queues)
+    assert await repo.attempts.list() == before
+    assert await repo.leases.list() == []
+    (lease,) = await repo.leases.claim("worker", queues=queues)
+    assert lease.attempt_id == "a"
+
+
+async def test_enqueue_many_is_all_or_nothing(repo: RuntimeRepository) -> None:
+    """Where one of many is skipped none is stored."""
+    await each(repo, 0, "attempts", "new.run_id = 'b'")
+    with pytest.raises(RefusedError, match="trigger"):
+        await repo.attempts.enqueue_many([NewAttempt("a"), NewAttempt("b"), NewAttempt("c")])
+    assert await repo.attempts.list() == []
+    assert len(await repo.attempts.enqueue_many([NewAttempt("a"), NewAttempt("c")])) == 2

@@ -19,6 +19,7 @@ from runtime_repo import (
 from tests.contract.conftest import Clock, execute, runtime_schema
 from tests.verbs import MINUTE
 
+MILLISECOND = timedelta(milliseconds=1)
 DEEP = "[" * 50_000 + "]" * 50_000
 
 POISONS = {
@@ -297,3 +298,13 @@ async def test_a_time_that_is_none_ends_no_wait_and_no_list(sqlite_factory: Call
         await execute(repo, "update runtime_audit_logs set created_at_ms = 'then'")
         with pytest.raises(UnreadableRowError, match="runtime_audit_logs"):
             await repo.audit.list(after=entry.audit_id)
+
+
+@pytest.mark.parametrize("time", [-(2**63), 2**63 - 1])
+async def test_the_queues_are_counted_whatever_the_time_of_one(repo: RuntimeRepository, time: int) -> None:
+    """An age beyond all numbers is as old as can be said, on both databases alike; a time to come is no age."""
+    await repo.attempts.enqueue_many([NewAttempt("run", "bad", "of the bad"), NewAttempt("run", "good")])
+    await spoil(repo, f"enqueued_at_ms = {time}")
+    page = await repo.attempts.stats()
+    assert [(stats.queue, stats.ready) for stats in page] == [("default", 1), ("of the bad", 1)]
+    assert page[1].oldest_age == (timedelta(0) if time > 0 else timedelta.max // MILLISECOND * MILLISECOND)
