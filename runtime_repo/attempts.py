@@ -45,6 +45,7 @@ from runtime_repo.values import (
     check_key,
     check_same,
     instant_ms,
+    is_key,
     new_id,
     new_ids,
     queue_names,
@@ -347,11 +348,16 @@ class Attempts:
         rows = await self._queries.fetch("attempts.complete_many", _array(given.values()), instant_ms("now", now))
         held = {_token(row) for row in rows}
         rest = given.keys() - held
-        for row in await _stored_many(self._queries, {attempt_id for attempt_id, _, _ in rest}):
+        gone = {attempt_id for attempt_id, _, _ in rest}
+        for row in await _stored_many(self._queries, gone):
+            gone.discard(row["attempt_id"])
             if row["ended_by"] == "complete":
                 held.add(_token(row))
             elif _token(row) in rest and row["status"] in (AttemptStatus.LEASED, AttemptStatus.RUNNING):
                 raise skipped(f"attempt {row['attempt_id']!r}")
+        # What may be read but not locked is not gone.
+        if gone and (hidden := await self._queries.fetch("attempts.seen_many", json.dumps(sorted(gone)))):
+            raise skipped(f"attempt {hidden[0]['attempt_id']!r}")
         self._queries.after_commit(lambda: fencing.ended(lease_id for _, _, lease_id in held & given.keys()))
         return [key in held for key in keys]
 
@@ -435,7 +441,8 @@ class Attempts:
         """The attempt that was changed, or the one that need not be."""
         rows = rows or await self._stored(attempt_id)
         if not rows:
-            raise NotFoundError("attempt", attempt_id)
+            await self.get(attempt_id)
+            raise skipped(f"attempt {attempt_id!r}")
         return attempt_from_row(rows[0])
 
     async def prune(self, *, older_than: timedelta, limit: int = 1000, now: datetime | None = None) -> int:
@@ -458,8 +465,12 @@ class Attempts:
 
 def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
     """What is stored of a new attempt, checked, in the order in which a single one is given to its statement."""
+    if new.attempt_id is not None and not is_key(check_key("attempt_id", new.attempt_id)):
+        raise ConfigurationError(
+            f"attempt_id is {new.attempt_id!r}: expected none with U+FFFD, which stands for what could not be read"
+        )
     return {
-        "attempt_id": make_id() if new.attempt_id is None else check_key("attempt_id", new.attempt_id),
+        "attempt_id": make_id() if new.attempt_id is None else new.attempt_id,
         "run_id": check_id("run_id", new.run_id),
         "retry_at_ms": instant_ms("not_before", new.not_before),
         "queue": check_id("queue", new.queue),

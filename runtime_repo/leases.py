@@ -16,6 +16,7 @@ from runtime_repo.database import Gate, Row
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
+    OverloadedError,
     RuntimeRepoError,
     UnreadableRowError,
 )
@@ -137,7 +138,7 @@ class Leases:
                 except UnreadableRowError as error:
                     leases.unreadable += (error,)
                     await self._park(row["lease_id"], error, given[-1])
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, OverloadedError):
             await finish(self._give_back(ids), within=_GIVE_BACK)
             raise
         return leases
@@ -172,16 +173,17 @@ class Leases:
         """
         check_lease(lease)
         asked_at = time.monotonic()
+        at = instant_ms("now", now)
         rows = await self._queries.fetch(
             "leases.heartbeat",
             lease.lease_id,
             lease.version,
             span_ms("ttl", ttl, positive=True),
-            instant_ms("now", now),
+            at,
             lease.attempt_id,
         )
         if not rows:
-            raise await lost(self._queries, lease)
+            raise await lost(self._queries, lease, at)
         return _renewed(lease, rows[0], asked_at)
 
     async def heartbeat_many(

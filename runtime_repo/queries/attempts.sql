@@ -90,6 +90,18 @@ select {attempt}
   from {schema}.runtime_attempts
  where attempt_id in (select value from json_each($1));
 
+-- name: seen_many @postgres
+-- Which of the ids of a JSON array there are, without a lock: a policy may show what it lets nobody change.
+select attempt_id
+  from {schema}.runtime_attempts
+ where attempt_id = any (array(
+           select value from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json)));
+
+-- name: seen_many @sqlite
+select attempt_id
+  from {schema}.runtime_attempts
+ where attempt_id in (select value from json_each($1));
+
 -- name: list_by_run
 -- One page of a run, in the order of ids, after the last id of the page before; of one status ($4) and one queue ($5)
 -- if they are given.

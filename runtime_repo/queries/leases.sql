@@ -482,8 +482,11 @@ select {lease}
  limit $3;
 
 -- name: holder
--- Who holds an attempt now, and under which token. A lease that outlived a cancel holds nothing.
-select a.status, a.lease_version, a.lease_id, l.worker_id
+-- Who holds an attempt now, and under which token, and whether its lease has not run out. A lease that outlived a cancel
+-- holds nothing.
+select a.status, a.lease_version, a.lease_id, l.worker_id,
+       l.lease_id = a.lease_id and l.version = a.lease_version
+           and l.lease_expires_at_ms > coalesce($2, {now_ms}) as holds
   from {schema}.runtime_attempts as a
   left join {schema}.runtime_leases as l on l.attempt_id = a.attempt_id and a.status in ('leased', 'running')
  where a.attempt_id = $1;

@@ -1,5 +1,6 @@
 """What the database neither does nor refuses, since a trigger skips the row, is told: no verb takes it for done."""
 
+import secrets
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -8,11 +9,14 @@ from runtime_repo import (
     Lease,
     LeaseLostError,
     NewAttempt,
+    NotFoundError,
+    PostgresRuntimeRepository,
     RefusedError,
     RuntimeRepository,
     SqliteRuntimeRepository,
 )
 from tests.contract.conftest import execute
+from tests.postgres_server import PostgresServer
 
 Call = Callable[[RuntimeRepository, Lease], Awaitable[object]]
 
@@ -43,6 +47,8 @@ VERBS: dict[str, tuple[str, Call]] = {
             actor_type="user", action="do", resource_type="x", result="ok", request_id="r"
         ),
     ),
+    "heartbeat": ("leases", lambda repo, lease: repo.leases.heartbeat(lease)),
+    "set_active": ("api_keys", lambda repo, _: repo.api_keys.set_active("known", active=False)),
     "put": ("api_keys", lambda repo, _: repo.api_keys.put("k", "secret")),
 }
 
@@ -78,6 +84,7 @@ async def test_what_is_skipped_is_told(repo: RuntimeRepository, verb: str) -> No
     assert failed is not None
     await repo.attempts.fail(failed, "boom")
     await repo.interrupts.create("t", "run", "a", "?", interrupt_id="i")
+    await repo.api_keys.put("known", "secret")
     before = await repo.attempts.list(), await repo.leases.list(), await repo.interrupts.list()
     await each(repo, 0, table)
     with pytest.raises(RefusedError, match="trigger"):
@@ -118,3 +125,43 @@ async def test_enqueue_many_is_all_or_nothing(repo: RuntimeRepository) -> None:
         await repo.attempts.enqueue_many([NewAttempt("a"), NewAttempt("b"), NewAttempt("c")])
     assert await repo.attempts.list() == []
     assert len(await repo.attempts.enqueue_many([NewAttempt("a"), NewAttempt("c")])) == 2
+
+
+POLICY = """
+alter table {{schema}}.runtime_{table} enable row level security;
+create policy seen on {{schema}}.runtime_{table} for select using (true);
+create policy kept on {{schema}}.runtime_{table} for update using (false);
+"""
+"""Every row is shown, and none can be written or locked."""
+
+
+async def test_what_may_be_read_but_not_changed_is_told(postgres_server: PostgresServer) -> None:
+    """A policy of row security that shows a row and lets nobody lock it: nothing is lost, and nothing is missing."""
+    role = schema = f"rr_test_{secrets.token_hex(6)}"
+    async with PostgresRuntimeRepository(postgres_server.url(), schema=schema) as owner:
+        await owner.attempts.enqueue_many([NewAttempt("run", "a"), NewAttempt("run", "failed", max_attempts=1)])
+        lease, failed = await owner.leases.claim("worker", limit=2)
+        await owner.attempts.fail(failed, "boom")
+        await owner.interrupts.create("t", "run", "a", "?", interrupt_id="i")
+        await execute(owner, f"create role {role} login password 'secret'")
+        await execute(owner, f"grant usage on schema {schema} to {role}")
+        await execute(owner, f"grant all on all tables in schema {schema} to {role}")
+        try:
+            async with PostgresRuntimeRepository(postgres_server.url(role, "secret"), schema=schema) as repo:
+                for table in ("attempts", "interrupts"):
+                    await execute(owner, POLICY.format(table=table))
+                for call in (
+                    lambda: repo.attempts.complete(lease),
+                    lambda: repo.attempts.complete_many([(lease, 1)]),
+                    lambda: repo.attempts.cancel("a"),
+                    lambda: repo.attempts.retry("failed"),
+                    lambda: repo.interrupts.resume("i", "yes"),
+                    lambda: repo.interrupts.cancel("i"),
+                ):
+                    with pytest.raises(RefusedError, match="policy"):
+                        await call()
+                with pytest.raises(NotFoundError):
+                    await repo.attempts.cancel("none")
+        finally:
+            await execute(owner, f"drop owned by {role}; drop role {role}")
+        assert await owner.attempts.complete_many([(lease, 1)]) == [True]

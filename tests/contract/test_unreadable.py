@@ -1,6 +1,8 @@
 """A row that cannot be read stands in nobody's way: it is named, and all others are served."""
 
 import asyncio
+import sys
+import threading
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -8,7 +10,9 @@ from typing import Any
 import pytest
 
 from runtime_repo import (
+    ConfigurationError,
     NewAttempt,
+    OverloadedError,
     Page,
     PayloadMismatchError,
     RuntimeRepository,
@@ -308,3 +312,63 @@ async def test_the_queues_are_counted_whatever_the_time_of_one(repo: RuntimeRepo
     page = await repo.attempts.stats()
     assert [(stats.queue, stats.ready) for stats in page] == [("default", 1), ("of the bad", 1)]
     assert page[1].oldest_age == (timedelta(0) if time > 0 else timedelta.max // MILLISECOND * MILLISECOND)
+
+
+NAMES = [
+    ("sqlite", "attempt_id = cast(x'626164ff' as text)"),
+    ("sqlite", "attempt_id = 'bad' || char(0)"),
+    ("sqlite", "lease_version = -7"),
+    ("postgres", "attempt_id = 'bad\N{REPLACEMENT CHARACTER}'"),
+    ("postgres", "lease_version = -7"),
+]
+"""What makes an attempt one that no verb finds again."""
+
+
+@pytest.mark.parametrize(("factory", "poison"), NAMES, indirect=["factory"])
+async def test_what_could_never_be_finished_is_parked(repo: RuntimeRepository, clock: Clock, poison: str) -> None:
+    """Not claimed again and again: the first claim parks it, and hands out the others."""
+    ids = ("bad", "good")
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ids], now=clock.now)
+    await spoil(repo, poison)
+    (lease,) = await repo.leases.claim("worker", limit=2, now=clock.now)
+    assert lease.attempt_id == "good"
+    query = "select status, ended_by from {schema}.runtime_attempts where status = 'failed'"
+    async with repo.transaction() as transaction:
+        fetch = getattr(transaction.connection, "fetch", None) or transaction.connection.execute_fetchall
+        rows = [tuple(row) for row in await fetch(query.replace("{schema}", runtime_schema(repo)))]
+    assert rows == [("failed", "park")]
+    assert await repo.leases.claim("worker", limit=2, now=clock.now + timedelta(hours=1)) == []
+
+
+async def test_no_id_is_taken_that_a_claim_would_park(repo: RuntimeRepository) -> None:
+    """What stands for bytes that were no text is refused beforehand."""
+    with pytest.raises(ConfigurationError, match="U\\+FFFD"):
+        await repo.attempts.enqueue("run", attempt_id="a\N{REPLACEMENT CHARACTER}")
+    assert await repo.attempts.list() == []
+
+
+def without_threads() -> None:
+    """What starts a thread where the system has none to give."""
+    raise RuntimeError("can't start new thread")
+
+
+async def test_without_a_thread_nothing_is_judged(repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nests deep is read in one, and secrets are hashed in some: no attempt is parked for that, no key refused."""
+    await repo.attempts.enqueue("run", attempt_id="bad")
+    deep = "[" * 500 + "]" * 500
+    await spoil(repo, f"payload_json = '{deep}'")
+    limit = sys.getrecursionlimit()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda _: without_threads())
+        for verb in (repo.api_keys.authenticate, repo.api_keys.put):
+            with pytest.raises(OverloadedError, match="ulimit -u"):
+                await verb("key", "secret")
+        sys.setrecursionlimit(300)
+        try:
+            with pytest.raises(OverloadedError, match="ulimit -u"):
+                await repo.leases.claim("worker")
+        finally:
+            sys.setrecursionlimit(limit)
+    (lease,) = await repo.leases.claim("worker")
+    assert lease.attempt_id == "bad"
+    assert await repo.api_keys.put("key", "secret") == await repo.api_keys.authenticate("key", "secret")
