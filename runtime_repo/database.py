@@ -82,7 +82,14 @@ class Source(Queries, Protocol):
 
 
 class Gate(Source, Protocol):
-    """What a noun of the repository's, or of a transaction, queries."""
+    """
+    What a noun of the repository's, or of a transaction, queries.
+
+    Attributes:
+        is_within: Whether it is a transaction's, which what fails may have spoilt.
+    """
+
+    is_within: bool
 
     def after_commit(self, do: Callable[[], None]) -> None:
         """

@@ -386,6 +386,7 @@ class _Gate(Unique):
     """What the nouns query, while that is open, for those who may use it."""
 
     closed = "the repository is not open: await it first, and do not use it after close()"
+    is_within = False
 
     def __init__(self, queries: Source) -> None:
         self._queries = queries
@@ -488,6 +489,7 @@ class _TransactionGate(_Gate):
     """What the nouns of a transaction query, until it ends."""
 
     closed = "the transaction has ended: use what it yields within its block only"
+    is_within = True
 
     def __init__(self, queries: Source, repository: _Gate) -> None:
         super().__init__(queries)

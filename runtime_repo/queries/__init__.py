@@ -7,7 +7,7 @@ data-modifying common table expressions; they run in one transaction and the las
 
 The tokens in a statement: ``{schema}`` and ``{now_ms}`` are the database's; ``{attempt}``, ``{attempt_of_a}`` and
 ``{lease}`` are the columns that a row of each has, named once, here; ``{skipped}`` is what a statement that must fail
-says; the rest is what one dialect says and the other need not.
+says, and ``{too_long}`` what no lease lasts; the rest is what one dialect says and the other need not.
 """
 
 import re
@@ -32,6 +32,8 @@ _ATTEMPT = (
 _ATTEMPT_OF_A = ", ".join(f"a.{column}" for column in _ATTEMPT.split(", "))
 _COLUMNS = {
     "skipped": SKIPPED,
+    # Milliseconds; longer than any lease that is asked for.
+    "too_long": str(1001 * 366 * 86_400_000),
     "attempt": _ATTEMPT,
     "attempt_of_a": _ATTEMPT_OF_A,
     # Of a lease that holds, its attempt's lease_id is its own.

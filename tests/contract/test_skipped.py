@@ -1,11 +1,13 @@
 """What the database neither does nor refuses, since a trigger skips the row, is told: no verb takes it for done."""
 
+import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
 
 import pytest
 
 from runtime_repo import (
+    Attempt,
     Lease,
     LeaseLostError,
     NewAttempt,
@@ -15,8 +17,9 @@ from runtime_repo import (
     RuntimeRepository,
     SqliteRuntimeRepository,
 )
-from tests.contract.conftest import execute
+from tests.contract.conftest import Clock, execute
 from tests.postgres_server import PostgresServer
+from tests.verbs import MINUTE
 
 Call = Callable[[RuntimeRepository, Lease], Awaitable[object]]
 
@@ -165,3 +168,36 @@ async def test_what_may_be_read_but_not_changed_is_told(postgres_server: Postgre
         finally:
             await execute(owner, f"drop owned by {role}; drop role {role}")
         assert await owner.attempts.complete_many([(lease, 1)]) == [True]
+
+
+REFUSE = {
+    "sqlite": "create trigger refuse before update on runtime_attempts when new.attempt_id = 'bad' "
+    "begin select raise(abort, 'no'); end",
+    "postgres": "create function {schema}.refuse() returns trigger language plpgsql as 'begin raise ''no''; end'; "
+    "create trigger refuse before update on {schema}.runtime_attempts for each row "
+    "when (new.attempt_id = 'bad') execute function {schema}.refuse()",
+}
+
+
+async def test_what_the_database_refuses_stops_no_sweep(
+    repo: RuntimeRepository, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others are taken, however many at once, and it is logged once; alone it is an error, as in a transaction."""
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("bad", "b", "c")], now=clock.now)
+    await repo.leases.claim("worker", limit=1, ttl=MINUTE / 2, now=clock.now)
+    await repo.leases.claim("worker", limit=2, ttl=MINUTE, now=clock.now)
+    await execute(repo, REFUSE["sqlite" if isinstance(repo, SqliteRuntimeRepository) else "postgres"])
+    clock.advance(2 * MINUTE)
+    with pytest.raises(RefusedError):
+        async with repo.transaction() as transaction:
+            await transaction.leases.requeue_expired(now=clock.now)
+    swept: list[Attempt] = []
+    with caplog.at_level("ERROR"):
+        for _ in range(2):
+            with contextlib.suppress(RefusedError):
+                swept += await repo.leases.requeue_expired(limit=1, now=clock.now)
+        swept += await repo.leases.requeue_expired(now=clock.now)
+        with pytest.raises(RefusedError):
+            await repo.leases.requeue_expired(now=clock.now)
+    assert {attempt.attempt_id for attempt in swept} == {"b", "c"}
+    assert len([record for record in caplog.records if "'bad'" in record.getMessage()]) == 1

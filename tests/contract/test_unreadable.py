@@ -372,3 +372,35 @@ async def test_without_a_thread_nothing_is_judged(repo: RuntimeRepository, monke
     (lease,) = await repo.leases.claim("worker")
     assert lease.attempt_id == "bad"
     assert await repo.api_keys.put("key", "secret") == await repo.api_keys.authenticate("key", "secret")
+
+
+STRANDED = [
+    (backend, statement)
+    for backend in ("sqlite", "postgres")
+    for statement in (
+        "delete from {schema}.runtime_leases where attempt_id = 'bad'",
+        "update {schema}.runtime_leases set lease_expires_at_ms = 9223372036854775807 where attempt_id = 'bad'",
+        "update {schema}.runtime_leases set lease_expires_at_ms = 'soon' where attempt_id = 'bad'",
+        "update {schema}.runtime_leases set lease_expires_at_ms = x'ff' where attempt_id = 'bad'",
+    )
+    if backend == "sqlite" or ("'soon'" not in statement and "x'ff'" not in statement)
+]
+"""What leaves an attempt held for ever."""
+
+
+@pytest.mark.parametrize(("factory", "statement"), STRANDED, indirect=["factory"])
+async def test_no_attempt_is_held_for_ever(repo: RuntimeRepository, clock: Clock, statement: str) -> None:
+    """The sweep takes it as one whose lease has expired, the lost try counts, and what others hold stays theirs."""
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("bad", "good")], now=clock.now)
+    leases = await repo.leases.claim("worker", limit=2, ttl=timedelta(days=366_000), now=clock.now)
+    await execute(repo, statement)
+    (attempt,) = await repo.leases.requeue_expired(limit=1, now=clock.now)
+    assert (attempt.attempt_id, attempt.status, attempt.attempt_no) == ("bad", "queued", 2)
+    assert attempt.ended_by == "expire"
+    assert (attempt.error or "").startswith("the lease of worker worker ")
+    assert await repo.leases.requeue_expired(now=clock.now) == []
+    assert [lease.attempt_id for lease in await repo.leases.list()] == ["good"]
+    assert await repo.attempts.complete_many([(lease, 1) for lease in leases], now=clock.now) == [
+        lease.attempt_id == "good" for lease in leases
+    ]
+    assert await repo.leases.claim("worker", now=clock.now) != []
