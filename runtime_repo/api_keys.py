@@ -19,7 +19,7 @@ from typing import Self
 import anyio
 from anyio.lowlevel import RunVar
 
-from runtime_repo.database import Queries
+from runtime_repo.database import Queries, together
 from runtime_repo.errors import ConfigurationError, NotFoundError, OverloadedError
 from runtime_repo.records import ApiKey, ApiKeyStatus, Page, api_key_from_row, page
 from runtime_repo.shielding import settle
@@ -93,10 +93,13 @@ class ApiKeys:
         at = instant_ms("now", now)
         given.check()
         hashed = await _Hash.of(given)
-        async with self._queries.atomic() as queries:
+
+        async def put(queries: Queries) -> ApiKey:
             rows = await queries.fetch("api_keys.put", key_id, role, str(hashed), at)
             # An unknown status fails here, within the transaction.
             return api_key_from_row(written(rows, f"API key {key_id!r}"))
+
+        return await together(self._queries, put)
 
     async def get(self, key_id: str) -> ApiKey:
         """

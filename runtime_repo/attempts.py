@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from runtime_repo import fencing
-from runtime_repo.database import Gate, Queries, Row
+from runtime_repo.database import Gate, Queries, Row, together
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -150,15 +151,7 @@ class Attempts:
         if all_new:
             await self._queries.fetch("attempts.enqueue_new", *arguments, len(given))
         else:
-            async with self._queries.atomic() as queries:
-                rows = await queries.fetch("attempts.enqueue_many", *arguments)
-                known = given.keys() - {row["attempt_id"] for row in rows}
-                for row in await _stored_many(queries, known):
-                    stored = attempt_from_row(row)
-                    _check_same(stored, given[stored.attempt_id])
-                    known.remove(stored.attempt_id)
-                if known:
-                    raise skipped(f"attempt {min(known)!r}")
+            await together(self._queries, partial(_enqueue_many, given, arguments))
         self._queries.tell({columns["queue"] for columns in given.values()})
         return order
 
@@ -478,6 +471,18 @@ def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
         "payload_json": to_json("payload", new.payload),
         "max_attempts": check_count("max_attempts", new.max_attempts),
     }
+
+
+async def _enqueue_many(given: Mapping[str, dict[str, Any]], arguments: Sequence[object], queries: Queries) -> None:
+    """Store all that is *given*, or what of it is not stored as it is given."""
+    rows = await queries.fetch("attempts.enqueue_many", *arguments)
+    known = given.keys() - {row["attempt_id"] for row in rows}
+    for row in await _stored_many(queries, known):
+        stored = attempt_from_row(row)
+        _check_same(stored, given[stored.attempt_id])
+        known.remove(stored.attempt_id)
+    if known:
+        raise skipped(f"attempt {min(known)!r}")
 
 
 def _check_same(stored: Attempt, given: dict[str, Any]) -> None:

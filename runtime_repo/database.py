@@ -5,13 +5,15 @@ A *query* is the name of a statement in ``queries/``; its text, its dialect and 
 Nothing here knows a driver. Nothing above here knows a dialect.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from runtime_repo.catalog import Catalog, Look
-from runtime_repo.errors import LockHolder
+from runtime_repo.errors import DatabaseUnavailableError, LockHolder
 
 __all__ = [
     "Backend",
@@ -25,7 +27,13 @@ __all__ = [
     "Statements",
     "Transaction",
     "Watch",
+    "together",
 ]
+
+T = TypeVar("T")
+
+_TRIES = 5
+"""How often a block is tried that the database gives up for a rival's sake."""
 
 Backend = Literal["sqlite", "postgres"]
 
@@ -59,6 +67,24 @@ class Queries(Protocol):
     def tell(self, queues: Iterable[str]) -> None:
         """Let those who wait for *queues* look, as soon as what was done is committed. It fails silently."""
         ...
+
+
+async def together(queries: Queries, work: Callable[["Statements"], Awaitable[T]]) -> T:
+    """
+    Do *work* with queries that take effect together, again where the database gave all of it up for a rival's sake.
+
+    Within another ``atomic()`` it is done once: only the whole could be begun again.
+    """
+    tries = 1
+    while True:
+        try:
+            async with queries.atomic() as statements:
+                return await work(statements)
+        except DatabaseUnavailableError as error:
+            if tries == _TRIES or not error.gave_way:
+                raise
+        await asyncio.sleep(random.uniform(0, 0.01) * 2**tries)  # noqa: S311
+        tries += 1
 
 
 class Source(Queries, Protocol):

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import cast
 
 from runtime_repo import fencing
-from runtime_repo.database import Gate, Row
+from runtime_repo.database import Gate, Row, together
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -153,8 +153,9 @@ class Leases:
         """Let an operator find what cannot be read among what has failed."""
         _log.error("a claimed attempt is parked as failed: %s", error)
         try:
-            async with self._queries.atomic() as queries:
-                await queries.fetch("leases.park", lease_id, storable(str(error)), now)
+            await together(
+                self._queries, lambda queries: queries.fetch("leases.park", lease_id, storable(str(error)), now)
+            )
         except RuntimeRepoError as failure:
             _log.error("an attempt could not be parked, its lease will expire: %s", failure)
 

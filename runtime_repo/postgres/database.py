@@ -509,11 +509,15 @@ class PostgresDatabase(Unique):
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator["_Statements"]:
         untold: set[str] = set()
-        async with (
-            self._acquired() as connection,
-            self._together(connection, "begin isolation level read committed", "commit", "rollback"),
-        ):
-            yield _Statements(self, connection, untold)
+        try:
+            async with (
+                self._acquired() as connection,
+                self._together(connection, "begin isolation level read committed", "commit", "rollback"),
+            ):
+                yield _Statements(self, connection, untold)
+        except DatabaseUnavailableError as error:
+            error.gave_way = is_conflict(error.__cause__)
+            raise
         self.tell(untold)
 
     @contextlib.asynccontextmanager
