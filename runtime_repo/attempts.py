@@ -1,6 +1,5 @@
 """Attempts: units of work that are enqueued, tried under a lease, and finished once."""
 
-import asyncio
 import json
 import math
 import time
@@ -238,7 +237,8 @@ class Attempts:
         Nothing is reserved, so a rival may be faster. On PostgreSQL the server tells what comes (LISTEN), and every few
         seconds, or every second where nobody can listen, the queues are looked at all the same; on SQLite the file is
         looked at 30 times a second. Delayed attempts are known beforehand. A waiting caller holds no lock and no
-        connection of the pool. *now* is the instant at which the wait begins.
+        connection of the pool. While transactions of this process's hold all that there are, it waits for
+        them, which may take 3 s beyond *timeout*. *now* is the instant at which the wait begins.
 
         Raises:
             ConfigurationError: A queue's name or the time-out cannot be meant, or it is called within a transaction.
@@ -250,6 +250,11 @@ class Attempts:
         async with self._queries.watch(names) as watch:
             while True:
                 row = await self._look(names)
+                if row is None:
+                    # All connections are in transactions of this process's: nothing is known, and nothing is wrong.
+                    if time.monotonic() >= deadline:
+                        return False
+                    continue
                 now_ms = row["now_ms"] if begun_ms is None else begun_ms + (time.monotonic() - begun) * 1000
                 # What is no number is no time, and never comes.
                 next_ms = row["next_ms"] if isinstance(row["next_ms"], (int, float)) else math.inf
@@ -261,15 +266,20 @@ class Attempts:
                     return False
                 await watch.change(min(left, due))
 
-    async def _look(self, queues: Sequence[str]) -> Row:
-        """When something can be claimed, or an error: a wait must notice that nobody answers."""
+    async def _look(self, queues: Sequence[str]) -> Row | None:
+        """
+        When something can be claimed; None if there was nothing to ask with for so long.
+
+        Raises:
+            DatabaseUnavailableError: Nobody answers, which a wait must notice.
+        """
         try:
-            async with asyncio.timeout(_LONGEST_LOOK):
-                return written(await self._queries.fetch("attempts.next", json.dumps(queues)), "the look at the queues")
+            rows = await self._queries.glance("attempts.next", json.dumps(queues), within=_LONGEST_LOOK)
         except TimeoutError:
             raise DatabaseUnavailableError(
                 f"the database gave no answer within {_LONGEST_LOOK} s: check that it runs and can be reached from here"
             ) from None
+        return None if rows is None else written(rows, "the look at the queues")
 
     async def stats(self, *, now: datetime | None = None) -> Page[QueueStats]:
         """Return how much there is to do in each queue that has anything, by name. It reads all that is not final."""

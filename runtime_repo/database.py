@@ -90,6 +90,16 @@ async def together(queries: Queries, work: Callable[["Statements"], Awaitable[T]
 class Source(Queries, Protocol):
     """What a noun queries that also waits."""
 
+    async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
+        """
+        As ``fetch``, of what only reads and must be answered within so many seconds; None where others of this process
+        have kept the database to themselves for as long, and nothing was asked.
+
+        Raises:
+            TimeoutError: There was no answer.
+        """
+        ...
+
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager["Watch"]:
         """Notice from now on when something of *queues* may have become claimable, whoever brought it."""
         ...

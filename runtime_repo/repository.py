@@ -400,6 +400,9 @@ class _Gate(Unique):
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         return await self._opened().fetch(query, *args)
 
+    async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
+        return await self._opened().glance(query, *args, within=within)
+
     def atomic(self) -> AbstractAsyncContextManager[Statements]:
         return self._opened().atomic()
 
@@ -518,6 +521,10 @@ class _OneByOne:
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         async with self._turn:
             return await self._statements.fetch(query, *args)
+
+    async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
+        async with asyncio.timeout(within):
+            return await self.fetch(query, *args)
 
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator[Statements]:

@@ -473,6 +473,19 @@ class PostgresDatabase(Unique):
         async with self._acquired() as connection:
             return await self._verb(connection, query, args)
 
+    async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
+        was_asked = False
+        try:
+            async with asyncio.timeout(within) as limit, self._acquired() as connection:
+                was_asked = True
+                limit.reschedule(asyncio.get_running_loop().time() + within)
+                return await self._verb(connection, query, args)
+        except TimeoutError:
+            pool = self._pool
+            if was_asked or pool is None or pool.get_idle_size() or pool.get_size() < pool.get_max_size():
+                raise
+            return None
+
     async def _verb(self, connection: "Connection", query: str, args: Sequence[object]) -> Sequence[Row]:
         """One statement as a transaction of its own, again where the server gave it up for another's sake."""
         tries = 1
