@@ -19,11 +19,11 @@ from typing import Self
 import anyio
 from anyio.lowlevel import RunVar
 
-from runtime_repo.database import Queries
+from runtime_repo.database import Queries, together
 from runtime_repo.errors import ConfigurationError, NotFoundError, OverloadedError
 from runtime_repo.records import ApiKey, ApiKeyStatus, Page, api_key_from_row, page
 from runtime_repo.shielding import settle
-from runtime_repo.values import check_after, check_count, check_id, instant_ms, is_text, written
+from runtime_repo.values import check_after, check_count, check_id, instant_ms, is_text, no_thread, skipped, written
 
 __all__ = ["ApiKeys"]
 
@@ -83,7 +83,7 @@ class ApiKeys:
 
         Raises:
             UnreadableRowError: The stored key has an unknown status. It was left as it is.
-            OverloadedError: 64 hashes wait to be computed already.
+            OverloadedError: 64 hashes wait to be computed already, or the process can start no thread for one.
         """
         given = _Secret(secret)
         del secret
@@ -93,10 +93,13 @@ class ApiKeys:
         at = instant_ms("now", now)
         given.check()
         hashed = await _Hash.of(given)
-        async with self._queries.atomic() as queries:
+
+        async def put(queries: Queries) -> ApiKey:
             rows = await queries.fetch("api_keys.put", key_id, role, str(hashed), at)
             # An unknown status fails here, within the transaction.
             return api_key_from_row(written(rows, f"API key {key_id!r}"))
+
+        return await together(self._queries, put)
 
     async def get(self, key_id: str) -> ApiKey:
         """
@@ -125,7 +128,8 @@ class ApiKeys:
         which exist.
 
         Raises:
-            OverloadedError: 64 hashes wait to be computed already: answer that the server is busy (503).
+            OverloadedError: 64 hashes wait to be computed already, or the process can start no thread for one: answer
+                that the server is busy (503).
         """
         offered = _Secret(secret)
         del secret
@@ -164,7 +168,8 @@ class ApiKeys:
             "api_keys.set_active", check_id("key_id", key_id), wanted, other, instant_ms("now", now)
         )
         if not rows:
-            raise NotFoundError("API key", key_id)
+            await self.get(key_id)
+            raise skipped(f"API key {key_id!r}")
         return api_key_from_row(rows[0])
 
     async def any(self) -> bool:
@@ -277,4 +282,7 @@ async def _in_turn(work: partial[bytes]) -> bytes:
     async with turns:
         # A thread can't be stopped: whoever is cancelled waits for it, or those that began next would be too many.
         hashing = asyncio.ensure_future(anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1)))
-        return await settle(hashing, within=_LONGEST)
+        try:
+            return await settle(hashing, within=_LONGEST)
+        except RuntimeError as error:
+            raise no_thread(error) from error

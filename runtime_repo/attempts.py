@@ -1,16 +1,16 @@
 """Attempts: units of work that are enqueued, tried under a lease, and finished once."""
 
-import asyncio
 import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from runtime_repo import fencing
-from runtime_repo.database import Gate, Queries, Row
+from runtime_repo.database import Gate, Queries, Row, together
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -45,6 +45,7 @@ from runtime_repo.values import (
     check_key,
     check_same,
     instant_ms,
+    is_key,
     new_id,
     new_ids,
     queue_names,
@@ -147,17 +148,9 @@ class Attempts:
             return []
         arguments = (_array(given.values()), instant_ms("now", now))
         if all_new:
-            await self._queries.fetch("attempts.enqueue_new", *arguments)
+            await self._queries.fetch("attempts.enqueue_new", *arguments, len(given))
         else:
-            async with self._queries.atomic() as queries:
-                rows = await queries.fetch("attempts.enqueue_many", *arguments)
-                known = given.keys() - {row["attempt_id"] for row in rows}
-                for row in await _stored_many(queries, known):
-                    stored = attempt_from_row(row)
-                    _check_same(stored, given[stored.attempt_id])
-                    known.remove(stored.attempt_id)
-                if known:
-                    raise skipped(f"attempt {min(known)!r}")
+            await together(self._queries, partial(_enqueue_many, given, arguments))
         self._queries.tell({columns["queue"] for columns in given.values()})
         return order
 
@@ -244,7 +237,8 @@ class Attempts:
         Nothing is reserved, so a rival may be faster. On PostgreSQL the server tells what comes (LISTEN), and every few
         seconds, or every second where nobody can listen, the queues are looked at all the same; on SQLite the file is
         looked at 30 times a second. Delayed attempts are known beforehand. A waiting caller holds no lock and no
-        connection of the pool. *now* is the instant at which the wait begins.
+        connection of the pool. While transactions of this process's hold all that there are, it waits for
+        them, which may take 3 s beyond *timeout*. *now* is the instant at which the wait begins.
 
         Raises:
             ConfigurationError: A queue's name or the time-out cannot be meant, or it is called within a transaction.
@@ -256,6 +250,11 @@ class Attempts:
         async with self._queries.watch(names) as watch:
             while True:
                 row = await self._look(names)
+                if row is None:
+                    # All connections are in transactions of this process's: nothing is known, and nothing is wrong.
+                    if time.monotonic() >= deadline:
+                        return False
+                    continue
                 now_ms = row["now_ms"] if begun_ms is None else begun_ms + (time.monotonic() - begun) * 1000
                 # What is no number is no time, and never comes.
                 next_ms = row["next_ms"] if isinstance(row["next_ms"], (int, float)) else math.inf
@@ -267,15 +266,20 @@ class Attempts:
                     return False
                 await watch.change(min(left, due))
 
-    async def _look(self, queues: Sequence[str]) -> Row:
-        """When something can be claimed, or an error: a wait must notice that nobody answers."""
+    async def _look(self, queues: Sequence[str]) -> Row | None:
+        """
+        When something can be claimed; None if there was nothing to ask with for so long.
+
+        Raises:
+            DatabaseUnavailableError: Nobody answers, which a wait must notice.
+        """
         try:
-            async with asyncio.timeout(_LONGEST_LOOK):
-                return written(await self._queries.fetch("attempts.next", json.dumps(queues)), "the look at the queues")
+            rows = await self._queries.glance("attempts.next", json.dumps(queues), within=_LONGEST_LOOK)
         except TimeoutError:
             raise DatabaseUnavailableError(
                 f"the database gave no answer within {_LONGEST_LOOK} s: check that it runs and can be reached from here"
             ) from None
+        return None if rows is None else written(rows, "the look at the queues")
 
     async def stats(self, *, now: datetime | None = None) -> Page[QueueStats]:
         """Return how much there is to do in each queue that has anything, by name. It reads all that is not final."""
@@ -347,11 +351,16 @@ class Attempts:
         rows = await self._queries.fetch("attempts.complete_many", _array(given.values()), instant_ms("now", now))
         held = {_token(row) for row in rows}
         rest = given.keys() - held
-        for row in await _stored_many(self._queries, {attempt_id for attempt_id, _, _ in rest}):
+        gone = {attempt_id for attempt_id, _, _ in rest}
+        for row in await _stored_many(self._queries, gone):
+            gone.discard(row["attempt_id"])
             if row["ended_by"] == "complete":
                 held.add(_token(row))
             elif _token(row) in rest and row["status"] in (AttemptStatus.LEASED, AttemptStatus.RUNNING):
                 raise skipped(f"attempt {row['attempt_id']!r}")
+        # What may be read but not locked is not gone.
+        if gone and (hidden := await self._queries.fetch("attempts.seen_many", json.dumps(sorted(gone)))):
+            raise skipped(f"attempt {hidden[0]['attempt_id']!r}")
         self._queries.after_commit(lambda: fencing.ended(lease_id for _, _, lease_id in held & given.keys()))
         return [key in held for key in keys]
 
@@ -435,7 +444,8 @@ class Attempts:
         """The attempt that was changed, or the one that need not be."""
         rows = rows or await self._stored(attempt_id)
         if not rows:
-            raise NotFoundError("attempt", attempt_id)
+            await self.get(attempt_id)
+            raise skipped(f"attempt {attempt_id!r}")
         return attempt_from_row(rows[0])
 
     async def prune(self, *, older_than: timedelta, limit: int = 1000, now: datetime | None = None) -> int:
@@ -458,8 +468,12 @@ class Attempts:
 
 def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
     """What is stored of a new attempt, checked, in the order in which a single one is given to its statement."""
+    if new.attempt_id is not None and not is_key(check_key("attempt_id", new.attempt_id)):
+        raise ConfigurationError(
+            f"attempt_id is {new.attempt_id!r}: expected none with U+FFFD, which stands for what could not be read"
+        )
     return {
-        "attempt_id": make_id() if new.attempt_id is None else check_key("attempt_id", new.attempt_id),
+        "attempt_id": make_id() if new.attempt_id is None else new.attempt_id,
         "run_id": check_id("run_id", new.run_id),
         "retry_at_ms": instant_ms("not_before", new.not_before),
         "queue": check_id("queue", new.queue),
@@ -467,6 +481,18 @@ def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
         "payload_json": to_json("payload", new.payload),
         "max_attempts": check_count("max_attempts", new.max_attempts),
     }
+
+
+async def _enqueue_many(given: Mapping[str, dict[str, Any]], arguments: Sequence[object], queries: Queries) -> None:
+    """Store all that is *given*, or what of it is not stored as it is given."""
+    rows = await queries.fetch("attempts.enqueue_many", *arguments)
+    known = given.keys() - {row["attempt_id"] for row in rows}
+    for row in await _stored_many(queries, known):
+        stored = attempt_from_row(row)
+        _check_same(stored, given[stored.attempt_id])
+        known.remove(stored.attempt_id)
+    if known:
+        raise skipped(f"attempt {min(known)!r}")
 
 
 def _check_same(stored: Attempt, given: dict[str, Any]) -> None:

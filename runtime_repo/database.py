@@ -5,13 +5,15 @@ A *query* is the name of a statement in ``queries/``; its text, its dialect and 
 Nothing here knows a driver. Nothing above here knows a dialect.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from runtime_repo.catalog import Catalog, Look
-from runtime_repo.errors import LockHolder
+from runtime_repo.errors import DatabaseUnavailableError, LockHolder
 
 __all__ = [
     "Backend",
@@ -25,7 +27,13 @@ __all__ = [
     "Statements",
     "Transaction",
     "Watch",
+    "together",
 ]
+
+T = TypeVar("T")
+
+_TRIES = 5
+"""How often a block is tried that the database gives up for a rival's sake."""
 
 Backend = Literal["sqlite", "postgres"]
 
@@ -61,8 +69,36 @@ class Queries(Protocol):
         ...
 
 
+async def together(queries: Queries, work: Callable[["Statements"], Awaitable[T]]) -> T:
+    """
+    Do *work* with queries that take effect together, again where the database gave all of it up for a rival's sake.
+
+    Within another ``atomic()`` it is done once: only the whole could be begun again.
+    """
+    tries = 1
+    while True:
+        try:
+            async with queries.atomic() as statements:
+                return await work(statements)
+        except DatabaseUnavailableError as error:
+            if tries == _TRIES or not error.gave_way:
+                raise
+        await asyncio.sleep(random.uniform(0, 0.01) * 2**tries)  # noqa: S311
+        tries += 1
+
+
 class Source(Queries, Protocol):
     """What a noun queries that also waits."""
+
+    async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
+        """
+        As ``fetch``, of what only reads and must be answered within so many seconds; None where others of this process
+        have kept the database to themselves for as long, and nothing was asked.
+
+        Raises:
+            TimeoutError: There was no answer.
+        """
+        ...
 
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager["Watch"]:
         """Notice from now on when something of *queues* may have become claimable, whoever brought it."""
@@ -82,7 +118,14 @@ class Source(Queries, Protocol):
 
 
 class Gate(Source, Protocol):
-    """What a noun of the repository's, or of a transaction, queries."""
+    """
+    What a noun of the repository's, or of a transaction, queries.
+
+    Attributes:
+        is_within: Whether it is a transaction's, which what fails may have spoilt.
+    """
+
+    is_within: bool
 
     def after_commit(self, do: Callable[[], None]) -> None:
         """

@@ -323,4 +323,10 @@ class OverloadedError(RuntimeRepoError):
 
 
 class DatabaseUnavailableError(RuntimeRepoError):
-    """The database cannot be reached, opened or read, or did not answer in time: try again later."""
+    """
+    The database cannot be reached, opened or read, or did not answer in time: try again later.
+
+    *gave_way* says that a whole transaction was rolled back for a rival's sake: begun anew it is likely to succeed.
+    """
+
+    gave_way = False

@@ -8,6 +8,8 @@ asynchronous failover forgets tokens and gives them out again; an id is never ma
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from types import NoneType
 
 from runtime_repo.database import Queries, Row
 from runtime_repo.errors import ConfigurationError, LeaseLostError, NotFoundError, RefusedError
@@ -81,9 +83,12 @@ def check_lease(lease: Lease) -> Lease:
         # Not how long they are: what an earlier program stored must be possible to finish.
         is_stored = is_text(lease.lease_id + lease.attempt_id + lease.worker_id)
         is_stored = is_stored and 0 <= lease.version < 2**63 and type(lease.version) is int
+        is_stored = is_stored and isinstance(lease.attempt, Attempt) and type(lease.attempt.attempt_no) is int
     except TypeError:
         is_stored = False
-    if not is_stored or not isinstance(lease.attempt, Attempt):
+    times = (lease.claimed_at, lease.heartbeat_at, lease.expires_at)
+    is_timed = all(isinstance(time, datetime) and time.tzinfo is not None for time in times)
+    if not (is_stored and is_timed and isinstance(lease.asked_at, (NoneType, float, int))):
         raise ConfigurationError(f"lease is {lease!r}: expected a Lease with the values that claim returned")
     return lease
 
@@ -110,15 +115,20 @@ async def repeated(queries: Queries, lease: Lease, verb: str) -> Attempt:
 
 async def refused(queries: Queries, lease: Lease) -> LeaseLostError | NotFoundError | RefusedError:
     """Why a write under *lease* found nothing to change: it is lost, unless the database keeps the row from us."""
-    rows = await queries.fetch("leases.holder", lease.attempt_id)
+    rows = await queries.fetch("leases.holder", lease.attempt_id, None)
     if rows and rows[0]["status"] in _HELD and (rows[0]["lease_version"], rows[0]["lease_id"]) == _token(lease):
         return skipped(f"attempt {lease.attempt_id!r}")
     return _lost(lease, rows)
 
 
-async def lost(queries: Queries, lease: Lease) -> LeaseLostError | NotFoundError:
-    """The error that says why *lease* can no longer be acted on."""
-    return _lost(lease, await queries.fetch("leases.holder", lease.attempt_id))
+async def lost(
+    queries: Queries, lease: Lease, now_ms: int | None = None
+) -> LeaseLostError | NotFoundError | RefusedError:
+    """Why *lease* could not be renewed: it is lost, unless it still holds and the database skips its row."""
+    rows = await queries.fetch("leases.holder", lease.attempt_id, now_ms)
+    if rows and rows[0]["holds"] and (rows[0]["lease_version"], rows[0]["lease_id"]) == _token(lease):
+        return skipped(f"lease {lease.lease_id!r}")
+    return _lost(lease, rows)
 
 
 def _lost(lease: Lease, rows: Sequence[Row]) -> LeaseLostError | NotFoundError:

@@ -176,7 +176,8 @@ class Interrupts:
         changed = bool(rows)
         rows = rows or await self._queries.fetch("interrupts.stored", interrupt_id)
         if not rows:
-            raise NotFoundError("interrupt", interrupt_id)
+            await self.get(interrupt_id)
+            raise skipped(f"interrupt {interrupt_id!r}")
         interrupt = interrupt_from_row(rows[0])
         if not changed and interrupt.status is InterruptStatus.PENDING:
             raise skipped(f"interrupt {interrupt_id!r}")

@@ -12,10 +12,12 @@ from datetime import datetime, timedelta
 from typing import cast
 
 from runtime_repo import fencing
-from runtime_repo.database import Gate, Row
+from runtime_repo.database import Gate, Row, together
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
+    OverloadedError,
+    RefusedError,
     RuntimeRepoError,
     UnreadableRowError,
 )
@@ -60,6 +62,9 @@ MAX_CLAIM = 10_000
 _LAST_TOKEN = 2**63 - 1
 """There is none after it, so it is never given out: it would be given out again."""
 
+_MOST_REFUSED = 10_000
+"""Of how many attempts it is remembered that the sweep was refused, and said so."""
+
 _GIVE_BACK = 0.8
 """Seconds for which a cancelled claim is given back, while its caller waits to hear of the cancellation."""
 
@@ -73,6 +78,8 @@ class Leases:
 
     def __init__(self, queries: Gate) -> None:
         self._queries = queries
+        # The attempts of which it was logged that the sweep is refused.
+        self._refused: set[str] = set()
 
     async def claim(
         self,
@@ -140,7 +147,7 @@ class Leases:
                 except UnreadableRowError as error:
                     leases.unreadable += (error,)
                     await self._park(row["lease_id"], error, given[-1])
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, OverloadedError):
             await finish(self._give_back(ids), within=_GIVE_BACK)
             raise
         return leases
@@ -149,8 +156,9 @@ class Leases:
         """Let an operator find what cannot be read among what has failed."""
         _log.error("a claimed attempt is parked as failed: %s", error)
         try:
-            async with self._queries.atomic() as queries:
-                await queries.fetch("leases.park", lease_id, storable(str(error)), now)
+            await together(
+                self._queries, lambda queries: queries.fetch("leases.park", lease_id, storable(str(error)), now)
+            )
         except RuntimeRepoError as failure:
             _log.error("an attempt could not be parked, its lease will expire: %s", failure)
 
@@ -175,16 +183,17 @@ class Leases:
         """
         check_lease(lease)
         asked_at = time.monotonic()
+        at = instant_ms("now", now)
         rows = await self._queries.fetch(
             "leases.heartbeat",
             lease.lease_id,
             lease.version,
             span_ms("ttl", ttl, positive=True),
-            instant_ms("now", now),
+            at,
             lease.attempt_id,
         )
         if not rows:
-            raise await lost(self._queries, lease)
+            raise await lost(self._queries, lease, at)
         return _renewed(lease, rows[0], asked_at)
 
     async def heartbeat_many(
@@ -322,17 +331,51 @@ class Leases:
         Returns the attempts whose lease had expired more than *grace* ago, at most *limit*: each is ``queued`` with
         the lost try counted or, after try number ``max_attempts``, ``failed``. Repeat it until it returns fewer than
         *limit*. One that cannot be read is requeued as well, and told in the page's ``unreadable``; a lease whose
-        attempt is gone is deleted.
+        attempt is gone is deleted. So are the attempts that another program left held without a lease, or under one
+        whose end is no time or lies a thousand years ahead.
+
+        Where the database refuses one, the others are taken all the same, and that one is logged, once. Within a
+        ``transaction()`` it is an error, as where all are refused.
+
+        Raises:
+            RefusedError: Nothing could be taken for that.
         """
-        rows = await self._queries.fetch(
-            "leases.requeue_expired",
-            check_count("limit", limit),
-            instant_ms("now", now),
-            span_ms("grace", grace),
-        )
+        given = check_count("limit", limit), instant_ms("now", now), span_ms("grace", grace)
+        try:
+            rows = await self._queries.fetch("leases.requeue_expired", *given, None)
+        except RefusedError as error:
+            if self._queries.is_within:
+                raise
+            rows = await self._sweep_one_by_one(given, error)
+        else:
+            self._refused.clear()
         attempts = readable(rows, attempt_from_row)
         self._queries.tell({attempt.queue for attempt in attempts if attempt.status is AttemptStatus.QUEUED})
         return attempts
+
+    async def _sweep_one_by_one(self, given: tuple[int, int | None, int], refusal: RefusedError) -> Sequence[Row]:
+        """
+        What can be swept beside what the database refuses, of which each is logged once.
+
+        Raises:
+            RefusedError: All of it is refused.
+        """
+        limit, now_ms, grace = given
+        # So many more, as those that were refused come first again.
+        found = await self._queries.fetch("leases.list_silent", limit + len(self._refused), now_ms, grace)
+        swept: list[Row] = []
+        for attempt_id in dict.fromkeys(row["attempt_id"] for row in found):
+            if len(swept) >= limit:
+                break
+            try:
+                swept += await self._queries.fetch("leases.requeue_expired", 1, now_ms, grace, attempt_id)
+            except RefusedError as error:
+                if attempt_id not in self._refused and len(self._refused) < _MOST_REFUSED:
+                    self._refused.add(attempt_id)
+                    _log.error("attempt %r cannot be taken from a worker that fell silent: %s", attempt_id, error)
+        if found and not swept:
+            raise refusal
+        return swept
 
 
 def _below_the_last(lease: Lease) -> Lease:

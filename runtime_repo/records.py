@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from runtime_repo.database import Row
 from runtime_repo.errors import ConfigurationError, UnreadableRowError
-from runtime_repo.values import check_count, from_json, from_ms, maybe_from_ms, span_ms
+from runtime_repo.values import check_count, from_json, from_ms, is_key, maybe_from_ms, span_ms
 
 __all__ = [
     "ApiKey",
@@ -348,9 +348,13 @@ def attempt_from_row(row: Row) -> Attempt:
 
 
 def lease_from_row(row: Row, *, asked_at: float | None = None) -> Lease:
-    """A lease, with its attempt, from one joined row."""
+    """A lease, with its attempt, from one joined row: one under which each verb can find the attempt again."""
     attempt = attempt_from_row(row)
     try:
+        if not is_key(attempt.attempt_id):
+            raise ValueError("its id is no text that can be asked for")
+        if attempt.lease_version < 0:
+            raise ValueError(f"its token is {attempt.lease_version}: expected none below 0")
         lease_id, worker_id = row["lease_id"], row["worker_id"]
         "".join((lease_id, worker_id))
         return Lease(

@@ -392,6 +392,7 @@ class _Gate(Unique):
     """What the nouns query, while that is open, for those who may use it."""
 
     closed = "the repository is not open: await it first, and do not use it after close()"
+    is_within = False
 
     def __init__(self, queries: Source) -> None:
         self._queries = queries
@@ -404,6 +405,9 @@ class _Gate(Unique):
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         return await self._opened().fetch(query, *args)
+
+    async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
+        return await self._opened().glance(query, *args, within=within)
 
     def atomic(self) -> AbstractAsyncContextManager[Statements]:
         return self._opened().atomic()
@@ -494,6 +498,7 @@ class _TransactionGate(_Gate):
     """What the nouns of a transaction query, until it ends."""
 
     closed = "the transaction has ended: use what it yields within its block only"
+    is_within = True
 
     def __init__(self, queries: Source, repository: _Gate) -> None:
         super().__init__(queries)
@@ -522,6 +527,10 @@ class _OneByOne:
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         async with self._turn:
             return await self._statements.fetch(query, *args)
+
+    async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
+        async with asyncio.timeout(within):
+            return await self.fetch(query, *args)
 
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator[Statements]:

@@ -17,7 +17,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from runtime_repo.errors import ConfigurationError, PayloadMismatchError, RefusedError
+from runtime_repo.errors import ConfigurationError, OverloadedError, PayloadMismatchError, RefusedError
 
 __all__ = [
     "as_read",
@@ -33,11 +33,13 @@ __all__ = [
     "from_json",
     "from_ms",
     "instant_ms",
+    "is_key",
     "is_text",
     "json_text",
     "maybe_from_ms",
     "new_id",
     "new_ids",
+    "no_thread",
     "queue_names",
     "skipped",
     "span_ms",
@@ -63,6 +65,7 @@ S = TypeVar("S", bound=StrEnum)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _EARLIEST, _LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_NO_KEY = re.compile("[\0\ufffd\ud800-\udfff]")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -145,6 +148,11 @@ def is_text(value: str) -> bool:
     return _NO_TEXT.search(value) is None
 
 
+def is_key(value: str) -> bool:
+    """Whether a row that was read under this id is found by it: what was no UTF-8 is read as something else."""
+    return _NO_KEY.search(value) is None
+
+
 def storable(value: str) -> str:
     """Text with what no database can store replaced."""
     return _NO_TEXT.sub("\N{REPLACEMENT CHARACTER}", value)
@@ -191,6 +199,14 @@ def skipped(what: str) -> RefusedError:
     return RefusedError(
         f"{what} was neither written nor refused by the database, or it is hidden from this role: look for a trigger "
         "or a rule that skips the row, or a policy of row security that hides it"
+    )
+
+
+def no_thread(error: RuntimeError) -> OverloadedError:
+    """The error for a thread that was not to be had."""
+    return OverloadedError(
+        f"this process can start no thread ({error}): try again later, or raise the limit of its threads or memory "
+        "(ulimit -u, the container's)"
     )
 
 
@@ -280,9 +296,18 @@ def _no_json(error: Exception) -> ValueError:
 
 
 def _on_its_own_stack(work: Callable[[Any], T], value: Any) -> T:
-    """Do what recurses in a thread, which begins with all of the stack, however little the caller has left of it."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work, value).result()
+    """
+    Do what recurses in a thread, which begins with all of the stack, however little the caller has left of it.
+
+    Raises:
+        OverloadedError: There can be no thread: it says nothing of the value.
+    """
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            done = threads.submit(work, value)
+        except RuntimeError as error:
+            raise no_thread(error) from error
+        return done.result()
 
 
 def new_id() -> str:

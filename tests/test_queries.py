@@ -47,10 +47,10 @@ async def test_sqlite_understands_every_statement(sqlite: sqlite3.Connection) ->
         sqlite.close()
 
 
-async def test_sqlite_reads_through_a_status_only_to_count(sqlite: sqlite3.Connection) -> None:
+async def test_sqlite_reads_through_a_status_only_to_count_or_sweep(sqlite: sqlite3.Connection) -> None:
     """
-    Nothing that workers do costs more for what else is queued or leased. Without statistics SQLite thinks little of an
-    index on the very ids, or of a partial one, where the status is named as well.
+    Nothing that workers do costs more for what else is queued, and only the sweep for what else is leased. Without
+    statistics SQLite thinks little of an index on the very ids, or of a partial one, where the status is named as well.
     """
     parameters = {str(number): None for number in range(1, 20)}
     reading = set()
@@ -62,7 +62,7 @@ async def test_sqlite_reads_through_a_status_only_to_count(sqlite: sqlite3.Conne
                     reading.add(name)
     finally:
         sqlite.close()
-    assert reading == {"attempts.stats"}
+    assert reading == {"attempts.stats", "leases.requeue_expired", "leases.list_silent"}
 
 
 async def test_postgres_understands_every_query(
@@ -166,7 +166,7 @@ async def test_a_look_at_an_idle_queue_reads_no_table(
 async def test_a_sweep_and_a_claim_of_many_read_no_table(
     postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
 ) -> None:
-    """Each attempt is looked up by its id, whichever plan serves."""
+    """Each attempt is looked up by its id, whichever plan serves; the sweep reads what is held besides."""
     async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema):
         pass
     await postgres.execute(
@@ -180,7 +180,7 @@ async def test_a_sweep_and_a_claim_of_many_read_no_table(
     )
     queries = load_queries("postgres", schema=postgres_schema, now_ms="0::bigint")
     for name, given in {
-        "leases.requeue_expired": "100, 9000, 0",
+        "leases.requeue_expired": "100, 9000, 0, null",
         "leases.claim": """'busy', 'w', 1000, '["1", "2"]', 9000""",
         "leases.claim_from_several": """'["busy"]', 'w', 1000, '["1", "2"]', 9000""",
         "leases.heartbeat_many": """'[{"lease_id": "l1", "attempt_id": "a1", "token": 1}]', 1000, 0""",
@@ -193,7 +193,7 @@ async def test_a_sweep_and_a_claim_of_many_read_no_table(
         for mode in ("force_generic_plan", "force_custom_plan"):
             await postgres.execute(f"set plan_cache_mode = {mode}")
             plan = "\n".join(row[0] for row in await postgres.fetch(f"explain execute many ({given})"))
-            assert "Seq Scan on runtime_attempts" not in plan, (name, mode, plan)
+            assert not re.search(r"Seq Scan on runtime_attempts(?! held)", plan), (name, mode, plan)
         await postgres.execute("deallocate many")
 
 

@@ -107,6 +107,34 @@ async def test_a_verb_that_gave_way_is_repeated(
         await upsert(repo, "another")
 
 
+@pytest.mark.parametrize("code", ["40001", "40P01"])
+async def test_a_verb_of_several_statements_that_gave_way_is_repeated(
+    repo: PostgresRuntimeRepository, postgres: asyncpg.Connection, postgres_schema: str, code: str
+) -> None:
+    """All of it, a few times; as a part of the application's transaction once, whose whole must be begun again."""
+    body = f"if nextval('{postgres_schema}.s') <= 3 then raise exception 'busy' using errcode = '{code}'; end if;"
+    await postgres.execute(f"create sequence {postgres_schema}.s")
+    await postgres.execute(RAISE.replace("{body}", body).replace("{schema}", postgres_schema))
+    for table in ("attempts", "api_keys"):
+        await postgres.execute(
+            f"create trigger t before insert on {postgres_schema}.runtime_{table} "
+            f"for each row execute function {postgres_schema}.f()"
+        )
+    restart = f"alter sequence {postgres_schema}.s restart"
+    assert await repo.attempts.enqueue_many([NewAttempt("run", "one")]) == ["one"]
+    await postgres.execute(restart)
+    assert (await repo.api_keys.put("key", "secret")).key_id == "key"
+    await postgres.execute(restart)
+    with pytest.raises(DatabaseUnavailableError, match="busy") as caught:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.enqueue_many([NewAttempt("run", "two")])
+    assert caught.value.gave_way
+    assert await postgres.fetchval(f"select last_value from {postgres_schema}.s") == 1
+    await postgres.execute(f"alter sequence {postgres_schema}.s minvalue -100 restart with -100")
+    with pytest.raises(DatabaseUnavailableError, match="busy"):
+        await repo.attempts.enqueue_many([NewAttempt("run", "three")])
+
+
 @pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
 async def test_rivals_are_no_failures_under_any_isolation_level(
     postgres_url: str, postgres_schema: str, isolation: str

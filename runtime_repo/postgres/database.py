@@ -480,6 +480,19 @@ class PostgresDatabase(Unique):
         async with self._acquired() as connection:
             return await self._verb(connection, query, args)
 
+    async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
+        was_asked = False
+        try:
+            async with asyncio.timeout(within) as limit, self._acquired() as connection:
+                was_asked = True
+                limit.reschedule(asyncio.get_running_loop().time() + within)
+                return await self._verb(connection, query, args)
+        except TimeoutError:
+            pool = self._pool
+            if was_asked or pool is None or pool.get_idle_size() or pool.get_size() < pool.get_max_size():
+                raise
+            return None
+
     async def _verb(self, connection: "Connection", query: str, args: Sequence[object]) -> Sequence[Row]:
         """One statement as a transaction of its own, again where the server gave it up for another's sake."""
         tries = 1
@@ -516,11 +529,15 @@ class PostgresDatabase(Unique):
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator["_Statements"]:
         untold: set[str] = set()
-        async with (
-            self._acquired() as connection,
-            self._together(connection, "begin isolation level read committed", "commit", "rollback"),
-        ):
-            yield _Statements(self, connection, untold)
+        try:
+            async with (
+                self._acquired() as connection,
+                self._together(connection, "begin isolation level read committed", "commit", "rollback"),
+            ):
+                yield _Statements(self, connection, untold)
+        except DatabaseUnavailableError as error:
+            error.gave_way = is_conflict(error.__cause__)
+            raise
         self.tell(untold)
 
     @contextlib.asynccontextmanager

@@ -10,6 +10,8 @@ import errno
 import asyncpg
 
 from runtime_repo.errors import DatabaseUnavailableError, RefusedError, RuntimeRepoError
+from runtime_repo.queries import SKIPPED
+from runtime_repo.values import skipped
 
 __all__ = ["bare", "is_conflict", "is_lost", "is_spoilt", "meaning"]
 
@@ -81,6 +83,8 @@ def meaning(error: BaseException, place: str, *, connecting: bool = False) -> Ru
             "or a number that is too large (it is not repeated here, since it may be secret)"
         )
     if isinstance(error, asyncpg.PostgresError):
+        if code == "22P02" and SKIPPED in _words(error):
+            return skipped(f"{place}: what was given")
         usual = "mend what the server names"
         if isinstance(error, asyncpg.PostgresConnectionError):
             usual = _REMEDIES["08"]

@@ -6,8 +6,8 @@ A statement stands under ``-- name: verb``; where the databases truly differ, ea
 data-modifying common table expressions; they run in one transaction and the last one's rows are the answer.
 
 The tokens in a statement: ``{schema}`` and ``{now_ms}`` are the database's; ``{attempt}``, ``{attempt_of_a}`` and
-``{lease}`` are the columns that a row of each has, named once, here; the rest is what one dialect says and the other
-need not.
+``{lease}`` are the columns that a row of each has, named once, here; ``{skipped}`` is what a statement that must fail
+says, and ``{too_long}`` what no lease lasts; the rest is what one dialect says and the other need not.
 """
 
 import re
@@ -17,7 +17,10 @@ from importlib.resources import files
 
 from runtime_repo.errors import ConfigurationError
 
-__all__ = ["fill", "load_queries", "split_statements"]
+__all__ = ["SKIPPED", "fill", "load_queries", "split_statements"]
+
+SKIPPED = "rows were skipped"
+"""What a statement that wrote less than it had to fails with, so that all of it is rolled back: ``{skipped}``."""
 
 _TOKEN = re.compile(r"\{(\w*)\}|[{}]")
 _HEADER = re.compile(r"^-- name: (?P<name>\w+)(?: @(?P<backend>sqlite|postgres))?$", re.MULTILINE)
@@ -28,6 +31,9 @@ _ATTEMPT = (
 )
 _ATTEMPT_OF_A = ", ".join(f"a.{column}" for column in _ATTEMPT.split(", "))
 _COLUMNS = {
+    "skipped": SKIPPED,
+    # Milliseconds; longer than any lease that is asked for.
+    "too_long": str(1001 * 366 * 86_400_000),
     "attempt": _ATTEMPT,
     "attempt_of_a": _ATTEMPT_OF_A,
     # Of a lease that holds, its attempt's lease_id is its own.

@@ -48,23 +48,32 @@ select json_extract(value, '$.attempt_id'), json_extract(value, '$.run_id'), 1, 
 returning attempt_id;
 
 -- name: enqueue_new @postgres
--- As above, where every id was made for this very call: none can be there, and not to look for it saves a fifth.
-insert into {schema}.runtime_attempts
-       (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
-select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
-       coalesce($2, {now_ms})
-  from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as given (
-           attempt_id pg_catalog.text, run_id pg_catalog.text, retry_at_ms bigint, queue pg_catalog.text, priority int,
-           payload_json pg_catalog.text, max_attempts int);
+-- As above, where every id was made for this very call: none can be there, and not to look for it saves a fifth. All
+-- ($3) are stored, or it fails: a trigger may skip a row.
+with stored as (
+    insert into {schema}.runtime_attempts
+           (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts,
+            enqueued_at_ms)
+    select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts,
+           coalesce($2, {now_ms})
+      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as given (
+               attempt_id pg_catalog.text, run_id pg_catalog.text, retry_at_ms bigint, queue pg_catalog.text,
+               priority int, payload_json pg_catalog.text, max_attempts int)
+    returning 1
+)
+select case when pg_catalog.count(*) = $3::bigint then 0
+            else ('{skipped}: ' || $3::bigint - pg_catalog.count(*))::bigint end as skipped
+  from stored;
 
 -- name: enqueue_new @sqlite
--- As above.
+-- As above, in two statements of one transaction.
 insert into {schema}.runtime_attempts
        (attempt_id, run_id, attempt_no, status, retry_at_ms, queue, priority, payload_json, max_attempts, enqueued_at_ms)
 select json_extract(value, '$.attempt_id'), json_extract(value, '$.run_id'), 1, 'queued',
        json_extract(value, '$.retry_at_ms'), json_extract(value, '$.queue'), json_extract(value, '$.priority'),
        json_extract(value, '$.payload_json'), json_extract(value, '$.max_attempts'), coalesce($2, {now_ms})
   from json_each($1);
+select json_extract('[]', case when changes() = $3 then '$' else '{skipped}' end);
 
 -- name: stored_many @postgres
 -- As stored, for the ids of a JSON array, locked in the order of ids. An array is looked up in the index; IN (SELECT)
@@ -78,6 +87,18 @@ select {attempt}
 
 -- name: stored_many @sqlite
 select {attempt}
+  from {schema}.runtime_attempts
+ where attempt_id in (select value from json_each($1));
+
+-- name: seen_many @postgres
+-- Which of the ids of a JSON array there are, without a lock: a policy may show what it lets nobody change.
+select attempt_id
+  from {schema}.runtime_attempts
+ where attempt_id = any (array(
+           select value from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json)));
+
+-- name: seen_many @sqlite
+select attempt_id
   from {schema}.runtime_attempts
  where attempt_id in (select value from json_each($1));
 
@@ -417,7 +438,8 @@ delete from {schema}.runtime_attempts
 returning attempt_id;
 
 -- name: stats
--- How much there is to do, queue by queue; what is due counts as ready.
+-- How much there is to do, queue by queue; what is due counts as ready. No time may be so early that its age is beyond
+-- a bigint.
 select queue,
        {pg_catalog}count(case when status in ('queued', 'retry_backoff')
                                and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
@@ -429,7 +451,8 @@ select queue,
        coalesce($1, {now_ms})
            - {pg_catalog}min(case when status in ('queued', 'retry_backoff')
                                    and coalesce(retry_at_ms, 0) <= coalesce($1, {now_ms})
-                                  then enqueued_at_ms end) as oldest_age_ms
+                                  then case when enqueued_at_ms < -4611686018427387904 then -4611686018427387904
+                                            else enqueued_at_ms end end) as oldest_age_ms
   from {schema}.runtime_attempts
  where status in ('queued', 'leased', 'running', 'retry_backoff')
  group by queue

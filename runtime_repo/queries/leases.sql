@@ -6,7 +6,8 @@
 -- promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no claim more
 -- than that, and shrinks with each. Which lease id is whose is looked up in one object: what is chosen is thought to be
 -- one row, and joined to the attempts it would be read anew for each. A token stops at the last one that there is, where
--- another program has put it there: what gets that one is parked.
+-- another program has put it there: what gets that one is parked. What is chosen is leased, or all of it fails, where a limit is
+-- computed even if there is no row: a trigger that skips the lease's would leave the attempt to nobody.
 with moment as (
     select coalesce($5, {now_ms}) as at
 ), ready as (
@@ -60,15 +61,19 @@ with moment as (
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
+    returning 1
 )
 select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
        (select at from moment) as claimed_at_ms, {attempt}
   from claimed
- order by priority desc, enqueued_at_ms, attempt_id;
+ order by priority desc, enqueued_at_ms, attempt_id
+ limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from chosen)
+            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen))::bigint end;
 
 -- name: claim @sqlite
 -- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
--- what is due is promoted first. A file of version 1 may hold a key that is NULL, which nothing can be done with.
+-- what is due is promoted first. A file of version 1 may hold a key that is NULL, which nothing can be done with. All
+-- of it fails if a lease has no attempt, or if less is leased than is wanted and some is still ready: a trigger skipped it.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
  where attempt_id in (
@@ -104,6 +109,18 @@ update {schema}.runtime_attempts
        lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
  where attempt_id in (
            select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
+select json_extract('[]', case when changes() < leased.n then '{skipped}'
+                               when leased.n = json_array_length($4) then '$'
+                               when (select attempt_id
+                                       from {schema}.runtime_attempts
+                                      where queue = $1
+                                        and status = 'queued'
+                                        and retry_at_ms is null
+                                        and attempt_id is not null
+                                      order by priority desc, enqueued_at_ms, attempt_id
+                                      limit 1) is null then '$'
+                               else '{skipped}' end)
+  from (select count(*) as n from {schema}.runtime_leases where lease_id in (select value from json_each($4))) as leased;
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
@@ -173,11 +190,14 @@ with moment as (
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
+    returning 1
 )
 select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
        (select at from moment) as claimed_at_ms, {attempt}
   from claimed
- order by priority desc, enqueued_at_ms, attempt_id;
+ order by priority desc, enqueued_at_ms, attempt_id
+ limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from chosen)
+            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen))::bigint end;
 
 -- name: claim_from_several @sqlite
 -- As above. SQLite has no lateral join; a correlated IN does the same, behind a cross join: that is never turned round,
@@ -228,6 +248,21 @@ update {schema}.runtime_attempts
        lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
  where attempt_id in (
            select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
+select json_extract('[]', case when changes() < leased.n then '{skipped}'
+                               when leased.n = json_array_length($4) then '$'
+                               when not exists (
+                                        select 1
+                                          from json_each($1) as named
+                                         where (select attempt_id
+                                                  from {schema}.runtime_attempts
+                                                 where queue = named.value
+                                                   and status = 'queued'
+                                                   and retry_at_ms is null
+                                                   and attempt_id is not null
+                                                 order by priority desc, enqueued_at_ms, attempt_id
+                                                 limit 1) is not null) then '$'
+                               else '{skipped}' end)
+  from (select count(*) as n from {schema}.runtime_leases where lease_id in (select value from json_each($4))) as leased;
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
@@ -260,7 +295,9 @@ with claimed as (
 )
 select {lease}
   from leased as l
-  join claimed as a on a.attempt_id = l.attempt_id;
+  join claimed as a on a.attempt_id = l.attempt_id
+ limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from claimed)
+            then ('{skipped}: ' || (select pg_catalog.count(*) from claimed))::bigint end;
 
 -- name: claim_attempt @sqlite
 -- As above, in statements of one transaction.
@@ -280,6 +317,12 @@ update {schema}.runtime_attempts
    set status = 'leased', retry_at_ms = null, lease_version = min(lease_version, 9223372036854775806) + 1,
        worker_id = $2, lease_id = $4, ended_by = null
  where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $4);
+select json_extract('[]', '{skipped}')
+  from {schema}.runtime_attempts
+ where attempt_id = $1
+   and changes() = 0
+   and (status in ('queued', 'retry_backoff') and retry_at_ms is null
+        or exists (select 1 from {schema}.runtime_leases where lease_id = $4));
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
@@ -439,8 +482,11 @@ select {lease}
  limit $3;
 
 -- name: holder
--- Who holds an attempt now, and under which token. A lease that outlived a cancel holds nothing.
-select a.status, a.lease_version, a.lease_id, l.worker_id
+-- Who holds an attempt now, and under which token, and whether its lease has not run out. A lease that outlived a cancel
+-- holds nothing.
+select a.status, a.lease_version, a.lease_id, l.worker_id,
+       l.lease_id = a.lease_id and l.version = a.lease_version
+           and l.lease_expires_at_ms > coalesce($2, {now_ms}) as holds
   from {schema}.runtime_attempts as a
   left join {schema}.runtime_leases as l on l.attempt_id = a.attempt_id and a.status in ('leased', 'running')
  where a.attempt_id = $1;
@@ -474,40 +520,82 @@ delete from {schema}.runtime_leases
 -- Take attempts from workers that fell silent. The attempt is locked first, skipping those that are being written, then
 -- the lease is deleted only if it still is expired (a heartbeat may have come in between), and only what was deleted
 -- is requeued. The lost try counts, so an attempt that kills its workers ends as failed.
+-- A lease that lasts for more than a thousand years is another program's mistake, and so is an attempt that is held under
+-- no lease: it is taken if it still has the token and the id under which it was seen to have none, for whoever claims it
+-- meanwhile gives it others.
 -- A lease whose attempt is gone, or is nobody's to hold, is deleted with them: as many as are looked at, skipping what
 -- a claim is writing anew. None keeps the sweep from those behind it.
-with expired as (
+-- With an attempt's id ($4) it is done for this one alone.
+with late as (
+    (select l.attempt_id
+       from {schema}.runtime_leases as l
+      where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+        and ($4::pg_catalog.text is null or l.attempt_id = $4)
+        and (select a.status
+               from {schema}.runtime_attempts as a
+              where a.attempt_id = l.attempt_id) in ('leased', 'running')
+      order by l.lease_expires_at_ms
+      limit $1)
+     union all
+    (select l.attempt_id
+       from {schema}.runtime_leases as l
+      where l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
+        and ($4::pg_catalog.text is null or l.attempt_id = $4)
+        and (select a.status
+               from {schema}.runtime_attempts as a
+              where a.attempt_id = l.attempt_id) in ('leased', 'running')
+      order by l.lease_expires_at_ms
+      limit $1)
+), expired as (
     select attempt_id
       from {schema}.runtime_attempts
-     where attempt_id = any (array(
-               select l.attempt_id
-                 from {schema}.runtime_leases as l
-                where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
-                  and (select a.status
-                         from {schema}.runtime_attempts as a
-                        where a.attempt_id = l.attempt_id) in ('leased', 'running')
-                order by l.lease_expires_at_ms
-                limit $1))
+     where attempt_id = any (array(select attempt_id from late limit $1))
      order by attempt_id
        for update skip locked
 ), ended as (
     delete from {schema}.runtime_leases as l
      using expired
      where l.attempt_id = expired.attempt_id
-       and l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+       and (l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+            or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long})
     returning l.attempt_id, l.worker_id
+), stranded as (
+    select held.attempt_id, held.lease_version, held.lease_id
+      from {schema}.runtime_attempts as held
+     where held.status in ('leased', 'running')
+       and ($4::pg_catalog.text is null or held.attempt_id = $4)
+       and not exists (select 1 from {schema}.runtime_leases as l where l.attempt_id = held.attempt_id)
+     limit $1
+), taken as (
+    select a.attempt_id, a.worker_id
+      from {schema}.runtime_attempts as a
+      join stranded on stranded.attempt_id = a.attempt_id and stranded.lease_version = a.lease_version
+     where a.attempt_id = any (array(select attempt_id from stranded))
+       and a.lease_id is not distinct from stranded.lease_id
+       and a.status in ('leased', 'running')
+     order by a.attempt_id
+     limit $1 - (select pg_catalog.count(*) from ended)
+       for update of a skip locked
 ), orphans as (
     delete from {schema}.runtime_leases
      where lease_id = any (array(
                select l.lease_id
                  from {schema}.runtime_leases as l
                 where l.lease_id = any (array(
-                          select lease_id
-                            from {schema}.runtime_leases
-                           where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
-                           order by lease_expires_at_ms
-                           limit $1))
-                  and l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+                          (select lease_id
+                             from {schema}.runtime_leases
+                            where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+                            order by lease_expires_at_ms
+                            limit $1)
+                           union all
+                          (select lease_id
+                             from {schema}.runtime_leases
+                            where lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
+                            order by lease_expires_at_ms
+                            limit $1)))
+                  and (l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+                       or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long})
+                  and $4::pg_catalog.text is null
                   and not exists (
                           select 1
                             from {schema}.runtime_attempts as a
@@ -520,53 +608,99 @@ update {schema}.runtime_attempts as a
        attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
        retry_at_ms    = null,
        finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
-       error          = 'the lease of worker ' || ended.worker_id || ' expired',
+       error          = 'the lease of worker ' || coalesce(silent.worker_id, 'unknown') || silent.fate,
        ended_by       = 'expire'
-  from ended
- where a.attempt_id = ended.attempt_id
+  from (select attempt_id, worker_id, ' expired' as fate from ended
+         union all
+        select attempt_id, worker_id, ' is gone' as fate from taken) as silent
+ where a.attempt_id = silent.attempt_id
    and a.status in ('leased', 'running')
 returning {attempt_of_a};
 
 -- name: requeue_expired @sqlite
 -- As above, in statements of one transaction. The clock moves between them, so each deletes only the leases of what is
--- not held. By their rowid: a key may be NULL.
+-- not held. By their rowid: a key may be NULL. A time that is text or bytes is beyond all numbers.
 update {schema}.runtime_attempts
    set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
        attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
        retry_at_ms    = null,
        finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
-       error          = 'the lease of worker ' || worker_id || ' expired',
+       error          = 'the lease of worker ' || coalesce(worker_id, 'unknown')
+                            || case when exists (
+                                             select 1
+                                               from {schema}.runtime_leases as l
+                                              where l.attempt_id = runtime_attempts.attempt_id)
+                                    then ' expired' else ' is gone' end,
        ended_by       = 'expire'
  where +status in ('leased', 'running')
    and attempt_id in (
-           select l.attempt_id
-             from {schema}.runtime_leases as l
-            where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
-              and (select a.status
+           select attempt_id
+             from (select attempt_id
+                     from (select l.attempt_id
+                             from {schema}.runtime_leases as l
+                            where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
+                              and ($4 is null or l.attempt_id = $4)
+                              and (select a.status
+                                     from {schema}.runtime_attempts as a
+                                    where a.attempt_id = l.attempt_id) in ('leased', 'running')
+                            order by l.lease_expires_at_ms
+                            limit $1) as expired
+                    union all
+                   select attempt_id
+                     from (select l.attempt_id
+                             from {schema}.runtime_leases as l
+                            where l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
+                              and ($4 is null or l.attempt_id = $4)
+                              and (select a.status
+                                     from {schema}.runtime_attempts as a
+                                    where a.attempt_id = l.attempt_id) in ('leased', 'running')
+                            limit $1) as endless
+                    union all
+                   select a.attempt_id
                      from {schema}.runtime_attempts as a
-                    where a.attempt_id = l.attempt_id) in ('leased', 'running')
-            order by l.lease_expires_at_ms
+                    where a.status in ('leased', 'running')
+                      and ($4 is null or a.attempt_id = $4)
+                      and not exists (select 1 from {schema}.runtime_leases as l where l.attempt_id = a.attempt_id))
+                       as silent
             limit $1)
 returning {attempt};
 delete from {schema}.runtime_leases
  where rowid in (
            select l.rowid
              from {schema}.runtime_leases as l
-            where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
+            where (l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
+                   or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long})
               and (select a.status in ('queued', 'failed') and a.ended_by = 'expire' and a.lease_id = l.lease_id
                      from {schema}.runtime_attempts as a
                     where a.attempt_id = l.attempt_id)
-            order by l.lease_expires_at_ms
             limit $1);
 delete from {schema}.runtime_leases
  where rowid in (
            select rowid
              from {schema}.runtime_leases
             where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
-            order by lease_expires_at_ms
+               or lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
             limit $1)
+   and $4 is null
    and not exists (
            select 1
              from {schema}.runtime_attempts as a
             where a.attempt_id = runtime_leases.attempt_id
               and a.status in ('leased', 'running'));
+
+-- name: list_silent
+-- The ids of what the sweep would take, at most $1 of each kind.
+select attempt_id
+  from (select l.attempt_id
+          from {schema}.runtime_leases as l
+         where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
+            or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
+         order by l.lease_expires_at_ms
+         limit $1) as expired
+ union all
+select attempt_id
+  from (select a.attempt_id
+          from {schema}.runtime_attempts as a
+         where a.status in ('leased', 'running')
+           and not exists (select 1 from {schema}.runtime_leases as l where l.attempt_id = a.attempt_id)
+         limit $1) as stranded;

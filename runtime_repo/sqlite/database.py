@@ -118,6 +118,23 @@ class SqliteDatabase(Unique):
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         return await self._alone(partial(self.run, query, args))
 
+    async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
+        was_asked = False
+
+        async def look() -> Sequence[Row]:
+            nonlocal was_asked
+            was_asked = True
+            limit.reschedule(asyncio.get_running_loop().time() + within)
+            return await self.run(query, args)
+
+        try:
+            async with asyncio.timeout(within) as limit:
+                return await self._alone(look)
+        except TimeoutError:
+            if was_asked:
+                raise
+            return None
+
     async def fetch_in_a_hurry(self, query: str, *args: object) -> Sequence[Row]:
         """As ``fetch``, before all others that wait for their turn."""
         return await self._alone(partial(self.run, query, args), hurry=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from runtime_repo.database import Busy
 from runtime_repo.errors import DatabaseUnavailableError, RefusedError, RuntimeRepoError
+from runtime_repo.queries import SKIPPED
+from runtime_repo.values import skipped
 
 __all__ = ["is_writable", "translated"]
 
@@ -52,6 +54,8 @@ def translated(error: Exception, path: Path | None) -> Exception:
         if code & 0xFF in _UNAVAILABLE:
             moved = code == sqlite3.SQLITE_READONLY_DBMOVED
             return _unavailable(path, str(error), _MOVED if moved else _reason(code & 0xFF, path))
+        if code == sqlite3.SQLITE_ERROR and SKIPPED in str(error):
+            return skipped(f"SQLite database {str(path or ':memory:')!r}: what was given")
         remedy = _REMEDIES.get(code) or _REMEDIES.get(code & 0xFF, "write what SQLite takes there")
         return RefusedError(f"SQLite refused to do it: {error}: {remedy}")
     match error:

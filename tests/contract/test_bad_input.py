@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -395,3 +395,32 @@ async def test_an_unknown_status_stands_in_nobodys_way(repo: RuntimeRepository, 
         assert page
     await set_status(repo, AttemptStatus.LEASED)
     assert [lease.attempt_id for lease in await repo.leases.list(worker_id="worker")]
+
+
+ODD_LEASES: list[Callable[[Lease], Lease]] = [
+    lambda lease: replace(lease, asked_at=cast(Any, "x")),
+    lambda lease: replace(lease, expires_at=cast(Any, None)),
+    lambda lease: replace(lease, heartbeat_at=cast(Any, 5)),
+    lambda lease: replace(lease, claimed_at=lease.claimed_at.replace(tzinfo=None)),
+    lambda lease: replace(lease, attempt=cast(Any, None)),
+    lambda lease: replace(lease, attempt=replace(lease.attempt, attempt_no=cast(Any, "x"))),
+]
+
+
+@pytest.mark.parametrize("odd", ODD_LEASES)
+async def test_a_lease_that_nobody_gave_out_is_refused(
+    repo: RuntimeRepository, lease: Lease, odd: Callable[[Lease], Lease]
+) -> None:
+    """By every verb alike, whatever of it the verb reads."""
+    verbs: list[Callable[[Lease], Awaitable[object]]] = [
+        repo.attempts.start,
+        repo.attempts.complete,
+        lambda lease: repo.attempts.fail(lease, "boom", retry_in=RetryPolicy()),
+        repo.leases.release,
+        repo.leases.heartbeat,
+        lambda lease: repo.leases.heartbeat_many([lease]),
+        lambda lease: repo.leases.hold(lease).__aenter__(),
+    ]
+    for verb in verbs:
+        with pytest.raises(ConfigurationError):
+            await verb(odd(lease))

@@ -1,6 +1,8 @@
 """A row that cannot be read stands in nobody's way: it is named, and all others are served."""
 
 import asyncio
+import sys
+import threading
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -8,8 +10,10 @@ from typing import Any
 import pytest
 
 from runtime_repo import (
+    ConfigurationError,
     Lease,
     NewAttempt,
+    OverloadedError,
     Page,
     PayloadMismatchError,
     RuntimeRepository,
@@ -19,6 +23,7 @@ from runtime_repo import (
 from tests.contract.conftest import Clock, execute, runtime_schema
 from tests.verbs import MINUTE
 
+MILLISECOND = timedelta(milliseconds=1)
 DEEP = "[" * 50_000 + "]" * 50_000
 
 POISONS = {
@@ -314,3 +319,105 @@ async def test_a_time_that_is_none_ends_no_wait_and_no_list(sqlite_factory: Call
         await execute(repo, "update runtime_audit_logs set created_at_ms = 'then'")
         with pytest.raises(UnreadableRowError, match="runtime_audit_logs"):
             await repo.audit.list(after=entry.audit_id)
+
+
+@pytest.mark.parametrize("time", [-(2**63), 2**63 - 1])
+async def test_the_queues_are_counted_whatever_the_time_of_one(repo: RuntimeRepository, time: int) -> None:
+    """An age beyond all numbers is as old as can be said, on both databases alike; a time to come is no age."""
+    await repo.attempts.enqueue_many([NewAttempt("run", "bad", "of the bad"), NewAttempt("run", "good")])
+    await spoil(repo, f"enqueued_at_ms = {time}")
+    page = await repo.attempts.stats()
+    assert [(stats.queue, stats.ready) for stats in page] == [("default", 1), ("of the bad", 1)]
+    assert page[1].oldest_age == (timedelta(0) if time > 0 else timedelta.max // MILLISECOND * MILLISECOND)
+
+
+NAMES = [
+    ("sqlite", "attempt_id = cast(x'626164ff' as text)"),
+    ("sqlite", "attempt_id = 'bad' || char(0)"),
+    ("sqlite", "lease_version = -7"),
+    ("postgres", "attempt_id = 'bad\N{REPLACEMENT CHARACTER}'"),
+    ("postgres", "lease_version = -7"),
+]
+"""What makes an attempt one that no verb finds again."""
+
+
+@pytest.mark.parametrize(("factory", "poison"), NAMES, indirect=["factory"])
+async def test_what_could_never_be_finished_is_parked(repo: RuntimeRepository, clock: Clock, poison: str) -> None:
+    """Not claimed again and again: the first claim parks it, and hands out the others."""
+    ids = ("bad", "good")
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ids], now=clock.now)
+    await spoil(repo, poison)
+    (lease,) = await repo.leases.claim("worker", limit=2, now=clock.now)
+    assert lease.attempt_id == "good"
+    query = "select status, ended_by from {schema}.runtime_attempts where status = 'failed'"
+    async with repo.transaction() as transaction:
+        fetch = getattr(transaction.connection, "fetch", None) or transaction.connection.execute_fetchall
+        rows = [tuple(row) for row in await fetch(query.replace("{schema}", runtime_schema(repo)))]
+    assert rows == [("failed", "park")]
+    assert await repo.leases.claim("worker", limit=2, now=clock.now + timedelta(hours=1)) == []
+
+
+async def test_no_id_is_taken_that_a_claim_would_park(repo: RuntimeRepository) -> None:
+    """What stands for bytes that were no text is refused beforehand."""
+    with pytest.raises(ConfigurationError, match="U\\+FFFD"):
+        await repo.attempts.enqueue("run", attempt_id="a\N{REPLACEMENT CHARACTER}")
+    assert await repo.attempts.list() == []
+
+
+def without_threads() -> None:
+    """What starts a thread where the system has none to give."""
+    raise RuntimeError("can't start new thread")
+
+
+async def test_without_a_thread_nothing_is_judged(repo: RuntimeRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nests deep is read in one, and secrets are hashed in some: no attempt is parked for that, no key refused."""
+    await repo.attempts.enqueue("run", attempt_id="bad")
+    deep = "[" * 500 + "]" * 500
+    await spoil(repo, f"payload_json = '{deep}'")
+    limit = sys.getrecursionlimit()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda _: without_threads())
+        for verb in (repo.api_keys.authenticate, repo.api_keys.put):
+            with pytest.raises(OverloadedError, match="ulimit -u"):
+                await verb("key", "secret")
+        sys.setrecursionlimit(300)
+        try:
+            with pytest.raises(OverloadedError, match="ulimit -u"):
+                await repo.leases.claim("worker")
+        finally:
+            sys.setrecursionlimit(limit)
+    (lease,) = await repo.leases.claim("worker")
+    assert lease.attempt_id == "bad"
+    assert await repo.api_keys.put("key", "secret") == await repo.api_keys.authenticate("key", "secret")
+
+
+STRANDED = [
+    (backend, statement)
+    for backend in ("sqlite", "postgres")
+    for statement in (
+        "delete from {schema}.runtime_leases where attempt_id = 'bad'",
+        "update {schema}.runtime_leases set lease_expires_at_ms = 9223372036854775807 where attempt_id = 'bad'",
+        "update {schema}.runtime_leases set lease_expires_at_ms = 'soon' where attempt_id = 'bad'",
+        "update {schema}.runtime_leases set lease_expires_at_ms = x'ff' where attempt_id = 'bad'",
+    )
+    if backend == "sqlite" or ("'soon'" not in statement and "x'ff'" not in statement)
+]
+"""What leaves an attempt held for ever."""
+
+
+@pytest.mark.parametrize(("factory", "statement"), STRANDED, indirect=["factory"])
+async def test_no_attempt_is_held_for_ever(repo: RuntimeRepository, clock: Clock, statement: str) -> None:
+    """The sweep takes it as one whose lease has expired, the lost try counts, and what others hold stays theirs."""
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("bad", "good")], now=clock.now)
+    leases = await repo.leases.claim("worker", limit=2, ttl=timedelta(days=366_000), now=clock.now)
+    await execute(repo, statement)
+    (attempt,) = await repo.leases.requeue_expired(limit=1, now=clock.now)
+    assert (attempt.attempt_id, attempt.status, attempt.attempt_no) == ("bad", "queued", 2)
+    assert attempt.ended_by == "expire"
+    assert (attempt.error or "").startswith("the lease of worker worker ")
+    assert await repo.leases.requeue_expired(now=clock.now) == []
+    assert [lease.attempt_id for lease in await repo.leases.list()] == ["good"]
+    assert await repo.attempts.complete_many([(lease, 1) for lease in leases], now=clock.now) == [
+        lease.attempt_id == "good" for lease in leases
+    ]
+    assert await repo.leases.claim("worker", now=clock.now) != []

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from runtime_repo import (
     DatabaseUnavailableError,
     Lease,
     NewAttempt,
+    PostgresRuntimeRepository,
     RepositoryClosedError,
     RuntimeRepository,
+    SqliteRuntimeRepository,
     attempts,
 )
 from tests.contract.conftest import Clock, Factory, runtime_schema
@@ -158,3 +161,23 @@ async def test_a_look_that_nobody_answers_is_noticed(
                 async with asyncio.timeout(10):
                     await asyncio.create_task(repo.attempts.wait())
         assert not await repo.attempts.wait(timeout=NOTHING)
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "postgres"])
+async def test_a_transaction_of_ones_own_is_no_silence(
+    backend: str, postgres_url: str, postgres_schema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits while it holds the only connection for long waits on, to the end of the time-out or of that."""
+    monkeypatch.setattr(attempts, "_LONGEST_LOOK", 0.1)
+    repository: RuntimeRepository = SqliteRuntimeRepository(tmp_path / "runtime.db")
+    if backend == "postgres":
+        repository = PostgresRuntimeRepository(postgres_url, schema=postgres_schema, max_size=1)
+    async with repository as repo:
+        async with repo.transaction() as transaction:
+            if backend == "postgres":
+                assert not await asyncio.create_task(repo.attempts.wait(timeout=SOON))
+            task = asyncio.create_task(repo.attempts.wait(timeout=LONG))
+            await asyncio.sleep(0.4)
+            assert not task.done()
+            await transaction.attempts.enqueue("run")
+        assert await task
