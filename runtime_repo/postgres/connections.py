@@ -57,6 +57,9 @@ _NEXT_TRY = 1.25
 _HURRIED_TRY = 0.5
 """The same for each of several once one of them has answered, and for who has a lease to keep."""
 
+_MOST_VAIN = 4
+"""How often that doubles: as often as it takes to come to a server's usual time."""
+
 _SUSPECT = 0.25
 """Seconds after which whoever gives up connecting has had a reason to, unless the server is known to be as slow."""
 
@@ -128,7 +131,7 @@ class Target:
         is_found = self.pool is not None or self._connect is not None or not self._shown
         self._hosts = [_Host(host) for host in ([{}] if is_found else _hosts(self._dsn, options))]
         self._rounds = _rounds(self._dsn, options) if len(self._hosts) > 1 else [{}]
-        # How often none of them has answered since one did; None is before any has.
+        # How often some were silent and none has answered since one did; None is before any has.
         self._vain: int | None = None
         dsn, options = "", {}
         if problem:
@@ -266,8 +269,8 @@ class Target:
                 host.answered(time.monotonic() - began)
                 self._vain = 0
                 return connection
-        if self._vain is not None:
-            self._vain += 1
+        if self._vain is not None and any(isinstance(failure, TimeoutError) for failure in failures):
+            self._vain = min(self._vain + 1, _MOST_VAIN)
         # One that refuses says more than one that is silent.
         raise next((failure for failure in failures if not isinstance(failure, TimeoutError)), failures[0])
 

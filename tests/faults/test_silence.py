@@ -515,8 +515,17 @@ async def test_a_slow_server_of_several_is_given_more_and_more_time() -> None:
     assert target.patience(60) == connections._TRY
     target._vain = 0
     assert [target.patience(60), target.patience(60, hurried=True)] == [1.25, 0.5]
-    target._vain = 2
-    assert [target.patience(60), target.patience(60, hurried=True)] == [5.0, 2.0]
+    async with silent_host() as silent:
+        target = Target(f"postgresql://127.0.0.1:{silent},127.0.0.1:{silent}/db", {})
+        target._vain = 0
+        for expected in [(2.5, 1.0), (5.0, 2.0), (5.0, 4.0), (5.0, 5.0), (5.0, 5.0)]:
+            with pytest.raises(TimeoutError):
+                await target.lend(0.01)
+            assert (target.patience(60), target.patience(60, hurried=True)) == expected
+    target._vain = 1
+    with pytest.raises(ConnectionRefusedError):
+        await target.lend(1)
+    assert target._vain == 1
 
 
 async def test_a_silent_host_does_not_take_all_of_the_startup_timeout(relay: Relay, make: Make) -> None:
