@@ -718,6 +718,39 @@ async def test_what_does_not_matter_is_served(lab: Lab, case: Extra, version: in
     assert (await lab.boot()).tolerated == case.expected(lab)
 
 
+@on_postgres
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("alter table runtime_jobs force row level security", "forced row security on runtime_jobs"),
+        ("create table mine (like runtime_jobs); alter table runtime_jobs inherit mine", "parent table"),
+        (
+            "create table mine (like runtime_jobs) partition by list (status);"
+            "alter table mine attach partition runtime_jobs default",
+            "parent table",
+        ),
+    ],
+)
+async def test_a_warm_boot_tells_of_what_its_tables_were_given(lab: PostgresLab, change: str, told: str) -> None:
+    """Of what we created ourselves, and recognize by its text."""
+    await lab.boot()
+    assert (await lab.boot()).tolerated == ()
+    await lab.execute(change)
+    (difference,) = (await lab.boot()).tolerated
+    assert difference.object.startswith(told)
+
+
+@on_postgres
+async def test_a_warm_boot_refuses_a_deferrable_primary_key(lab: PostgresLab) -> None:
+    """Every ON CONFLICT would fail."""
+    await lab.boot()
+    await lab.execute(
+        "alter table runtime_jobs drop constraint runtime_jobs_pkey;"
+        "alter table runtime_jobs add primary key (thread_id) deferrable"
+    )
+    await lab.refused(SchemaDriftError)
+
+
 async def test_a_constraint_serves_where_a_unique_index_is_expected(lab: Lab) -> None:
     """The other way round: a later migration may create a unique index, and the operator may make it a constraint."""
     await lab.reach(2)
