@@ -350,11 +350,13 @@ def attempt_from_row(row: Row) -> Attempt:
 def lease_from_row(row: Row, *, asked_at: float | None = None) -> Lease:
     """A lease, with its attempt, from one joined row: one under which each verb can find the attempt again."""
     attempt = attempt_from_row(row)
+    if not is_key(attempt.attempt_id):
+        raise UnreadableRowError("runtime_attempts", repr(attempt.attempt_id), "its id is no text to be asked for")
+    if attempt.lease_version < 0:
+        raise UnreadableRowError(
+            "runtime_attempts", attempt.attempt_id, f"its token is {attempt.lease_version}, below 0"
+        )
     try:
-        if not is_key(attempt.attempt_id):
-            raise ValueError("its id is no text that can be asked for")
-        if attempt.lease_version < 0:
-            raise ValueError(f"its token is {attempt.lease_version}: expected none below 0")
         lease_id, worker_id = row["lease_id"], row["worker_id"]
         "".join((lease_id, worker_id))
         return Lease(

@@ -62,7 +62,7 @@ with stored as (
     returning 1
 )
 select case when pg_catalog.count(*) = $3::bigint then 0
-            else ('{skipped}: ' || $3::bigint - pg_catalog.count(*))::bigint end as skipped
+            else ('{skipped}: ' || ($3::bigint - pg_catalog.count(*))::pg_catalog.text)::bigint end as skipped
   from stored;
 
 -- name: enqueue_new @sqlite

@@ -68,7 +68,7 @@ select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at f
   from claimed
  order by priority desc, enqueued_at_ms, attempt_id
  limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from chosen)
-            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen))::bigint end;
+            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen)::pg_catalog.text)::bigint end;
 
 -- name: claim @sqlite
 -- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
@@ -197,7 +197,7 @@ select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at f
   from claimed
  order by priority desc, enqueued_at_ms, attempt_id
  limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from chosen)
-            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen))::bigint end;
+            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen)::pg_catalog.text)::bigint end;
 
 -- name: claim_from_several @sqlite
 -- As above. SQLite has no lateral join; a correlated IN does the same, behind a cross join: that is never turned round,
@@ -297,7 +297,7 @@ select {lease}
   from leased as l
   join claimed as a on a.attempt_id = l.attempt_id
  limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from claimed)
-            then ('{skipped}: ' || (select pg_catalog.count(*) from claimed))::bigint end;
+            then ('{skipped}: ' || (select pg_catalog.count(*) from claimed)::pg_catalog.text)::bigint end;
 
 -- name: claim_attempt @sqlite
 -- As above, in statements of one transaction.
