@@ -32,8 +32,8 @@ from runtime_repo import (
     DatabaseUnavailableError,
     Lease,
     NotFoundError,
+    RuntimeRepoError,
     RuntimeRepository,
-    SchemaError,
     Worker,
     repository_from_url,
 )
@@ -100,13 +100,17 @@ async def health(request: Request) -> JSONResponse:
     """
     repo: RuntimeRepository = request.app.state.repo
     try:
-        status = await repo.inspect()
-        if status.refusal or status.pending:
-            reason = status.refusal or f"the schema is at version {status.found}, not {status.supported}"
-            return JSONResponse({"status": "unhealthy", "reason": reason}, status_code=503)
-        stats = await repo.attempts.stats()
-    except (SchemaError, DatabaseUnavailableError) as error:
+        # A probe does not wait for a table that somebody has locked.
+        async with asyncio.timeout(5):
+            status = await repo.inspect()
+            stats = [] if status.refusal or status.pending else await repo.attempts.stats()
+    except TimeoutError:
+        return JSONResponse({"status": "unhealthy", "reason": "the database did not answer in time"}, status_code=503)
+    except RuntimeRepoError as error:
         return JSONResponse({"status": "unhealthy", "reason": str(error)}, status_code=503)
+    if status.refusal or status.pending:
+        reason = status.refusal or f"the schema is at version {status.found}, not {status.supported}"
+        return JSONResponse({"status": "unhealthy", "reason": reason}, status_code=503)
     queues = {queue.queue: {"ready": queue.ready, "leased": queue.leased} for queue in stats}
     return JSONResponse({"status": "healthy", "schema_version": status.found, "queues": queues})
 
