@@ -214,14 +214,14 @@ async def test_hints_that_find_nothing_cost_a_process_few_looks(
     """Any login can send them. Those that find work are not held up, however many have found nothing before."""
     looks = 0
     async with asyncio.timeout(20), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as repo:
-        fetch = repo._database.fetch
+        glance = repo._database.glance
 
-        async def counted(query: str, *args: object) -> Sequence[Row]:
+        async def counted(query: str, *args: object, within: float) -> Sequence[Row] | None:
             nonlocal looks
             looks += query == "attempts.next"
-            return await fetch(query, *args)
+            return await glance(query, *args, within=within)
 
-        repo._database.fetch = counted  # type: ignore[method-assign]
+        repo._database.glance = counted  # type: ignore[method-assign]
         tasks = [await waiting(repo, "mail") for _ in range(10)]
         await listeners(postgres, 1)
         await asyncio.sleep(1.1)
