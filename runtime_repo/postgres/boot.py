@@ -127,6 +127,9 @@ class Looks:
         if tables is None:
             raise Busy
         catalog = Catalog(tables)
+        if catalog.has_ledger and not is_readable:
+            # A migration may have committed it since.
+            around, is_readable = await self.look_around(connection, shipped)
         if not catalog.has_ledger or not is_readable:
             return replace(around, catalog=catalog, namespace=bool(rows))
         ledger, text = await self._glance(connection, shipped)
