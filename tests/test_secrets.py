@@ -253,7 +253,10 @@ async def test_an_open_repository_shows_no_password(
         await admin.execute(f"alter table {role}.runtime_attempts rename to gone")
         await fails(RefusedError, enqueue)
 
-        # The next verb has to connect again, with a password that is no longer right.
+        # The next verb has to connect again, with a password that is no longer right. Whoever tells others of the new
+        # attempt may be connecting at this moment, with one that was.
+        tellers = [task for task in asyncio.all_tasks() if task.get_name() == "runtime_repo teller"]
+        await asyncio.gather(*tellers)
         await admin.execute(f"alter role {role} password 'another'")
         await admin.execute("select pg_terminate_backend(pid, 5000) from pg_stat_activity where usename = $1", role)
         for _ in range(3):
