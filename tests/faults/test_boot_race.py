@@ -12,13 +12,14 @@ import pytest
 from tests.faults.conftest import Lab, PostgresLab, lab_on, on_postgres
 from tests.faults.processes import PROCESSES, Place, race
 from tests.postgres_server import PostgresServer
+from tests.versions import RECORDED
 
 CROWD = 8
 ROUNDS = 4
 BOOT = 0.05
 """Seconds that a race takes about: death comes within them."""
 
-PENDING = {0: [1, 2], 1: [2]}
+PENDING = {version: RECORDED[version:] for version in (0, 1)}
 VERSIONS = pytest.mark.parametrize("version", PENDING, ids=["fresh", "upgrade"])
 
 

@@ -23,6 +23,7 @@ from runtime_repo.sqlite import SqliteDatabase
 from runtime_repo.sqlite import connection as connection_module
 from runtime_repo.sqlite import database as database_module
 from tests.faults.conftest import SqliteLab
+from tests.versions import NEWEST
 
 HANG = 2.6
 """Seconds for which the system does not give the thread back: longer than a clean-up waits for it."""
@@ -321,7 +322,7 @@ async def test_a_database_in_memory_cannot_go_away(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(connection_module, "_PROVED_FOR", 0.0)
     async with SqliteRuntimeRepository(":memory:") as repo:
         await repo.attempts.enqueue("run")
-        assert (await repo.ensure_schema()).to_version == 2
+        assert (await repo.ensure_schema()).to_version == NEWEST
 
 
 async def test_a_connection_is_replaced_without_anybody_noticing(lab: SqliteLab) -> None:
@@ -375,7 +376,7 @@ async def test_an_inspection_may_be_made_at_any_time(lab: SqliteLab) -> None:
     repo = SqliteRuntimeRepository(lab.path, before_migrate=step)
     async with lab.nothing_left(), repo:
         assert found == [1]
-        assert repo.boot_report.to_version == 2
+        assert repo.boot_report.to_version == NEWEST
         assert (await inspected(cast(SqliteDatabase, repo._database)))[0] == 2
 
 
@@ -413,7 +414,7 @@ async def test_an_inspection_says_what_the_boot_would_where_the_folder_is_missin
 
 async def test_an_inspection_of_a_locked_file_is_bounded(lab: SqliteLab) -> None:
     """Whoever holds it exclusively is waited for no longer than lock_timeout."""
-    await lab.lay(2)
+    await lab.lay(NEWEST)
     await lab.execute("pragma journal_mode = delete")
     async with lab.nothing_left():
         with lab.connection() as other:
