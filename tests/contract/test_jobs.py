@@ -79,7 +79,8 @@ async def test_twenty_tasks_upsert_one_thread_once(factory: Factory) -> None:
 
 async def test_a_row_of_an_earlier_program_is_a_job(repo: RuntimeRepository, clock: Clock) -> None:
     """Whatever it called its statuses."""
-    await execute(repo, "insert into {schema}.runtime_jobs values ('thread', 'IN PROGRESS?', -1, 0)")
+    columns = "thread_id, status, created_at_ms, updated_at_ms"
+    await execute(repo, f"insert into {{schema}}.runtime_jobs ({columns}) values ('thread', 'IN PROGRESS?', -1, 0)")
     stored = await repo.jobs.get("thread")
     assert stored.status == "IN PROGRESS?"
     assert await repo.jobs.list(status="IN PROGRESS?") == [stored]
