@@ -15,17 +15,17 @@ from tests.versions import NEWEST
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 120
-NAME = f"{NEWEST + 1:04}_labels"
+NAME = f"{NEWEST + 1:04}_recipes"
 
 MIGRATION = """
-create table {schema}.runtime_labels (label_id text not null primary key, created_at_ms bigint not null);
-create index INDEX (created_at_ms desc, label_id);
-alter table {schema}.runtime_jobs add column label text;
-alter table {schema}.runtime_interrupts add column weight integer not null default 1;
+create table {schema}.runtime_recipes (recipe_id text not null primary key, created_at_ms bigint not null);
+create index INDEX (created_at_ms desc, recipe_id);
+alter table {schema}.runtime_jobs add column recipe text;
+alter table {schema}.runtime_interrupts add column helpings integer not null default 1;
 """
 INDEX = {
-    "sqlite": "{schema}.idx_runtime_labels_created on runtime_labels",
-    "postgres": "idx_runtime_labels_created on {schema}.runtime_labels",
+    "sqlite": "{schema}.idx_runtime_recipes_created on runtime_recipes",
+    "postgres": "idx_runtime_recipes_created on {schema}.runtime_recipes",
 }
 
 BOOT = """

@@ -284,7 +284,7 @@ async def test_an_existing_pool_is_used_and_not_closed(lab: PostgresLab, max_siz
     """Its owner goes on with it; one connection is enough for boot, migration and verbs."""
     pool = await asyncpg.create_pool(lab.place.where, min_size=0, max_size=max_size)
     async with pool:
-        for applied in (2, 0):
+        for applied in (NEWEST, 0):
             async with PostgresRuntimeRepository(pool, schema=lab.place.schema) as repository:
                 assert len(repository.boot_report.applied) == applied
                 await asyncio.gather(*(repository.attempts.enqueue("run") for _ in range(5)))
@@ -711,7 +711,7 @@ async def test_inspect_sees_that_the_tables_of_an_open_repository_are_gone(lab: 
         await lab.wipe()
         before = await lab.snapshot()
         status = await repository.inspect()
-        assert (status.found, len(status.pending), status.refusal) == (0, 2, None)
+        assert (status.found, len(status.pending), status.refusal) == (0, NEWEST, None)
         assert await lab.snapshot() == before
 
 

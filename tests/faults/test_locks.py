@@ -255,7 +255,7 @@ async def test_a_boot_that_waits_for_a_table_does_not_queue_live_traffic(lab: Po
                 assert not boot.done()
             report = await asyncio.wait_for(boot, 10)
         assert report.waited > 0
-        assert len(report.applied) == 1
+        assert len(report.applied) == NEWEST - 1
         assert slowest < 0.6, "one short try is 0.1 s"
 
 
@@ -282,7 +282,7 @@ async def test_waiting_boots_do_not_stall_an_index_build_elsewhere(lab: Postgres
                     await builder.execute(f"create index concurrently i{number} on {table} (n)")
             assert not any(boot.done() for boot in boots)
         reports = await asyncio.wait_for(asyncio.gather(*boots), 20)
-        assert sorted(len(report.applied) for report in reports) == [0] * 7 + [1]
+        assert sorted(len(report.applied) for report in reports) == [0] * 7 + [NEWEST - 1]
 
 
 @on_postgres

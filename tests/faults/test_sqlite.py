@@ -377,7 +377,7 @@ async def test_an_inspection_may_be_made_at_any_time(lab: SqliteLab) -> None:
     async with lab.nothing_left(), repo:
         assert found == [1]
         assert repo.boot_report.to_version == NEWEST
-        assert (await inspected(cast(SqliteDatabase, repo._database)))[0] == 2
+        assert (await inspected(cast(SqliteDatabase, repo._database)))[0] == NEWEST
 
 
 async def test_an_inspection_waits_for_no_transaction_of_another_task(lab: SqliteLab) -> None:
@@ -386,7 +386,7 @@ async def test_an_inspection_waits_for_no_transaction_of_another_task(lab: Sqlit
         async with repo.transaction() as transaction:
             await transaction.attempts.enqueue("run")
             status = await asyncio.create_task(repo.inspect())
-        assert (status.found, status.refusal) == (2, None)
+        assert (status.found, status.refusal) == (NEWEST, None)
 
 
 @pytest.mark.parametrize("what", ["deleted", "replaced"])
@@ -421,7 +421,7 @@ async def test_an_inspection_of_a_locked_file_is_bounded(lab: SqliteLab) -> None
             other.execute("begin exclusive")
             with pytest.raises(DatabaseUnavailableError, match="locked"):
                 await inspected(port(lab.path, lock_timeout=0.1))
-    assert (await inspected(port(lab.path)))[0] == 2
+    assert (await inspected(port(lab.path)))[0] == NEWEST
 
 
 async def test_a_file_that_is_none_cannot_be_inspected(lab: SqliteLab) -> None:
