@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 import pytest
 
+from tests.place import Place
 from tests.postgres_server import PostgresServer, find_binaries
 from tests.privileges import reachable_folder
 
@@ -77,6 +78,25 @@ async def postgres_schema(postgres_url: str) -> AsyncIterator[str]:
             await connection.execute(f"drop schema if exists {schema} cascade")
     finally:
         await connection.close()
+
+
+@pytest.fixture
+def sqlite_place(tmp_path: Path) -> Place:
+    """A file that does not exist yet."""
+    return Place("sqlite", str(tmp_path / "runtime.db"))
+
+
+@pytest.fixture
+def postgres_place(postgres_url: str, postgres_schema: str) -> Place:
+    """A runtime schema that does not exist yet."""
+    return Place("postgres", postgres_url, postgres_schema)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """A place of the test's own, once for each backend."""
+    chosen: Place = request.getfixturevalue(f"{request.param}_place")
+    return chosen
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The example, run as its user would run it: a command in a folder, on either database."""
 
-import asyncio
 import contextlib
 import hashlib
 import os
@@ -8,114 +7,42 @@ import pty
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import asyncpg
 import pytest
 
-import runtime_repo
+from tests.place import Place
+from tests.programs import SECONDS, Programs
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "checksum_files.py"
-# The library that is tested here, whether it is installed or lies in the working tree.
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(runtime_repo.__file__).parents[1])}
-SECONDS = 60
+EXAMPLE = "checksum_files.py"
+FILE = "checksum_files.db"
 ODD_NAMES = [
     *(b"plain", b"two words", b"back\\slash", b"new\nline", b"carriage\rreturn", b"end\\", b"%41", b"-", b"'\"$`*"),
     *("grüße-\N{SNOWMAN}".encode(), b"not-utf-8-\xff\xfe", b".hidden"),
 ]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the example runs: a folder of its own, and the options that name its database."""
-
-    folder: Path
-    database: tuple[str, ...]
-
-    def ask(self, query: str) -> list[str]:
-        """What the example's database answers at this moment; nothing, as long as it has no tables."""
-        if self.database:
-            _, url, _, schema = self.database
-            return asyncio.run(_fetch(url, query.replace("runtime_", f"{schema}.runtime_")))
-        uri = f"{(self.folder / 'checksum_files.db').as_uri()}?mode=ro"
-        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-            return [row[0] for row in db.execute(query)]
-        return []
-
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-W", "error", str(EXAMPLE), *arguments, *self.database]
-
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-        """Run it to its end, with its output piped."""
-        return subprocess.run(
-            self.command(*arguments),
-            cwd=self.folder,
-            env=ENVIRONMENT,
-            capture_output=True,
-            timeout=SECONDS,
-            check=False,
-        )
-
-    @contextlib.contextmanager
-    def running(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Run it in a process group of its own, as a terminal does."""
-        with subprocess.Popen(
-            self.command(*arguments),
-            cwd=self.folder,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        ) as process:
-            try:
-                yield process
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+@pytest.fixture
+def programs(tmp_path: Path, place: Place) -> Programs:
+    """Where the example runs."""
+    return Programs(tmp_path, place)
 
 
 @pytest.fixture
-def sqlite_place(tmp_path: Path) -> Place:
-    """The default database, which does not exist yet."""
-    return Place(tmp_path, ())
-
-
-@pytest.fixture
-def postgres_place(tmp_path: Path, postgres_url: str, postgres_schema: str) -> Place:
-    """A runtime schema that does not exist yet."""
-    return Place(tmp_path, ("--database", postgres_url, "--schema", postgres_schema))
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def place(request: pytest.FixtureRequest) -> Place:
-    """A place, once for each backend."""
-    chosen: Place = request.getfixturevalue(f"{request.param}_place")
-    return chosen
-
-
-async def _fetch(url: str, query: str) -> list[str]:
-    connection = await asyncpg.connect(url)
-    try:
-        return [row[0] for row in await connection.fetch(query)]
-    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
-        return []
-    finally:
-        await connection.close()
+def sqlite_programs(tmp_path: Path, sqlite_place: Place) -> Programs:
+    """Where the database does not matter."""
+    return Programs(tmp_path, sqlite_place)
 
 
 HOLDERS = "select distinct worker_id from runtime_leases"
 
 
-def wait_for(place: Place, query: str, *, rows: int = 1) -> list[str]:
+def wait_for(programs: Programs, query: str, *, rows: int = 1) -> list[str]:
     """Ask until the answer has this many rows."""
     deadline = time.monotonic() + SECONDS
-    while len(answer := place.ask(query)) < rows:
+    while len(answer := programs.ask(query, file=FILE)) < rows:
         assert time.monotonic() < deadline, f"{query}: {answer}"
         time.sleep(0.02)
     return answer
@@ -166,16 +93,16 @@ def expected(*files: Path, relative_to: Path) -> dict[bytes, str]:
     return result
 
 
-def check_with_sha256sum(place: Place, text: bytes) -> None:
+def check_with_sha256sum(programs: Programs, text: bytes) -> None:
     """Let the program for which the output is meant judge it, where there is one."""
     if program := shutil.which("sha256sum"):
-        subprocess.run([program, "-c", "--strict", "--quiet"], input=text, cwd=place.folder, check=True)
+        subprocess.run([program, "-c", "--strict", "--quiet"], input=text, cwd=programs.folder, check=True)
 
 
 @pytest.fixture
-def files(place: Place) -> list[Path]:
+def files(programs: Programs) -> list[Path]:
     """A tree with odd names, and with things in it that are no regular files."""
-    deep = place.folder / "files" / "deep er"
+    deep = programs.folder / "files" / "deep er"
     deep.mkdir(parents=True)
     paths = [
         Path(os.fsdecode(os.fsencode(folder) + b"/" + name)) for folder in (deep, deep.parent) for name in ODD_NAMES
@@ -189,19 +116,19 @@ def files(place: Place) -> list[Path]:
     return [*paths, deep / "empty"]
 
 
-def test_every_file_is_listed_once_with_its_checksum(place: Place, files: list[Path]) -> None:
+def test_every_file_is_listed_once_with_its_checksum(programs: Programs, files: list[Path]) -> None:
     """Whatever a name's bytes are, they arrive; links and pipes are passed over."""
-    done = place.run("files", "--workers", "2")
+    done = programs.done(EXAMPLE, "files", "--workers", "2")
     assert (done.returncode, b"\r" in done.stderr) == (0, False), done.stderr
-    assert checksums(done.stdout) == expected(*files, relative_to=place.folder)
-    check_with_sha256sum(place, done.stdout)
+    assert checksums(done.stdout) == expected(*files, relative_to=programs.folder)
+    check_with_sha256sum(programs, done.stdout)
 
 
 def test_exactly_one_process_migrates_and_the_next_run_finds_the_schema_current(
-    place: Place, files: list[Path]
+    programs: Programs, files: list[Path]
 ) -> None:
     """The table says so, and that every file was computed by one of the workers; the work is done anew."""
-    first, second = place.run("files", "--workers", "4"), place.run("files", "--workers", "4")
+    first, second = programs.done(EXAMPLE, "files", "--workers", "4"), programs.done(EXAMPLE, "files", "--workers", "4")
     assert first.stdout == second.stdout
     for done, applied in ((first, 1), (second, 0)):
         head, *rows, parent, total = done.stderr.decode().splitlines()
@@ -213,59 +140,59 @@ def test_exactly_one_process_migrates_and_the_next_run_finds_the_schema_current(
         assert "current" in parent
 
 
-def test_the_output_file_appears_whole_and_is_not_hashed_itself(place: Place) -> None:
+def test_the_output_file_appears_whole_and_is_not_hashed_itself(programs: Programs) -> None:
     """Nor are the database's files, though all of them lie in the folder."""
-    (place.folder / "a").write_bytes(b"a")
+    (programs.folder / "a").write_bytes(b"a")
     for _ in range(2):
-        done = place.run(".", "--output", "sums", "--workers", "1")
+        done = programs.done(EXAMPLE, ".", "--output", "sums", "--workers", "1")
         assert (done.returncode, done.stdout) == (0, b"")
-        text = (place.folder / "sums").read_bytes()
+        text = (programs.folder / "sums").read_bytes()
         assert list(checksums(text)) == [b"./a"]
-        check_with_sha256sum(place, text)
-    assert not list(place.folder.glob("*partial*"))
+        check_with_sha256sum(programs, text)
+    assert not list(programs.folder.glob("*partial*"))
 
 
-def test_a_killed_workers_files_are_taken_over(place: Place) -> None:
+def test_a_killed_workers_files_are_taken_over(programs: Programs) -> None:
     """SIGKILL while it holds leases loses no file and doubles none, and the table shows the death."""
-    folder = place.folder / "files"
+    folder = programs.folder / "files"
     folder.mkdir()
     paths = [sparse(folder / f"{number:03}", 8_000_000 + number) for number in range(120)]
-    with place.running("files", "--lease", "1") as process:
+    with programs.running(programs.command(EXAMPLE, "files", "--lease", "1")) as process:
         while True:
-            victim = wait_for(place, HOLDERS)[0]
+            victim = wait_for(programs, HOLDERS)[0]
             os.kill(pid_of(victim), signal.SIGSTOP)
-            if victim in place.ask(HOLDERS):
+            if victim in programs.ask(HOLDERS, file=FILE):
                 os.kill(pid_of(victim), signal.SIGKILL)
                 break
             os.kill(pid_of(victim), signal.SIGCONT)
         out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
-    assert checksums(out) == expected(*paths, relative_to=place.folder)
+    assert checksums(out) == expected(*paths, relative_to=programs.folder)
     (row,) = [line for line in err.decode().splitlines() if line.startswith(victim)]
     assert row.endswith("died: -9")
 
 
-def test_nothing_is_written_when_all_workers_died(place: Place) -> None:
+def test_nothing_is_written_when_all_workers_died(programs: Programs) -> None:
     """Half a list would look like a whole one."""
-    folder = place.folder / "files"
+    folder = programs.folder / "files"
     folder.mkdir()
     for number in range(16):
         sparse(folder / str(number), 10**12)
-    with place.running("files", "--workers", "2", "--output", "sums") as process:
-        for worker in wait_for(place, HOLDERS, rows=2):
+    with programs.running(programs.command(EXAMPLE, "files", "--workers", "2", "--output", "sums")) as process:
+        for worker in wait_for(programs, HOLDERS, rows=2):
             os.kill(pid_of(worker), signal.SIGKILL)
         out, err = process.communicate(timeout=SECONDS)
     assert (process.returncode, out) == (1, b"")
     assert err == b"checksum_files.py: all 2 workers died: nothing was written\n"
-    assert not (place.folder / "sums").exists()
+    assert not (programs.folder / "sums").exists()
 
 
-def test_a_lease_is_kept_while_a_big_file_is_read_and_ctrl_c_ends_everything(place: Place) -> None:
+def test_a_lease_is_kept_while_a_big_file_is_read_and_ctrl_c_ends_everything(programs: Programs) -> None:
     """The heartbeat goes on beside the computing; an interrupt leaves neither a process nor a result."""
-    (place.folder / "files").mkdir()
-    sparse(place.folder / "files" / "big", 10**12)
-    with place.running("files", "--workers", "2", "--lease", "1") as process:
-        wait_for(place, "select worker_id from runtime_leases where heartbeat_at_ms > claimed_at_ms")
+    (programs.folder / "files").mkdir()
+    sparse(programs.folder / "files" / "big", 10**12)
+    with programs.running(programs.command(EXAMPLE, "files", "--workers", "2", "--lease", "1")) as process:
+        wait_for(programs, "select worker_id from runtime_leases where heartbeat_at_ms > claimed_at_ms")
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=SECONDS)
         assert (process.returncode, out) == (130, b"")
@@ -273,14 +200,14 @@ def test_a_lease_is_kept_while_a_big_file_is_read_and_ctrl_c_ends_everything(pla
         wait_for_the_end_of_group(process.pid)
 
 
-def test_a_file_that_disappears_or_changes_is_reported(place: Place) -> None:
+def test_a_file_that_disappears_or_changes_is_reported(programs: Programs) -> None:
     """The others are listed all the same, and the exit code says that something is missing."""
-    folder = place.folder / "files"
+    folder = programs.folder / "files"
     folder.mkdir()
     gone, changing = sparse(folder / "a gone", 2**29), sparse(folder / "b\nchanging", 2**26)
     (folder / "c").write_bytes(b"c")
-    with place.running("files", "--workers", "1") as process:
-        wait_for(place, HOLDERS)
+    with programs.running(programs.command(EXAMPLE, "files", "--workers", "1")) as process:
+        wait_for(programs, HOLDERS)
         gone.unlink()
         deadline = time.monotonic() + SECONDS
         while process.poll() is None and time.monotonic() < deadline:
@@ -288,7 +215,7 @@ def test_a_file_that_disappears_or_changes_is_reported(place: Place) -> None:
             time.sleep(0.001)
         out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
-    assert checksums(out) == expected(folder / "c", relative_to=place.folder)
+    assert checksums(out) == expected(folder / "c", relative_to=programs.folder)
     assert err.decode().splitlines()[-2:] == [
         "checksum_files.py: 'files/a gone': No such file or directory",
         "checksum_files.py: 'files/b\\nchanging': the file changed while it was read",
@@ -315,28 +242,30 @@ def test_a_file_that_disappears_or_changes_is_reported(place: Place) -> None:
         (["full", "--database", "postgresql://127.0.0.1:nonsense/x", "--workers", "1"], 1, "DSN"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line(sqlite_place: Place, arguments: list[str], code: int, reason: str) -> None:
+def test_a_mistake_is_answered_in_one_line(
+    sqlite_programs: Programs, arguments: list[str], code: int, reason: str
+) -> None:
     """Two is for what the user wrote, one for what the database says; nothing is created."""
-    (sqlite_place.folder / "a file").write_text("this is not a database")
-    (sqlite_place.folder / "empty").mkdir()
-    (sqlite_place.folder / "full").mkdir()
-    (sqlite_place.folder / "full" / "a").touch()
-    done = sqlite_place.run(*arguments)
+    (sqlite_programs.folder / "a file").write_text("this is not a database")
+    (sqlite_programs.folder / "empty").mkdir()
+    (sqlite_programs.folder / "full").mkdir()
+    (sqlite_programs.folder / "full" / "a").touch()
+    done = sqlite_programs.done(EXAMPLE, *arguments)
     (line,) = done.stderr.decode().splitlines()
     assert reason in line
     assert (done.returncode, done.stdout) == (code, b"")
-    assert sorted(path.name for path in sqlite_place.folder.iterdir()) == ["a file", "empty", "full"]
+    assert sorted(path.name for path in sqlite_programs.folder.iterdir()) == ["a file", "empty", "full"]
 
 
-def test_a_terminal_sees_a_progress_bar(sqlite_place: Place) -> None:
+def test_a_terminal_sees_a_progress_bar(sqlite_programs: Programs) -> None:
     """One line, redrawn in place, and gone when the table is printed."""
-    (sqlite_place.folder / "files").mkdir()
-    (sqlite_place.folder / "files" / "a").write_bytes(b"a")
+    (sqlite_programs.folder / "files").mkdir()
+    (sqlite_programs.folder / "files" / "a").write_bytes(b"a")
     screen, terminal = pty.openpty()
     with subprocess.Popen(
-        sqlite_place.command("files", "--workers", "1"),
-        cwd=sqlite_place.folder,
-        env=ENVIRONMENT,
+        sqlite_programs.command(EXAMPLE, "files", "--workers", "1"),
+        cwd=sqlite_programs.folder,
+        env=sqlite_programs.environment,
         stdout=subprocess.PIPE,
         stderr=terminal,
     ) as process:

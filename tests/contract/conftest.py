@@ -4,32 +4,31 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
-from runtime_repo import PostgresRuntimeRepository, RuntimeRepository, SqliteRuntimeRepository, api_keys
+from runtime_repo import RuntimeRepository, api_keys
+from tests.place import Place
 
 Factory = Callable[[], RuntimeRepository]
 
 
 @pytest.fixture
-def sqlite_factory(tmp_path: Path) -> Factory:
+def sqlite_factory(sqlite_place: Place) -> Factory:
     """Makes repositories on one file of the test's own."""
-    return lambda: SqliteRuntimeRepository(tmp_path / "runtime.db")
+    return sqlite_place.repository
 
 
 @pytest.fixture
-def postgres_factory(postgres_url: str, postgres_schema: str) -> Factory:
+def postgres_factory(postgres_place: Place) -> Factory:
     """Makes repositories on one runtime schema of the test's own."""
-    return lambda: PostgresRuntimeRepository(postgres_url, schema=postgres_schema)
+    return postgres_place.repository
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def factory(request: pytest.FixtureRequest) -> Factory:
+@pytest.fixture
+def factory(place: Place) -> Factory:
     """Makes repositories on the test's database, once for each backend."""
-    chosen: Factory = request.getfixturevalue(f"{request.param}_factory")
-    return chosen
+    return place.repository
 
 
 @pytest.fixture
