@@ -599,8 +599,10 @@ if hasattr(os, "register_at_fork"):
 
 
 # Read once, at import: a boot reads no files, and of four hundred that start at the same second none parses them.
+# A migration that has no catalog yet fails the boot, not the program that writes its catalog.
 for _backend in get_args(Backend):
-    load_migrations(_backend)
+    with contextlib.suppress(ConfigurationError):
+        load_migrations(_backend)
 
 
 def check_seconds(name: str, value: float, *, positive: bool = False) -> None:

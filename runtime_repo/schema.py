@@ -177,6 +177,9 @@ def load_migrations(backend: str) -> tuple[Migration, ...]:
 
     ``NNNN_name.sql`` is the migration, ``NNNN_name.catalog.json`` what it leads to, and ``checks/NNNN_name.sql``, if
     there is one, the query for what it could not migrate.
+
+    Raises:
+        ConfigurationError: A migration has no catalog yet.
     """
     folder = files("runtime_repo") / "migrations" / backend
     texts = {file.name: file for file in folder.iterdir()}
@@ -185,6 +188,8 @@ def load_migrations(backend: str) -> tuple[Migration, ...]:
     for filename in sorted(name for name in texts if name.endswith(".sql")):
         stem = filename.removesuffix(".sql")
         version, _, name = stem.partition("_")
+        if f"{stem}.catalog.json" not in texts:
+            raise ConfigurationError(f"migration {stem} has no catalog beside it: run python -m tests.catalogs")
         catalog = catalog_from_json(texts[f"{stem}.catalog.json"].read_text(encoding="utf-8"))
         check = checks[filename].read_text(encoding="utf-8") if filename in checks else ""
         sql = texts[filename].read_text(encoding="utf-8")

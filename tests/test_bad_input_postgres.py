@@ -6,6 +6,7 @@ import socket
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,8 +26,9 @@ from runtime_repo import (
     SqliteRuntimeRepository,
     repository_from_url,
 )
-from runtime_repo.schema import Migration, Policy, ensure_schema, load_migrations
+from runtime_repo.schema import Policy, ensure_schema, load_migrations
 from tests.postgres_server import PostgresServer
+from tests.versions import NEWEST
 
 READ_ONLY = {"server_settings": {"default_transaction_read_only": "on"}}
 Connection = asyncpg.Connection
@@ -44,6 +46,11 @@ async def refused(kind: type[RuntimeRepoError], dsn: object, **options: Any) -> 
 async def namespaces(connection: Connection) -> set[str]:
     """The names of all schemas."""
     return {row["nspname"] for row in await connection.fetch("select nspname from pg_namespace")}
+
+
+async def lasting(connection: Connection) -> set[str]:
+    """Those that no other test makes or drops meanwhile, on a server that several processes share."""
+    return {name for name in await namespaces(connection) if not name.startswith(("rr_test_", "pg_temp", "pg_toast"))}
 
 
 async def drop(connection: Connection, name: str) -> None:
@@ -252,7 +259,7 @@ async def test_a_role_needs_to_read_the_ledger_and_no_more_to_boot(
         assert "grant the role what it lacks" in str(error)
         await admin.execute(f"grant {grant} to {role}")
     async with PostgresRuntimeRepository(url, schema=private_schema) as repo:
-        assert repo.boot_report.from_version == 2
+        assert repo.boot_report.from_version == NEWEST
         with pytest.raises(RefusedError, match="permission denied for table runtime_attempts"):
             await repo.attempts.find("a")
 
@@ -274,7 +281,7 @@ async def test_a_role_that_may_not_connect_is_told_so(
 async def served_but_read_only(url: str, schema: str, **options: Any) -> None:
     """A current schema is served; what only reads works, what writes is refused with the remedy."""
     async with PostgresRuntimeRepository(url, schema=schema, **options) as repo:
-        assert (repo.boot_report.from_version, repo.boot_report.applied) == (2, ())
+        assert (repo.boot_report.from_version, repo.boot_report.applied) == (NEWEST, ())
         assert await repo.attempts.find("a") is None
         with pytest.raises(DatabaseUnavailableError, match="the server is a standby or the session is read-only"):
             await repo.attempts.enqueue("run")
@@ -318,16 +325,15 @@ async def test_a_hot_standby_cannot_migrate_but_serves(postgres_server: Postgres
 async def test_any_name_is_the_name_of_exactly_that_schema(
     postgres_url: str, postgres: Connection, awkward: str
 ) -> None:
-    """Whatever stands in the name is a name: it boots to version 2, in that schema and no other, and works there."""
+    """Whatever stands in the name is a name: it boots, in that schema and no other, and works there."""
     name = f"{awkward}_{secrets.token_hex(4)}"
-    before = await namespaces(postgres)
+    before = await lasting(postgres)
     try:
         async with PostgresRuntimeRepository(postgres_url, schema=name) as repo:
-            assert await works(repo) == (0, 2)
+            assert await works(repo) == (0, NEWEST)
         async with PostgresRuntimeRepository(postgres_url, schema=name, migrate=False) as repo:
-            assert await works(repo) == (2, 2)
-        assert await namespaces(postgres) - before == {name}
-        assert before <= await namespaces(postgres)
+            assert await works(repo) == (NEWEST, NEWEST)
+        assert await lasting(postgres) == before | {name}
         tables = await postgres.fetch("select tablename from pg_tables where schemaname = $1", name)
         assert {row["tablename"] for row in tables} >= {"runtime_schema_migrations", "runtime_attempts"}
     finally:
@@ -344,7 +350,7 @@ async def test_a_name_of_63_bytes_fits_and_one_of_64_does_not(
     assert len(name.encode()) == 63
     try:
         async with PostgresRuntimeRepository(postgres_url, schema=name) as repo:
-            assert await works(repo) == (0, 2)
+            assert await works(repo) == (0, NEWEST)
         assert name in await namespaces(postgres)
     finally:
         await drop(postgres, name)
@@ -370,11 +376,11 @@ async def test_a_timeout_of_the_role_does_not_break_a_migration(
 ) -> None:
     """However long an index build takes, the clock does not end it; after the boot the role's setting holds again."""
     repo = PostgresRuntimeRepository(postgres_url, schema=postgres_schema, server_settings={setting: limit})
-    one, two = load_migrations("postgres")
-    slow = Migration(2, two.name, two.sql + "\nselect pg_sleep(0.2);", two.catalog)
+    *earlier, newest = load_migrations("postgres")
+    slow = replace(newest, sql=newest.sql + "\nselect pg_sleep(0.2);")
     try:
-        report = await ensure_schema(repo._database, (one, slow), Policy())
-        assert (report.from_version, report.to_version) == (0, 2)
+        report = await ensure_schema(repo._database, (*earlier, slow), Policy())
+        assert (report.from_version, report.to_version) == (0, NEWEST)
     finally:
         await repo._database.close()
 
@@ -389,11 +395,11 @@ async def test_a_time_limit_of_the_applications_does_not_break_a_migration(
         repo = PostgresRuntimeRepository(
             pool if given else postgres_url, schema=postgres_schema, **({} if given else options)
         )
-        one, two = load_migrations("postgres")
-        slow = Migration(2, two.name, two.sql + "\nselect pg_sleep(0.4);", two.catalog)
+        *earlier, newest = load_migrations("postgres")
+        slow = replace(newest, sql=newest.sql + "\nselect pg_sleep(0.4);")
         try:
-            report = await ensure_schema(repo._database, (one, slow), Policy())
-            assert (report.from_version, report.to_version) == (0, 2)
+            report = await ensure_schema(repo._database, (*earlier, slow), Policy())
+            assert (report.from_version, report.to_version) == (0, NEWEST)
         finally:
             await repo._database.close()
 
@@ -409,9 +415,9 @@ async def test_settings_of_the_session_change_nothing(postgres_url: str, postgre
         "TimeZone": "Asia/Kolkata",
         "extra_float_digits": "0",
     }
-    for found in (0, 2):
+    for found in (0, NEWEST):
         async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema, server_settings=settings) as repo:
-            assert await works(repo) == (found, 2)
+            assert await works(repo) == (found, NEWEST)
 
 
 async def test_a_pool_that_was_closed_is_refused(postgres_url: str, postgres_schema: str) -> None:
@@ -427,7 +433,7 @@ async def test_a_pool_of_the_callers_stays_open(postgres_url: str, postgres_sche
     async with asyncpg.create_pool(postgres_url, min_size=0) as pool:
         await refused(SchemaOutOfDateError, pool, schema=postgres_schema, migrate=False)
         async with PostgresRuntimeRepository(pool, schema=postgres_schema) as repo:
-            assert await works(repo) == (0, 2)
+            assert await works(repo) == (0, NEWEST)
         assert await pool.fetchval("select 1") == 1
         with pytest.raises(ConfigurationError, match="an existing pool has its options already"):
             PostgresRuntimeRepository(pool, min_size=1)
@@ -469,7 +475,7 @@ async def test_a_postgres_url_is_a_dsn(postgres_url: str, postgres_schema: str, 
     url = f"{scheme}://{postgres_url.partition('://')[2]}"
     async with repository_from_url(url, schema=postgres_schema) as repo:
         assert isinstance(repo, PostgresRuntimeRepository)
-        assert await works(repo) == (0, 2)
+        assert await works(repo) == (0, NEWEST)
 
 
 @pytest.mark.parametrize(

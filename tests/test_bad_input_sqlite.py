@@ -6,6 +6,7 @@ import resource
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from runtime_repo import (
     SchemaOutOfDateError,
     SqliteRuntimeRepository,
 )
-from runtime_repo.schema import Migration, Policy, ensure_schema, load_migrations
+from runtime_repo.schema import Policy, ensure_schema, load_migrations
 from runtime_repo.sqlite import SqliteDatabase
 from tests.privileges import unprivileged
+from tests.versions import NEWEST
 
 PAGE = 4096
 
@@ -61,7 +63,7 @@ async def boots(path: str | os.PathLike[str], **options: Any) -> tuple[int, int]
         return repo.boot_report.from_version, repo.boot_report.to_version
 
 
-async def make(path: Path, *, version: int = 2, wal: bool = True) -> Path:
+async def make(path: Path, *, version: int = NEWEST, wal: bool = True) -> Path:
     """A database at *version*, closed."""
     database = SqliteDatabase(path, writes=True, backup=False, lock_timeout=5)
     await ensure_schema(database, load_migrations("sqlite")[:version], Policy())
@@ -144,7 +146,7 @@ async def test_a_file_that_is_no_whole_database_is_refused_and_left_as_it_is(
 async def test_an_empty_file_is_fresh(tmp_path: Path) -> None:
     """A 0-byte file is what SQLite itself makes of a new database: it is migrated, and there is nothing to back up."""
     (tmp_path / "x.db").touch()
-    assert await boots(tmp_path / "x.db") == (0, 2)
+    assert await boots(tmp_path / "x.db") == (0, NEWEST)
     assert contents(tmp_path).keys() == {"x.db"}
 
 
@@ -196,7 +198,7 @@ async def test_a_read_only_file_without_wal_is_served_to_a_verify_only_boot(open
     close_to_writers(path, open_folder, 0o444)
     with unprivileged():
         async with SqliteRuntimeRepository(path, migrate=False) as repo:
-            assert repo.boot_report.from_version == 2
+            assert repo.boot_report.from_version == NEWEST
             with pytest.raises(DatabaseUnavailableError, match="may not write"):
                 await repo.attempts.enqueue("run")
     assert contents(open_folder) == before
@@ -228,7 +230,7 @@ async def test_a_memory_database_is_private_and_has_no_backup() -> None:
     async with SqliteRuntimeRepository(":memory:") as one, SqliteRuntimeRepository(":memory:") as other:
         await one.attempts.enqueue("run", attempt_id="a")
         assert await other.attempts.find("a") is None
-        assert (one.boot_report.from_version, one.boot_report.to_version, one.boot_report.backup) == (0, 2, None)
+        assert (one.boot_report.from_version, one.boot_report.to_version, one.boot_report.backup) == (0, NEWEST, None)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +257,8 @@ async def test_a_path_that_cannot_be_meant_is_refused_at_construction(
 )
 async def test_an_odd_name_makes_exactly_that_file(tmp_path: Path, name: str) -> None:
     """No character of a path is read as SQL or as part of a URI."""
-    assert await boots(tmp_path / name) == (0, 2)
-    assert await boots(str(tmp_path / name)) == (2, 2)
+    assert await boots(tmp_path / name) == (0, NEWEST)
+    assert await boots(str(tmp_path / name)) == (NEWEST, NEWEST)
     assert contents(tmp_path).keys() == {name}
 
 
@@ -301,7 +303,7 @@ async def test_a_time_limit_that_cannot_be_meant_is_refused_at_construction(tmp_
     """None is no limit; zero would let no verb succeed."""
     with pytest.raises(ConfigurationError, match=r"^verb_timeout is .*: expected a number of seconds, more than 0$"):
         SqliteRuntimeRepository(tmp_path / "x.db", verb_timeout=value)  # type: ignore[arg-type]
-    assert await boots(tmp_path / "x.db", verb_timeout=None) == (0, 2)
+    assert await boots(tmp_path / "x.db", verb_timeout=None) == (0, NEWEST)
 
 
 async def test_a_closed_repository_stays_closed(tmp_path: Path) -> None:
@@ -318,14 +320,14 @@ async def test_a_closed_repository_stays_closed(tmp_path: Path) -> None:
 async def test_a_full_disk_rolls_the_migration_back(tmp_path: Path) -> None:
     """A disk that fills up during an upgrade fails it as a whole; the next boot finds version 1 again."""
     path = await make(tmp_path / "x.db", version=1)
-    one, two = load_migrations("sqlite")
-    full = Migration(2, two.name, "pragma {schema}.max_page_count = 1;\n" + two.sql, two.catalog)
+    *earlier, newest = load_migrations("sqlite")
+    full = replace(newest, sql="pragma {schema}.max_page_count = 1;\n" + newest.sql)
     database = SqliteDatabase(path, writes=True, backup=False, lock_timeout=5)
     with pytest.raises(MigrationError, match="the disk is full: free some space") as caught:
-        await ensure_schema(database, (one, full), Policy())
+        await ensure_schema(database, (*earlier, full), Policy())
     await database.close()
     assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
-    assert await boots(path, backup=False) == (1, 2)
+    assert await boots(path, backup=False) == (1, NEWEST)
 
 
 @contextlib.contextmanager
@@ -359,7 +361,7 @@ async def test_a_link_to_a_file_that_is_absent_makes_the_file(tmp_path: Path) ->
     """As SQLite itself would."""
     (tmp_path / "data").mkdir()
     (tmp_path / "x.db").symlink_to(tmp_path / "data" / "x.db")
-    assert await boots(tmp_path / "x.db") == (0, 2)
+    assert await boots(tmp_path / "x.db") == (0, NEWEST)
     assert (tmp_path / "data" / "x.db").stat().st_mode & 0o777 == 0o600
 
 
@@ -382,7 +384,7 @@ async def test_a_process_with_too_many_files_open_is_told(tmp_path: Path) -> Non
     with no_more_files():
         line = await refused(path)
     assert "too many files open" in line
-    assert await boots(path) == (2, 2)
+    assert await boots(path) == (NEWEST, NEWEST)
 
 
 async def test_a_process_that_can_start_no_thread_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +397,7 @@ async def test_a_process_that_can_start_no_thread_is_told(tmp_path: Path, monkey
         patch.setattr(threading.Thread, "start", start)
         line = await refused(tmp_path / "x.db")
     assert "can't start new thread: raise the limit" in line
-    assert await boots(tmp_path / "x.db") == (0, 2)
+    assert await boots(tmp_path / "x.db") == (0, NEWEST)
 
 
 async def own(repo: SqliteRuntimeRepository, *statements: str) -> None:
@@ -531,5 +533,5 @@ async def test_text_that_is_not_utf_8_is_read_all_the_same(tmp_path: Path, withi
 async def test_a_ledger_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> None:
     """The look reads it as leniently, and boot says what it found."""
     path = await make(tmp_path / "x.db")
-    await spoil(path, "update runtime_schema_migrations set name = cast(x'ff' as text) where version = 2")
+    await spoil(path, "update runtime_schema_migrations set name = cast(x'ff' as text) where version = 1")
     assert "\ufffd" in await refused(path, SchemaHistoryError)

@@ -90,7 +90,8 @@ RARE = [
 """What is asked for, the index that must find it, and what it is asked with."""
 
 MANY = """
-insert into {schema}.runtime_jobs select 't' || n, <rare, done>, n, n from (<numbers>) as x;
+insert into {schema}.runtime_jobs (thread_id, status, created_at_ms, updated_at_ms)
+select 't' || n, <rare, done>, n, n from (<numbers>) as x;
 insert into {schema}.runtime_interrupts (interrupt_id, thread_id, run_id, attempt_id, value_json, status, created_at_ms)
 select 'i' || n, 't' || (n / 5), 'r', 'a', '1', <pending, resumed>, n from (<numbers>) as x;
 insert into {schema}.runtime_audit_logs (actor_type, action, resource_type, result, request_id, created_at_ms)

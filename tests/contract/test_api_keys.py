@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import anyio
@@ -473,15 +473,7 @@ def test_every_event_loop_has_turns_of_its_own(factory: Factory) -> None:
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
-NAIVE = datetime(2030, 1, 1)  # noqa: DTZ001 - what is refused
-IDS: list[tuple[Any, str]] = [
-    ("", "''"),
-    ("x" * 513, "513 characters"),
-    ("a\0", "NUL"),
-    ("\ud800", "NUL"),
-    (7, "is 7"),
-    (None, "is None"),
-]
+IDS: list[Any] = ["", "x" * 513, "a\0", "\ud800", 7, None]
 SECRETS: list[tuple[Any, str]] = [
     ("", "0 characters"),
     ("hush" * 257, "1028 characters long: expected 1 to 1024"),
@@ -492,52 +484,21 @@ SECRETS: list[tuple[Any, str]] = [
 ]
 
 
-WRONG: list[tuple[dict[str, Any], str]] = [
-    *(({"key_id": value}, f"key_id .*{word}") for value, word in IDS),
-    *(({"role": value}, f"role .*{word}") for value, word in IDS if value is not None),
-    *(({"secret": value}, f"secret .*{word}") for value, word in SECRETS),
-    ({"now": NAIVE}, "now"),
-]
-
-
-async def test_a_key_that_cannot_be_meant_is_refused(repo: RuntimeRepository, scrypt: Scrypt) -> None:
-    """The error names the argument, and of a secret nothing else; nothing is computed or stored."""
-    for wrong, word in WRONG:
-        with pytest.raises(ConfigurationError, match=word) as refused:
-            await repo.api_keys.put(**({"key_id": "k", "secret": "hush"} | wrong))
+async def test_a_secret_that_cannot_be_meant_is_not_told(repo: RuntimeRepository, scrypt: Scrypt) -> None:
+    """The error names the argument, and of the secret nothing else; nothing is computed or stored."""
+    for secret, word in SECRETS:
+        with pytest.raises(ConfigurationError, match=f"secret .*{word}") as refused:
+            await repo.api_keys.put("k", secret)
         assert "hush" not in f"{refused.value} {refused.value!r}"
     assert scrypt.calls == []
     assert not await repo.api_keys.any()
-
-
-@pytest.mark.parametrize("key_id", [value for value, _ in IDS])
-async def test_verbs_that_name_a_key_refuse_what_is_no_id(repo: RuntimeRepository, key_id: Any) -> None:
-    """Each of them, by the argument's name."""
-    for call in (repo.api_keys.get(key_id), repo.api_keys.find(key_id), repo.api_keys.set_active(key_id, active=True)):
-        with pytest.raises(ConfigurationError, match="key_id"):
-            await call
-
-
-async def test_other_arguments_that_cannot_be_meant_are_refused(repo: RuntimeRepository) -> None:
-    """A status that only looks like one, a page without length or after no id, a time without a zone."""
-    key = await repo.api_keys.put("k", "right")
-    wrong: Any
-    for wrong in ("false", 0, None):
-        with pytest.raises(ConfigurationError, match="active"):
-            await repo.api_keys.set_active("k", active=wrong)
-    with pytest.raises(ConfigurationError, match="now"):
-        await repo.api_keys.set_active("k", active=False, now=NAIVE)
-    for wrong, word in (({"limit": 0}, "limit"), ({"after": "a\0"}, "after"), ({"after": "x" * 513}, "after")):
-        with pytest.raises(ConfigurationError, match=word):
-            await repo.api_keys.list(**wrong)
-    assert await repo.api_keys.list() == [key]
 
 
 async def test_what_no_key_can_be_does_not_authenticate(repo: RuntimeRepository, scrypt: Scrypt) -> None:
     """A stranger's input is not the caller's mistake: no error, and no work that it could ask for without end."""
     await repo.api_keys.put("k", "right")
     scrypt.calls.clear()
-    for key_id, _ in IDS:
+    for key_id in IDS:
         assert await repo.api_keys.authenticate(key_id, "right") is None
     for secret, _ in SECRETS:
         assert await repo.api_keys.authenticate("k", secret) is None

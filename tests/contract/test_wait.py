@@ -21,6 +21,7 @@ from runtime_repo import (
     attempts,
 )
 from tests.contract.conftest import Clock, Factory, runtime_schema
+from tests.verbs import CALLS, prepare, verbs
 
 NOTHING = timedelta(0)
 LONG = timedelta(seconds=20)
@@ -71,14 +72,20 @@ async def failed(repo: RuntimeRepository, clock: Clock) -> Lease:
 
 Verb = Callable[[RuntimeRepository, Any], Awaitable[object]]
 BRINGS: dict[str, tuple[Callable[[RuntimeRepository, Clock], Awaitable[Lease]] | None, Verb]] = {
-    "enqueue": (None, lambda repo, _: repo.attempts.enqueue("run")),
-    "enqueue delayed": (None, lambda repo, _: repo.attempts.enqueue("run", not_before=datetime.now(UTC) + SOON)),
-    "enqueue_many": (None, lambda repo, _: repo.attempts.enqueue_many([NewAttempt("run") for _ in range(100)])),
-    "fail with a retry": (held, lambda repo, lease: repo.attempts.fail(lease, "no", retry_in=SOON)),
-    "release": (held, lambda repo, lease: repo.leases.release(lease)),
-    "release later": (held, lambda repo, lease: repo.leases.release(lease, delay=SOON)),
-    "requeue_expired": (held, lambda repo, lease: repo.leases.requeue_expired(now=lease.expires_at)),
-    "retry": (failed, lambda repo, lease: repo.attempts.retry(lease.attempt_id)),
+    "attempts.enqueue": (None, lambda repo, _: repo.attempts.enqueue("run")),
+    "attempts.enqueue, delayed": (
+        None,
+        lambda repo, _: repo.attempts.enqueue("run", not_before=datetime.now(UTC) + SOON),
+    ),
+    "attempts.enqueue_many": (
+        None,
+        lambda repo, _: repo.attempts.enqueue_many([NewAttempt("run") for _ in range(100)]),
+    ),
+    "attempts.fail, with a retry": (held, lambda repo, lease: repo.attempts.fail(lease, "no", retry_in=SOON)),
+    "leases.release": (held, lambda repo, lease: repo.leases.release(lease)),
+    "leases.release, later": (held, lambda repo, lease: repo.leases.release(lease, delay=SOON)),
+    "leases.requeue_expired": (held, lambda repo, lease: repo.leases.requeue_expired(now=lease.expires_at)),
+    "attempts.retry": (failed, lambda repo, lease: repo.attempts.retry(lease.attempt_id)),
 }
 
 
@@ -91,6 +98,23 @@ async def test_whoever_brings_work_wakes_those_who_wait(factory: Factory, clock:
         tasks = [await waiting(repo), await waiting(repo, ["mail", "default"]), await waiting(other)]
         await verb(other, given)
         assert await asyncio.gather(*tasks) == [True, True, True]
+
+
+async def test_no_other_verb_brings_work(repo: RuntimeRepository, clock: Clock) -> None:
+    """Of any noun: what makes something ready is in the table above, and wakes whoever waits."""
+    for name in CALLS.keys() - BRINGS.keys() - {"attempts.wait", "leases.hold"}:
+        with contextlib.suppress(ZeroDivisionError):
+            async with repo.transaction() as transaction:
+                lease = await prepare(transaction, clock.now)
+                await CALLS[name](transaction, lease, clock.now)
+                assert await transaction.attempts.list_dispatchable(now=clock.now) == [], name
+                raise ZeroDivisionError
+
+
+def test_every_verb_is_called(repo: RuntimeRepository) -> None:
+    """Of every noun: a new one is not forgotten, here and wherever all are called."""
+    assert CALLS.keys() == verbs(repo).keys()
+    assert {name.split(",")[0] for name in BRINGS} <= CALLS.keys()
 
 
 async def test_what_is_taken_back_wakes_nobody(factory: Factory) -> None:

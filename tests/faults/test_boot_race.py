@@ -12,13 +12,14 @@ import pytest
 from tests.faults.conftest import Lab, PostgresLab, lab_on, on_postgres
 from tests.faults.processes import PROCESSES, Place, race
 from tests.postgres_server import PostgresServer
+from tests.versions import RECORDED
 
 CROWD = 8
 ROUNDS = 4
 BOOT = 0.05
 """Seconds that a race takes about: death comes within them."""
 
-PENDING = {0: [1, 2], 1: [2]}
+PENDING = {version: RECORDED[version:] for version in (0, 1)}
 VERSIONS = pytest.mark.parametrize("version", PENDING, ids=["fresh", "upgrade"])
 
 
@@ -66,7 +67,7 @@ async def check(lab: Lab, version: int, applied: list[list[int]]) -> None:
     assert [found for found in applied if found] in ([], [PENDING[version]])
     async with lab.repository(lock_timeout=0) as repository:
         assert repository.boot_report.applied == ()
-    assert [row[0] for row in await lab.snapshot() if row[0] in (1, 2)] == [1, 2]
+    assert [row[0] for row in await lab.snapshot() if row[0] in RECORDED] == RECORDED
 
 
 @VERSIONS

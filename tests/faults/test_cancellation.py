@@ -12,6 +12,7 @@ import pytest
 from runtime_repo import RuntimeRepository
 from tests.faults.conftest import Lab, PostgresLab, SqliteLab, closing
 from tests.faults.test_life import Gate
+from tests.versions import NEWEST
 
 FAR = 1_000
 """More moments than any boot has."""
@@ -156,13 +157,13 @@ async def test_boot_may_be_cancelled_at_every_await(lab: Lab, cancelled_at: Canc
             assert [name.endswith(".backup") for name in lab.backups()] == [True] * (0 if untouched else version)
         async with lab.repository(lock_timeout=0) as successor:
             report = successor.boot_report
-        assert (report.from_version, report.waited) == (version if untouched else 2, 0.0), f"moment {n}"
+        assert (report.from_version, report.waited) == (version if untouched else NEWEST, 0.0), f"moment {n}"
         outcomes.append(report.from_version)
         if not cancelled:
             break
     # Both are met: cancelled early the boot has not happened, cancelled late it is complete.
     assert len(outcomes) * stride > 10
-    assert set(outcomes) == {version, 2}
+    assert set(outcomes) == {version, NEWEST}
     assert outcomes == sorted(outcomes)
 
 
@@ -179,14 +180,14 @@ async def test_ensure_schema_of_an_open_repository_may_be_cancelled_at_every_awa
             async with lab.repository(lock_timeout=0) as successor:
                 outcomes.append(successor.boot_report.from_version)
                 assert successor.boot_report.waited == 0.0, f"moment {n}"
-            assert (await repository.ensure_schema()).from_version == 2
+            assert (await repository.ensure_schema()).from_version == NEWEST
             assert (await repository.attempts.enqueue("run", attempt_id="a")).run_id == "run"
             if not cancelled:
                 break
     assert len(outcomes) > 5
     # How many moments there are varies: a connection is back in its pool a turn sooner or later.
-    assert set(outcomes) == {0, 2}
-    assert (outcomes[0], outcomes[-1]) == (0, 2)
+    assert set(outcomes) == {0, NEWEST}
+    assert (outcomes[0], outcomes[-1]) == (0, NEWEST)
 
 
 async def test_a_cancelled_awaiter_does_not_spoil_the_others(lab: Lab) -> None:
@@ -233,7 +234,7 @@ async def test_who_awaits_while_a_boot_is_given_up_gets_a_new_one(lab: Lab) -> N
         await asyncio.sleep(0)
         gate.opened.set()
         async with repository:
-            assert repository.boot_report.to_version == 2
+            assert repository.boot_report.to_version == NEWEST
         assert first.cancelled()
 
 

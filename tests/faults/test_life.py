@@ -36,6 +36,7 @@ from runtime_repo import (
 )
 from runtime_repo.postgres import PostgresDatabase
 from tests.faults.conftest import Lab, PostgresLab, SqliteLab, closing, eventually, on_postgres, on_sqlite
+from tests.versions import NEWEST, RECORDED
 
 Use = Callable[[RuntimeRepository], Awaitable[object]]
 
@@ -95,7 +96,7 @@ async def test_await_and_async_with_may_be_repeated_and_mixed(lab: Lab) -> None:
     async with lab.nothing_left():
         repository = await lab.repository()
         report = repository.boot_report
-        assert [migration.version for migration in report.applied] == [1, 2]
+        assert [migration.version for migration in report.applied] == RECORDED
         assert await repository is repository
         async with repository as entered:
             assert entered is repository
@@ -137,7 +138,7 @@ async def test_a_failed_boot_succeeds_when_its_cause_is_gone(lab: Lab) -> None:
         assert await lab.snapshot() == before
     await lab.execute(f"drop table {lab.table('jobs')}")
     async with lab.nothing_left(), repository:
-        assert repository.boot_report.to_version == 2
+        assert repository.boot_report.to_version == NEWEST
 
 
 @on_sqlite
@@ -151,7 +152,7 @@ async def test_a_folder_may_be_created_after_a_failed_boot(lab: SqliteLab, tmp_p
     assert not lab.path.parent.exists()
     lab.path.parent.mkdir()
     async with lab.nothing_left(), repository:
-        assert repository.boot_report.to_version == 2
+        assert repository.boot_report.to_version == NEWEST
 
 
 async def test_close_may_be_repeated_and_raced(lab: Lab) -> None:
@@ -271,7 +272,7 @@ asyncio.run(main())
             *command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         output, words = await asyncio.wait_for(process.communicate(), 30)
-    assert (process.returncode, output.split()) == (0, [b"2"]), words.decode()
+    assert (process.returncode, output.split()) == (0, [b"%d" % NEWEST]), words.decode()
     assert b"Traceback" not in words, words.decode()
     assert b"Exception ignored" not in words, words.decode()
     assert b"was never closed" in words
@@ -283,7 +284,7 @@ async def test_an_existing_pool_is_used_and_not_closed(lab: PostgresLab, max_siz
     """Its owner goes on with it; one connection is enough for boot, migration and verbs."""
     pool = await asyncpg.create_pool(lab.place.where, min_size=0, max_size=max_size)
     async with pool:
-        for applied in (2, 0):
+        for applied in (NEWEST, 0):
             async with PostgresRuntimeRepository(pool, schema=lab.place.schema) as repository:
                 assert len(repository.boot_report.applied) == applied
                 await asyncio.gather(*(repository.attempts.enqueue("run") for _ in range(5)))
@@ -364,7 +365,7 @@ async def test_what_prepares_a_pools_connections_prepares_the_boot_too(lab: Post
         with pytest.raises(MigrationError, match="read-only"):
             await lab.repository(init=init, setup=setup)
         assert calls == ["init", "setup"]
-        await lab.lay(2)
+        await lab.lay(NEWEST)
         calls.clear()
         async with lab.repository(init=init, setup=setup) as repository:
             await repository.attempts.find("a")
@@ -664,7 +665,7 @@ async def test_before_migrate_may_be_dressed(lab: Lab) -> None:
     for before_migrate in dressed:
         another = lab.another()
         async with another.repository(before_migrate=before_migrate) as repository:
-            assert len(repository.boot_report.applied) == 2
+            assert repository.boot_report.to_version == NEWEST
 
 
 async def test_a_before_migrate_that_returns_nothing_to_await_is_refused_by_the_boot(lab: Lab) -> None:
@@ -678,7 +679,7 @@ async def test_a_before_migrate_that_returns_nothing_to_await_is_refused_by_the_
 
 async def test_inspect_writes_nothing_and_needs_no_boot(lab: Lab) -> None:
     """On an absent, an old, a current and a drifted store; afterwards the repository can still be awaited."""
-    for version in (0, 1, 2):
+    for version in (0, *RECORDED):
         another = lab.another()
         await another.lay(version)
         before = await another.snapshot()
@@ -686,12 +687,12 @@ async def test_inspect_writes_nothing_and_needs_no_boot(lab: Lab) -> None:
             repository = another.repository()
             for _ in range(2):
                 status = await repository.inspect()
-            assert (status.found, status.supported, len(status.pending)) == (version, 2, 2 - version)
+            assert (status.found, status.supported, len(status.pending)) == (version, NEWEST, NEWEST - version)
             assert (status.refusal, status.differences) == (None, ())
             assert json.loads(json.dumps(status.as_dict()))["found"] == version
             assert "not awaited yet" in repr(repository)
             refusal = (await another.repository(migrate=False).inspect()).refusal
-            assert (refusal is None) == (version == 2)
+            assert (refusal is None) == (version == NEWEST)
         assert await another.snapshot() == before
         if isinstance(another, SqliteLab) and not version:
             assert not another.path.exists()
@@ -710,7 +711,7 @@ async def test_inspect_sees_that_the_tables_of_an_open_repository_are_gone(lab: 
         await lab.wipe()
         before = await lab.snapshot()
         status = await repository.inspect()
-        assert (status.found, len(status.pending), status.refusal) == (0, 2, None)
+        assert (status.found, len(status.pending), status.refusal) == (0, NEWEST, None)
         assert await lab.snapshot() == before
 
 
@@ -736,7 +737,7 @@ async def test_a_boot_that_does_not_heed_its_cancellation_is_left_behind(lab: La
         await asyncio.wait(boots)
         assert time.monotonic() - began < 2.5
         async with lab.repository(lock_timeout=1) as successor:
-            assert len(successor.boot_report.applied) == 2
+            assert len(successor.boot_report.applied) == NEWEST
         if way == "cancel":
             async with repository:
                 let_go.set()

@@ -14,6 +14,7 @@ from runtime_repo import LockHolder, MigrationError, PostgresRuntimeRepository, 
 from runtime_repo.queries import fill
 from runtime_repo.schema import load_migrations
 from tests.faults.conftest import Lab, PostgresLab, closing, eventually, on_postgres, on_sqlite, still_waits
+from tests.versions import NEWEST
 
 
 @asynccontextmanager
@@ -144,7 +145,7 @@ async def test_another_databases_lock_is_not_in_the_way(lab: PostgresLab) -> Non
                     assert holder is not None
                     assert holder.pid == pid
                 async with lab.repository(lock_timeout=0) as repository:
-                    assert repository.boot_report.to_version == 2
+                    assert repository.boot_report.to_version == NEWEST
         finally:
             await elsewhere.close()
     finally:
@@ -160,7 +161,7 @@ async def test_a_boot_that_waited_succeeds_and_says_how_long(lab: Lab) -> None:
             await still_waits(boot)
             await still_waits(boot)  # the first look may take as long as one
         report = await asyncio.wait_for(boot, 5)
-        assert (report.from_version, len(report.applied)) == (1, 1)
+        assert (report.from_version, len(report.applied)) == (1, NEWEST - 1)
         assert 0.1 < report.waited < 5
         assert (await repository.ensure_schema()).waited == 0
 
@@ -169,17 +170,17 @@ async def test_a_boot_that_waited_succeeds_and_says_how_long(lab: Lab) -> None:
 async def test_who_waits_looks_between_its_tries(lab: PostgresLab) -> None:
     """A loser of many does not queue for the lock once there is nothing left to apply."""
     await lab.lay(1)
-    newest = load_migrations("postgres")[1]
+    pending = load_migrations("postgres")[1:]
     async with lab.nothing_left(), closing(lab.repository()) as repository, lab.held():
         boot = asyncio.ensure_future(repository.ensure_schema())
         await still_waits(boot)
         async with lab.admin.transaction():
-            await lab.execute(fill(newest.sql, {"schema": lab.place.schema, "now_ms": "0"}))
-            await lab.execute(
-                f"insert into {lab.table('schema_migrations')} values ({newest.version}, '{newest.name}', 0)"
-            )
+            for migration in pending:
+                await lab.execute(fill(migration.sql, {"schema": lab.place.schema, "now_ms": "0"}))
+                row = f"({migration.version}, '{migration.name}', 0)"
+                await lab.execute(f"insert into {lab.table('schema_migrations')} values {row}")
         report = await asyncio.wait_for(boot, 5)
-    assert (report.from_version, report.to_version, report.applied) == (1, 2, ())
+    assert (report.from_version, report.to_version, report.applied) == (1, NEWEST, ())
 
 
 @pytest.mark.parametrize("lock_timeout", [0, 0.3])
@@ -199,7 +200,7 @@ async def test_waiting_for_a_migration_that_has_changed_its_tables_is_bounded(
         errors.append(boot.exception() if done else "it was still waiting after 5 s")
 
     async with lab.nothing_left():
-        assert (await lab.place.boot_stalling("applied", stall)).to_version == 2
+        assert (await lab.place.boot_stalling("applied", stall)).to_version == NEWEST
     (error,) = errors
     assert isinstance(error, SchemaLockTimeoutError), error
 
@@ -219,9 +220,9 @@ async def test_who_finds_the_winner_done_has_nothing_to_do(lab: Lab) -> None:
         boot = asyncio.ensure_future(loser.ensure_schema())
         await still_waits(boot)
         opened.set()
-        assert len((await winner).applied) == 1
+        assert len((await winner).applied) == NEWEST - 1
         report = await asyncio.wait_for(boot, 5)
-        assert (report.to_version, report.applied) == (2, ())
+        assert (report.to_version, report.applied) == (NEWEST, ())
         assert report.waited > 0
 
 
@@ -254,7 +255,7 @@ async def test_a_boot_that_waits_for_a_table_does_not_queue_live_traffic(lab: Po
                 assert not boot.done()
             report = await asyncio.wait_for(boot, 10)
         assert report.waited > 0
-        assert len(report.applied) == 1
+        assert len(report.applied) == NEWEST - 1
         assert slowest < 0.6, "one short try is 0.1 s"
 
 
@@ -281,7 +282,7 @@ async def test_waiting_boots_do_not_stall_an_index_build_elsewhere(lab: Postgres
                     await builder.execute(f"create index concurrently i{number} on {table} (n)")
             assert not any(boot.done() for boot in boots)
         reports = await asyncio.wait_for(asyncio.gather(*boots), 20)
-        assert sorted(len(report.applied) for report in reports) == [0] * 7 + [1]
+        assert sorted(len(report.applied) for report in reports) == [0] * 7 + [NEWEST - 1]
 
 
 @on_postgres
@@ -292,7 +293,7 @@ async def test_a_warm_boot_does_not_wait_for_ever_for_a_locked_table(lab: Postgr
     before it can set a limit: that has an end too.
     """
     async with lab.repository() as repository:
-        assert repository.boot_report.to_version == 2
+        assert repository.boot_report.to_version == NEWEST
     async with lab.session() as session, session.transaction(), closing(lab.repository(lock_timeout=0.3)) as repository:
         await session.execute(f"lock table {lab.table(table)} in access exclusive mode")
         boot = asyncio.ensure_future(repository.ensure_schema())
@@ -310,7 +311,7 @@ async def test_a_warm_boot_does_not_wait_for_ever_for_a_locked_table(lab: Postgr
 async def test_an_inspection_is_as_patient_as_a_boot(lab: PostgresLab, table: str, *, is_open: bool) -> None:
     """A locked table is waited for, but not for longer than lock_timeout."""
     async with lab.repository() as repository:
-        assert repository.boot_report.to_version == 2
+        assert repository.boot_report.to_version == NEWEST
     async with closing(lab.repository(lock_timeout=0.3)) as repository:
         if is_open:
             await repository
@@ -342,10 +343,10 @@ async def test_two_runtime_schemas_migrate_independently(lab: PostgresLab) -> No
 
     async def boot_the_other() -> None:
         async with other.repository(lock_timeout=0) as repository:
-            assert repository.boot_report.to_version == 2
+            assert repository.boot_report.to_version == NEWEST
             assert await lab.snapshot() == []
 
-    assert (await lab.place.boot_stalling("applied", boot_the_other)).to_version == 2
+    assert (await lab.place.boot_stalling("applied", boot_the_other)).to_version == NEWEST
 
 
 @on_postgres
@@ -360,5 +361,5 @@ async def test_the_migration_lock_is_gone_after_boot_and_after_failure(lab: Post
     assert await lab.migration_locks() == 0
     assert await lab.snapshot() == before
     async with lab.repository() as repository:
-        assert repository.boot_report.to_version == 2
+        assert repository.boot_report.to_version == NEWEST
         assert await lab.migration_locks() == 0

@@ -12,6 +12,7 @@ from runtime_repo import DatabaseUnavailableError, SchemaLockTimeoutError, Schem
 from tests.faults.conftest import Lab, PostgresLab, SqliteLab, lab_on, on_postgres
 from tests.faults.processes import PROCESSES, Moment, Place, boot_together, meet_at, stall_for_ever
 from tests.postgres_server import PostgresServer
+from tests.versions import NEWEST
 
 CROWD = 24
 ROUNDS = {"sqlite": 20, "postgres": 2}
@@ -38,13 +39,13 @@ async def test_of_processes_that_boot_at_once_exactly_one_migrates(
         lab = lab.another()
         await lab.lay(version)
         reports = crowd(lab.place)
-        pending = tuple(range(version + 1, 3))
+        pending = tuple(range(version + 1, NEWEST + 1))
         applied = Counter(tuple(migration.version for migration in report.applied) for report in reports)
         assert applied == {pending: 1, (): CROWD - 1}
-        assert {report.to_version for report in reports} == {2}
-        assert {report.from_version for report in reports} <= {version, 2}
+        assert {report.to_version for report in reports} == {NEWEST}
+        assert {report.from_version for report in reports} <= {version, NEWEST}
         assert [row[0] for row in await lab.snapshot() if row[0] in (1, 2)] == [1, 2]
-        assert await lab.version() == 2
+        assert await lab.version() == NEWEST
         if isinstance(lab, SqliteLab):
             assert len(lab.backups()) == version
             assert [report.backup is not None for report in reports].count(True) == version
@@ -75,7 +76,7 @@ async def test_a_booter_that_is_killed_leaves_the_database_as_it_was(lab: Lab, m
     assert await asyncio.wait_for(lab.snapshot(), 5) == before
     async with lab.repository(lock_timeout=0) as successor:
         assert successor.boot_report.from_version == version
-    assert await lab.version() == 2
+    assert await lab.version() == NEWEST
 
 
 @on_postgres
@@ -88,7 +89,7 @@ async def test_a_hundred_repositories_of_one_process_boot_at_once(lab: PostgresL
 
     async with lab.nothing_left():
         applied = await asyncio.gather(*(boot() for _ in range(100)))
-    assert sorted(applied) == [0] * 99 + [2]
+    assert sorted(applied) == [0] * 99 + [NEWEST]
     assert await lab.migration_locks() == 0
 
 

@@ -23,6 +23,7 @@ from runtime_repo.sqlite import SqliteDatabase
 from runtime_repo.sqlite import connection as connection_module
 from runtime_repo.sqlite import database as database_module
 from tests.faults.conftest import SqliteLab
+from tests.versions import NEWEST
 
 HANG = 2.6
 """Seconds for which the system does not give the thread back: longer than a clean-up waits for it."""
@@ -321,7 +322,7 @@ async def test_a_database_in_memory_cannot_go_away(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(connection_module, "_PROVED_FOR", 0.0)
     async with SqliteRuntimeRepository(":memory:") as repo:
         await repo.attempts.enqueue("run")
-        assert (await repo.ensure_schema()).to_version == 2
+        assert (await repo.ensure_schema()).to_version == NEWEST
 
 
 async def test_a_connection_is_replaced_without_anybody_noticing(lab: SqliteLab) -> None:
@@ -375,8 +376,8 @@ async def test_an_inspection_may_be_made_at_any_time(lab: SqliteLab) -> None:
     repo = SqliteRuntimeRepository(lab.path, before_migrate=step)
     async with lab.nothing_left(), repo:
         assert found == [1]
-        assert repo.boot_report.to_version == 2
-        assert (await inspected(cast(SqliteDatabase, repo._database)))[0] == 2
+        assert repo.boot_report.to_version == NEWEST
+        assert (await inspected(cast(SqliteDatabase, repo._database)))[0] == NEWEST
 
 
 async def test_an_inspection_waits_for_no_transaction_of_another_task(lab: SqliteLab) -> None:
@@ -385,7 +386,7 @@ async def test_an_inspection_waits_for_no_transaction_of_another_task(lab: Sqlit
         async with repo.transaction() as transaction:
             await transaction.attempts.enqueue("run")
             status = await asyncio.create_task(repo.inspect())
-        assert (status.found, status.refusal) == (2, None)
+        assert (status.found, status.refusal) == (NEWEST, None)
 
 
 @pytest.mark.parametrize("what", ["deleted", "replaced"])
@@ -413,14 +414,14 @@ async def test_an_inspection_says_what_the_boot_would_where_the_folder_is_missin
 
 async def test_an_inspection_of_a_locked_file_is_bounded(lab: SqliteLab) -> None:
     """Whoever holds it exclusively is waited for no longer than lock_timeout."""
-    await lab.lay(2)
+    await lab.lay(NEWEST)
     await lab.execute("pragma journal_mode = delete")
     async with lab.nothing_left():
         with lab.connection() as other:
             other.execute("begin exclusive")
             with pytest.raises(DatabaseUnavailableError, match="locked"):
                 await inspected(port(lab.path, lock_timeout=0.1))
-    assert (await inspected(port(lab.path)))[0] == 2
+    assert (await inspected(port(lab.path)))[0] == NEWEST
 
 
 async def test_a_file_that_is_none_cannot_be_inspected(lab: SqliteLab) -> None:

@@ -13,6 +13,7 @@ from runtime_repo import DatabaseUnavailableError, PostgresRuntimeRepository
 from tests.faults.conftest import PostgresLab, closing, eventually, lab_on, on_postgres
 from tests.faults.processes import Place
 from tests.postgres_server import PostgresServer
+from tests.versions import NEWEST
 
 TIMEOUT = 0.3
 
@@ -45,7 +46,7 @@ async def test_a_server_that_starts_meanwhile_is_waited_for(
         boot = asyncio.ensure_future(repository.ensure_schema())
         await tried_again(tries)
         await asyncio.to_thread(server.start)
-        assert (await asyncio.wait_for(boot, 10)).to_version == 2
+        assert (await asyncio.wait_for(boot, 10)).to_version == NEWEST
 
 
 async def test_a_full_server_is_waited_for(new_server: Callable[..., PostgresServer], tries: Mock) -> None:
@@ -59,7 +60,7 @@ async def test_a_full_server_is_waited_for(new_server: Callable[..., PostgresSer
         await tried_again(tries)
         for other in others:
             await other.close()
-        assert (await asyncio.wait_for(boot, 10)).to_version == 2
+        assert (await asyncio.wait_for(boot, 10)).to_version == NEWEST
 
 
 @on_postgres
@@ -125,7 +126,7 @@ async def test_a_machine_without_a_descriptor_or_a_thread_left_is_waited_for(
 
     monkeypatch.setattr(asyncpg, "connect", meet_trouble)
     async with lab.repository(startup_timeout=20) as repository:
-        assert repository.boot_report.to_version == 2
+        assert repository.boot_report.to_version == NEWEST
     assert not troubles
 
 
@@ -142,5 +143,5 @@ async def test_a_server_that_went_away_and_came_back_is_booted_again(
             await repository.ensure_schema()
         await asyncio.to_thread(server.start)
         report = await repository.ensure_schema()
-        assert (report.from_version, report.applied) == (2, ())
+        assert (report.from_version, report.applied) == (NEWEST, ())
         assert await repository.attempts.find("a") is None

@@ -13,6 +13,7 @@ from runtime_repo import MigrationError, SchemaError
 from runtime_repo.catalog import LEDGER
 from tests.faults.conftest import POSTGRES_ONLY, PostgresLab, lab_on
 from tests.postgres_server import PostgresServer
+from tests.versions import NEWEST
 
 SERVER = {"log_statement": "all", "log_connections": "on"}
 ENTRY = re.compile(r"^\S+ \S+ \S+ \[\d+\] (?P<application>\S*) LOG:  (?P<kind>execute|statement)[^:]*: ", re.MULTILINE)
@@ -70,7 +71,7 @@ async def test_a_warm_boot_is_one_connection_and_two_round_trips(
     The catalog's text, and the ledger: no lock, no transaction, no write, nothing that a role which may only read could
     not do.
     """
-    await lab.lay(2)
+    await lab.lay(NEWEST)
     booted = await reader_of(lab, server) if role == "reader" else lab
     start = server.log.stat().st_size
     async with booted.repository(migrate=migrate) as repository:
@@ -99,7 +100,7 @@ async def test_the_log_shows_what_a_cold_boot_does(lab: PostgresLab, server: Pos
 
 async def test_a_reader_is_served(lab: PostgresLab, server: PostgresServer) -> None:
     """Reading verbs work under a role that may only read."""
-    await lab.lay(2)
+    await lab.lay(NEWEST)
     async with (await reader_of(lab, server)).repository() as repository:
         assert (await repository.attempts.get("a")).run_id == "run"
         assert await repository.attempts.find("nobody") is None
@@ -126,7 +127,7 @@ async def test_a_hot_standby_serves_what_is_current_and_refuses_what_is_pending(
         current, pending, nothing = [
             await stack.enter_async_context(lab_on(server, f"standby_{n}")) for n in ("current", "pending", "nothing")
         ]
-        await current.lay(2)
+        await current.lay(NEWEST)
         await pending.lay(1)
         standby = server.standby()
         stack.callback(standby.stop)

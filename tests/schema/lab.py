@@ -63,6 +63,8 @@ class Rebuild:
     old: str
     new: str
     then: str = ""
+    options: str = ""
+    """What stands behind the table's closing bracket."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,11 @@ class Lab(ABC):
         await self.execute(sql)
 
     async def reach(self, version: int) -> None:
-        """Be at version 0 (nothing), 1 (an earlier program's) or 2 (the same, upgraded)."""
+        """Be at version 0 (nothing), 1 (an earlier program's) or a later one (the same, upgraded)."""
         if version:
             await self.lay_version_1()
-        if version == 2:
-            await self.boot(**({"backup": False} if self.backend == "sqlite" else {}))
+        if version > 1:
+            await self.ship(self.migrations[:version])
 
     async def record(self, *rows: tuple[int, str]) -> None:
         """Let the ledger say exactly this."""
@@ -260,7 +262,9 @@ class SqliteLab(Lab):
             [[sql]] = connection.execute(texts, ("table", table)).fetchall()
             indexes = connection.execute(texts, ("index", table)).fetchall()
             assert rebuild.old in sql, sql
-            connection.execute(sql.replace(table, "rebuilt", 1).replace(rebuild.old, rebuild.new))
+            connection.execute(
+                f"{sql.replace(table, 'rebuilt', 1).replace(rebuild.old, rebuild.new)} {rebuild.options}"
+            )
             connection.execute(f"insert into rebuilt select * from {table}")
             connection.execute(f"drop table {table}")
             connection.execute(f"alter table rebuilt rename to {table}")

@@ -16,6 +16,7 @@ from runtime_repo import MigrationError, RuntimeRepoError, SchemaDriftError, Sch
 from tests.privileges import unprivileged
 from tests.schema.lab import LEDGER, ONE, TWO, Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 from tests.schema.version_1 import TABLES
+from tests.versions import HISTORY, NEWEST
 
 
 @on_sqlite
@@ -47,7 +48,9 @@ async def test_the_backup_restores_version_1(lab: SqliteLab, tmp_path: Path) -> 
 
 
 @on_sqlite
-@pytest.mark.parametrize(("version", "backup"), [(0, True), (2, True), (1, False)], ids=["fresh", "current", "off"])
+@pytest.mark.parametrize(
+    ("version", "backup"), [(0, True), (NEWEST, True), (1, False)], ids=["fresh", "current", "off"]
+)
 async def test_no_backup_is_taken_of_what_is_not_upgraded(lab: SqliteLab, version: int, *, backup: bool) -> None:
     """Nothing is copied when there is nothing to lose, nothing to do, or the operator said so."""
     await lab.reach(version)
@@ -146,8 +149,8 @@ async def test_the_operators_step_runs_once_before_anything_is_applied(lab: Lab)
     step = Step(lab)
     reports = await asyncio.gather(*(lab.boot(before_migrate=step) for _ in range(4)))
     assert step.found == [(before, [ONE])]
-    assert sorted(len(report.applied) for report in reports) == [0, 0, 0, 1]
-    assert await lab.recorded() == [ONE, TWO]
+    assert sorted(len(report.applied) for report in reports) == [0, 0, 0, NEWEST - 1]
+    assert await lab.recorded() == HISTORY
 
 
 @on_postgres
@@ -172,13 +175,13 @@ async def test_the_operators_step_may_change_our_tables(lab: PostgresLab) -> Non
     async def step() -> None:
         await lab.execute("set lock_timeout = '1s'; cluster runtime_attempts using attempts_pk")
 
-    assert (await lab.boot(before_migrate=step)).to_version == 2
+    assert (await lab.boot(before_migrate=step)).to_version == NEWEST
 
 
 async def test_the_operators_step_does_not_run_when_nothing_is_pending_or_allowed(lab: Lab) -> None:
     """Neither on a current database nor before a refusal."""
     step = Step(lab)
-    await lab.reach(2)
+    await lab.reach(NEWEST)
     await lab.boot(before_migrate=step)
     await lab.execute("drop index idx_runtime_jobs_status")
     await lab.refused(SchemaDriftError, before_migrate=step)
@@ -233,7 +236,7 @@ async def test_the_copy_of_a_boot_that_did_not_commit_goes_away(lab: SqliteLab, 
     [[copy]] = seen
     assert copy.endswith(".backup.pending")
     assert await lab.snapshot() == before
-    assert len((await lab.boot()).applied) == 1
+    assert len((await lab.boot()).applied) == NEWEST - 1
     assert len(copies(lab)) == 1
 
 
@@ -319,12 +322,12 @@ async def test_a_kill_around_the_commit_leaves_the_copy_of_what_committed(lab: S
         assert await killed.wait() == -signal.SIGKILL
         assert [name.endswith(".pending") for name in copies(lab)] == [True]
     [left] = copies(lab)
-    newer = lab.path.with_name(left.replace(".v1-", ".v2-"))
+    newer = lab.path.with_name(left.replace(".v1-", f".v{NEWEST}-"))
     newer.touch()  # the copy of a newer release, which is about to upgrade
     report = await lab.boot(backup=moment == "after")
     if moment == "before":
         # It was not needed, and might be older than what is upgraded now.
-        assert (len(report.applied), copies(lab)) == (1, [])
+        assert (len(report.applied), copies(lab)) == (NEWEST - 1, [])
     else:
         assert report.applied == ()
         assert copies(lab) == [left.removesuffix(".pending"), newer.name]

@@ -8,6 +8,7 @@ import runtime_repo
 from runtime_repo.catalog import Catalog, compare
 from tests.catalogs import fresh_catalogs
 from tests.schema.lab import LEDGER, ONE, TWO, Lab, on_postgres
+from tests.versions import HISTORY, NEWEST, RECORDED
 
 POSTGRES_COLUMNS = """
 select table_name, column_name, data_type, is_nullable, is_generated,
@@ -42,12 +43,14 @@ async def test_the_shipped_catalogs_are_what_fresh_migrations_lead_to(lab: Lab) 
 
 async def test_both_backends_ship_the_same_history(lab: Lab) -> None:
     """A version has one name wherever it is applied."""
-    assert [(migration.version, migration.name) for migration in lab.migrations] == [ONE, TWO]
+    assert [(migration.version, migration.name) for migration in lab.migrations] == HISTORY
+    assert HISTORY[:2] == [ONE, TWO]
+    assert list(range(1, NEWEST + 1)) == RECORDED
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", RECORDED)
 async def test_an_earlier_programs_tables_mean_the_same_as_ours(lab: Lab, version: int) -> None:
-    """At either version there is no difference to the shipped catalog, in either direction."""
+    """At every version there is no difference to the shipped catalog, in either direction."""
     await lab.reach(version)
     shipped = Catalog(lab.migrations[version - 1].catalog.tables)
     live = Catalog((await lab.look()).catalog.tables)
@@ -82,7 +85,7 @@ async def test_an_upgraded_earlier_program_is_the_same_as_fresh_to_postgresql(la
     await lab.boot()
     fresh = [await lab.rows(sql) for sql in views]
     await lab.wipe()
-    await lab.reach(2)
+    await lab.reach(NEWEST)
     assert [await lab.rows(sql) for sql in views] == fresh
     assert len(fresh[0]) > 60
-    assert len(await lab.all(LEDGER)) == 2
+    assert len(await lab.all(LEDGER)) == NEWEST

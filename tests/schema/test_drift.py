@@ -9,7 +9,8 @@ import pytest
 from runtime_repo import Difference, SchemaDriftError
 from runtime_repo.catalog import Catalog, Table
 from runtime_repo.schema import Migration
-from tests.schema.lab import LEDGER, ONE, TWO, Change, Lab, PostgresLab, Rebuild, Words, changes, on_postgres
+from tests.schema.lab import LEDGER, Change, Lab, PostgresLab, Rebuild, Words, changes, on_postgres
+from tests.versions import HISTORY, NEWEST, NEXT, RECORDED
 
 AUDIT_ROLE = "column runtime_audit_logs.actor_role"
 JOBS_INDEX = "index idx_runtime_jobs_status on runtime_jobs"
@@ -443,7 +444,7 @@ DRIFT_OF_2 = {
 }
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", RECORDED)
 @changes(DRIFT)
 async def test_drift_is_refused(lab: Lab, case: Drift, version: int) -> None:
     """Every difference that matters is named, with what was expected and what was found; before an upgrade too."""
@@ -464,7 +465,7 @@ async def test_drift_from_what_version_2_added_is_refused(lab: Lab, case: Drift)
 
 
 @on_postgres
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", RECORDED)
 @pytest.mark.parametrize(("change", "name"), POSTGRES_DRIFT.values(), ids=POSTGRES_DRIFT.keys())
 async def test_drift_in_what_only_postgresql_knows_is_refused(lab: Lab, version: int, change: str, name: str) -> None:
     """Another type, sequence, operator class, collation, method or order of NULLs is another meaning."""
@@ -476,7 +477,7 @@ async def test_drift_in_what_only_postgresql_knows_is_refused(lab: Lab, version:
 @on_postgres
 async def test_an_index_that_a_failed_concurrent_build_left_behind_is_refused(lab: Lab) -> None:
     """It bears our constraint's name and looks like it, but proves nothing."""
-    await lab.reach(2)
+    await lab.reach(NEWEST)
     await lab.execute(DROP_UNIQUE)
     await lab.execute(
         "insert into runtime_step_reports (worker_id, attempt_id, action_id, status, dedupe_token, created_at_ms)"
@@ -495,12 +496,12 @@ async def test_a_warned_boot_serves_and_tells(
     lab: Lab, name: str, caplog: pytest.LogCaptureFixture, *, migrate: bool
 ) -> None:
     """With on_drift='warn' every difference is logged as a warning and reported, and nothing is mended."""
-    await lab.reach(2)
+    await lab.reach(NEWEST)
     await lab.change(DRIFT[name].change)
     before = (await lab.snapshot()).content
     with caplog.at_level(logging.INFO, "runtime_repo"):
         report = await lab.boot(on_drift="warn", migrate=migrate)
-    assert (report.from_version, report.to_version, report.applied) == (2, 2, ())
+    assert (report.from_version, report.to_version, report.applied) == (NEWEST, NEWEST, ())
     assert set(report.tolerated) == set(DRIFT[name].expected(lab))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == len(report.tolerated)
@@ -513,9 +514,9 @@ async def test_a_warned_boot_upgrades_all_the_same(lab: Lab) -> None:
     await lab.reach(1)
     await lab.execute("drop index idx_runtime_jobs_status")
     report = await lab.boot(on_drift="warn")
-    assert (report.from_version, report.to_version) == (1, 2)
+    assert (report.from_version, report.to_version) == (1, NEWEST)
     assert report.tolerated == DRIFT["index dropped"].expected(lab)
-    assert await lab.recorded() == [ONE, TWO]
+    assert await lab.recorded() == HISTORY
 
 
 @dataclass(frozen=True)
@@ -624,8 +625,9 @@ EXTRA = {
         Words(
             Rebuild(
                 "runtime_jobs",
-                "BIGINT NOT NULL,\n    updated_at_ms BIGINT NOT NULL\n)",
-                "INT NOT NULL,\n    updated_at_ms INT NOT NULL\n) STRICT",
+                "BIGINT NOT NULL,\n    updated_at_ms BIGINT NOT NULL",
+                "INT NOT NULL,\n    updated_at_ms INT NOT NULL",
+                options="strict",
             ),
             None,
         ),
@@ -633,7 +635,9 @@ EXTRA = {
     ),
     "without rowid": Extra(
         Words(
-            Rebuild("runtime_jobs", "updated_at_ms BIGINT NOT NULL\n)", "updated_at_ms INT NOT NULL) WITHOUT ROWID"),
+            Rebuild(
+                "runtime_jobs", "updated_at_ms BIGINT NOT NULL", "updated_at_ms INT NOT NULL", options="without rowid"
+            ),
             None,
         ),
         (Difference("storage without rowid on runtime_jobs", None, "the primary key is the table"),),
@@ -704,7 +708,7 @@ EXTRA = {
 }
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", RECORDED)
 @changes(EXTRA)
 async def test_what_does_not_matter_is_served(lab: Lab, case: Extra, version: int) -> None:
     """The operator's own columns, indexes, tables and constraints are left alone; meaning counts, not spelling."""
@@ -712,8 +716,8 @@ async def test_what_does_not_matter_is_served(lab: Lab, case: Extra, version: in
     await lab.change(case.change)
     before = await lab.snapshot()
     report = await lab.boot()
-    assert (report.from_version, report.to_version, report.tolerated) == (version, 2, case.expected(lab))
-    if version == 2:
+    assert (report.from_version, report.to_version, report.tolerated) == (version, NEWEST, case.expected(lab))
+    if version == NEWEST:
         assert (await lab.snapshot()).content == before.content
     assert (await lab.boot()).tolerated == case.expected(lab)
 
@@ -753,12 +757,12 @@ async def test_a_warm_boot_refuses_a_deferrable_primary_key(lab: PostgresLab) ->
 
 async def test_a_constraint_serves_where_a_unique_index_is_expected(lab: Lab) -> None:
     """The other way round: a later migration may create a unique index, and the operator may make it a constraint."""
-    await lab.reach(2)
-    tables = dict(lab.migrations[1].catalog.tables)
+    await lab.reach(NEWEST)
+    tables = dict(lab.migrations[-1].catalog.tables)
     tables["runtime_names"] = Table({"name": "text not null"}, (), {"idx_names": "unique (name)"})
     sql = "create table {schema}.runtime_names (name text not null);"
-    three = Migration(3, "names", sql, Catalog(tables))
+    later = Migration(*NEXT, sql, Catalog(tables))
     await lab.execute("create table runtime_names (name text not null unique)")
-    await lab.record(ONE, TWO, (3, "names"))
-    report = await lab.ship([*lab.migrations, three])
-    assert (report.to_version, report.applied, report.tolerated) == (3, (), ())
+    await lab.record(*HISTORY, NEXT)
+    report = await lab.ship([*lab.migrations, later])
+    assert (report.to_version, report.applied, report.tolerated) == (NEXT[0], (), ())

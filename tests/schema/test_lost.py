@@ -10,7 +10,8 @@ from runtime_repo import DatabaseUnavailableError, SchemaReport
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Database, Lost, Transaction
 from runtime_repo.schema import Policy, ensure_schema, inspect_schema
-from tests.schema.lab import ONE, TWO, Lab
+from tests.schema.lab import Lab
+from tests.versions import HISTORY, NEWEST
 
 CAUSE = OSError("reset by peer")
 
@@ -67,8 +68,8 @@ async def test_a_lost_connection_is_tried_again(lab: Lab, where: str, version: i
 
     report, left = await boot(lab, where, 3, Policy(before_migrate=step))
     assert left == 0
-    assert (report.from_version, report.to_version, len(report.applied)) == (version, 2, 2 - version)
-    assert await lab.recorded() == [ONE, TWO]
+    assert (report.from_version, report.to_version, len(report.applied)) == (version, NEWEST, NEWEST - version)
+    assert await lab.recorded() == HISTORY
     assert len(steps) == 1
 
 
@@ -86,7 +87,7 @@ async def test_who_loses_every_connection_is_told_why(lab: Lab, where: str, lock
 
 async def test_an_inspection_is_tried_again_too(lab: Lab) -> None:
     """It only reads."""
-    await lab.reach(2)
+    await lab.reach(NEWEST)
     async with lab.opened() as database:
         status = await inspect_schema(cast(Database, Losing(database, "look", 2)), lab.migrations, Policy())
         assert status.refusal is None

@@ -7,23 +7,24 @@ import pytest
 
 from runtime_repo import ForeignSchemaError, SchemaHistoryError, SchemaOutOfDateError, SchemaTooNewError
 from tests.schema.lab import LEDGER, ONE, TWO, Change, Lab, Words, changes
+from tests.versions import HISTORY, NEWEST, NEXT, RECORDED
 
 POLICIES: list[dict[str, Any]] = [{}, {"migrate": False}, {"on_drift": "warn"}]
 LEDGER_TABLE = f"create table {LEDGER} (version integer primary key, name text not null, applied_at_ms bigint not null)"
 LEDGER_VIEW = f"create view {LEDGER} as select 1 as version, '{ONE[1]}' as name, 5 as applied_at_ms"
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", RECORDED)
 @pytest.mark.parametrize(
     ("ledger", "found"),
     [
-        ([ONE, TWO, (3, "more")], 3),
-        ([ONE, (3, "more")], 3),
-        ([ONE, TWO, (3, "more"), (4, "even_more")], 4),
+        ([*HISTORY, NEXT], NEXT[0]),
+        ([ONE, NEXT], NEXT[0]),
+        ([*HISTORY, NEXT, (NEXT[0] + 1, "even_more")], NEXT[0] + 1),
         ([TWO, (99, "far_away")], 99),
-        ([(3, "more")], 3),
+        ([NEXT], NEXT[0]),
     ],
-    ids=["1-2-3", "1-3", "1-2-3-4", "2-99", "3"],
+    ids=["the next", "1 and the next", "the next two", "2-99", "the next alone"],
 )
 async def test_a_newer_schema_is_refused(lab: Lab, version: int, ledger: list[tuple[int, str]], found: int) -> None:
     """A later version in the ledger is the first thing said, whatever is missing before it."""
@@ -31,16 +32,16 @@ async def test_a_newer_schema_is_refused(lab: Lab, version: int, ledger: list[tu
     await lab.record(*ledger)
     for policy in POLICIES:
         error = await lab.refused(SchemaTooNewError, **policy)
-        assert (error.found, error.supported) == (found, 2)
+        assert (error.found, error.supported) == (found, NEWEST)
 
 
 async def test_a_newer_schema_is_refused_as_such_although_it_looks_different(lab: Lab) -> None:
     """A newer release may have dropped and added tables and columns: that is neither drift nor foreign."""
-    await lab.reach(2)
-    await lab.record(ONE, TWO, (3, "more"))
+    await lab.reach(NEWEST)
+    await lab.record(*HISTORY, NEXT)
     await lab.execute("drop table runtime_jobs; alter table runtime_leases add column more text")
     await lab.execute("create table runtime_more (x text)")
-    assert (await lab.refused(SchemaTooNewError)).found == 3
+    assert (await lab.refused(SchemaTooNewError)).found == NEXT[0]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ async def test_what_is_not_ours_is_refused(lab: Lab, case: Foreign) -> None:
 async def test_foreign_is_said_before_too_new(lab: Lab) -> None:
     """The first reason in the documented order: whose it is comes before how new it is."""
     await lab.reach(1)
-    await lab.record(ONE, (3, "more"))
+    await lab.record(ONE, NEXT)
     await lab.execute("alter table runtime_jobs rename to jobs; create view runtime_jobs as select * from jobs")
     assert (await lab.refused(ForeignSchemaError)).tables == ("runtime_jobs",)
 

@@ -20,7 +20,8 @@ from runtime_repo import (
 )
 from runtime_repo.queries import fill
 from runtime_repo.schema import Policy, inspect_schema, load_migrations
-from tests.schema.lab import LEDGER, ONE, TWO, Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
+from tests.schema.lab import LEDGER, TWO, Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
+from tests.versions import HISTORY, NEWEST, RECORDED
 
 TOKENS = {"schema": "runtime", "now_ms": "0"}
 
@@ -89,7 +90,7 @@ async def test_an_encoding_other_than_utf8_is_refused(lab: PostgresLab) -> None:
 
 
 @on_postgres
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [0, NEWEST])
 @pytest.mark.parametrize("migrate", [True, False])
 async def test_a_path_with_another_schema_before_pg_catalog_is_refused(
     lab: PostgresLab, version: int, *, migrate: bool
@@ -133,7 +134,7 @@ async def test_a_path_with_pg_catalog_first_is_served(lab: PostgresLab, path: st
 
     for _ in range(2):
         report = await lab.boot(server_settings={"search_path": path}, init=init)
-        assert (report.to_version, report.tolerated) == (2, ())
+        assert (report.to_version, report.tolerated) == (NEWEST, ())
 
 
 @on_postgres
@@ -152,7 +153,7 @@ async def test_row_security_that_applies_is_refused(neighbours: Neighbours, tabl
 
 
 @on_postgres
-@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize("version", [0, *RECORDED])
 async def test_how_the_server_spells_names_does_not_matter(lab: PostgresLab, version: int) -> None:
     """quote_all_identifiers changes the text of every definition, and none of the definitions."""
     await lab.reach(version)
@@ -304,17 +305,17 @@ async def test_a_trap_in_a_strangers_store_is_refused_unread(neighbours: Neighbo
 
 
 @on_postgres
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", RECORDED)
 async def test_a_strangers_tables_in_a_trusted_schema_are_told_of(neighbours: Neighbours, version: int) -> None:
     """Whoever may create in the schema may own what is named as ours: served and reported, but not migrated."""
     us, stranger = neighbours.us, neighbours.stranger
     await neighbours.admin.execute(f"create schema runtime; grant all on schema runtime to {us}, {stranger}")
     sql = "".join(fill(migration.sql, TOKENS) for migration in load_migrations("postgres")[:version])
-    rows = ", ".join(f"({number}, '{name}', 0)" for number, name in (ONE, TWO)[:version])
+    rows = ", ".join(f"({number}, '{name}', 0)" for number, name in HISTORY[:version])
     await neighbours.run(stranger, f"{LEDGER_TABLE} insert into runtime.{LEDGER} values {rows}; {sql}")
     await neighbours.run(stranger, f"grant select on all tables in schema runtime to {us}")
     tables = load_migrations("postgres")[version - 1].catalog.tables
-    if version == 1:
+    if version < NEWEST:
         with pytest.raises(UnsuitableDatabaseError, match=stranger):
             await neighbours.boot(us)
         return
@@ -432,19 +433,19 @@ async def inspected(lab: Lab, **policy: object) -> SchemaStatus:
     return status
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", RECORDED)
 async def test_an_inspection_says_what_a_boot_would_do(lab: Lab, version: int) -> None:
     """Found, supported and pending; a boot that may not migrate would be refused."""
     await lab.reach(version)
-    pending = (TWO[1],)[version - 1 :]
-    assert await inspected(lab) == SchemaStatus(version, 2, pending, (), None)
+    pending = tuple(name for _, name in HISTORY[version:])
+    assert await inspected(lab) == SchemaStatus(version, NEWEST, pending, (), None)
     refusal = (await inspected(lab, migrate=False)).refusal
-    assert (refusal is None) == (version == 2)
+    assert (refusal is None) == (version == NEWEST)
 
 
 async def test_an_inspection_tells_of_every_difference(lab: Lab) -> None:
     """Drift and what is extra, each with its object, and the refusal in a boot's own words."""
-    await lab.reach(2)
+    await lab.reach(NEWEST)
     await lab.execute("drop index idx_runtime_jobs_status; alter table runtime_jobs add column note text")
     status = await inspected(lab)
     assert [difference.object for difference in status.differences] == [
@@ -465,6 +466,6 @@ async def test_an_inspection_of_nothing_and_of_something_foreign(lab: Lab) -> No
     assert (await lab.rows("select 1 as one")) == [{"one": 1}]
     await lab.execute("create table jobs (x text)")
     status = await inspected(lab)
-    assert (status.found, status.pending, status.refusal) == (0, (ONE[1], TWO[1]), None)
+    assert (status.found, status.pending, status.refusal) == (0, tuple(name for _, name in HISTORY), None)
     await lab.execute("create table runtime_jobs (x text)")
     assert "runtime_jobs" in str((await inspected(lab)).refusal)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from runtime_repo import AttemptStatus, UnsuitableDatabaseError
-from tests.schema.lab import LEDGER, ONE, TWO, Lab, Rebuild, Row, SqliteLab, Words, on_sqlite
+from tests.schema.lab import LEDGER, TWO, Lab, Rebuild, Row, SqliteLab, Words, on_sqlite
 from tests.schema.version_1 import SOON, TABLES
+from tests.versions import HISTORY, NEWEST
 
 # What version 2 adds to each table, and what it finds there in a row of version 1.
 ADDED: Mapping[str, Row] = {
@@ -49,7 +50,7 @@ async def test_every_row_of_version_1_survives_the_upgrade(lab: Lab) -> None:
     assert all(before.values())
 
     started = await lab.now_ms()
-    report = await lab.boot()
+    report = await lab.ship(lab.migrations[:2])
     ended = await lab.now_ms()
 
     assert (report.from_version, report.to_version, report.tolerated) == (1, 2, ())
@@ -166,7 +167,7 @@ async def test_what_version_1_left_ambiguous_is_repaired(lab: Lab, case: Ambiguo
     before = await lab.rows(f"{others} order by 1")
 
     started = await lab.now_ms()
-    await lab.boot()
+    await lab.ship(lab.migrations[:2])
     ended = await lab.now_ms()
 
     [repaired] = await lab.rows("select * from runtime_attempts where attempt_id = 'it'")
@@ -188,7 +189,7 @@ async def test_a_lease_on_no_attempt_is_deleted(lab: Lab) -> None:
     await lab.reach(1)
     before = await lab.all("runtime_leases")
     await lab.execute(f"insert into runtime_leases values ('lost', 'nowhere', 'worker', {SOON}, 1, 4)")
-    await lab.boot()
+    await lab.ship(lab.migrations[:2])
     assert await lab.all("runtime_leases") == [lease | ADDED["runtime_leases"] for lease in before]
 
 
@@ -226,8 +227,8 @@ async def test_an_empty_version_1_is_upgraded_too(lab: Lab) -> None:
     await lab.reach(1)
     for table in TABLES:
         await lab.execute(f"delete from {table}")
-    assert (await lab.boot()).to_version == 2
-    assert await lab.recorded() == [ONE, TWO]
+    assert (await lab.boot()).to_version == NEWEST
+    assert await lab.recorded() == HISTORY
 
 
 LONG = "ü" * 512 + "x"  # 513 characters
@@ -264,7 +265,7 @@ async def test_an_id_that_is_too_long_is_refused_before_anything_is_done(
     assert problem.startswith("1 rows have ")
     assert all(word in problem for word in (table, column, "512 characters", f"{key!r}"))
     await lab.execute(f"update {table} set {column} = '{FITS}' where {column} = '{LONG}'")
-    assert (await lab.boot()).to_version == 2
+    assert (await lab.boot()).to_version == NEWEST
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ async def test_an_empty_key_is_refused_before_anything_is_done(lab: Lab, table: 
     (problem,) = (await lab.refused(UnsuitableDatabaseError)).problems
     assert problem.startswith(f"1 rows have an empty {key} in {table}, ")
     await lab.execute(f"update {table} set {key} = 'mended' where {key} = ''")
-    assert (await lab.boot()).to_version == 2
+    assert (await lab.boot()).to_version == NEWEST
 
 
 async def test_the_last_number_of_tries_is_kept(lab: Lab) -> None:
