@@ -60,10 +60,19 @@ class Looks:
             await finish(rolled_back(connection))
 
     async def recognize(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look | None:
-        """The look, in two round trips, if the catalog's text is that of a version shipped."""
-        text = await self._text(connection, shipped)
+        """
+        The look, in two round trips, if the catalog's text is that of a version shipped.
+
+        Where strangers own what is all as we made it, one more tells who they are.
+        """
+        text, is_trusted = await self._text(connection, shipped)
         catalog = next((catalog for catalog in shipped if catalog.fingerprint == text), None)
-        return Look(await self._ledger(connection), catalog) if catalog else None
+        if catalog is None:
+            return None
+        if is_trusted:
+            return Look(await self._ledger(connection), catalog)
+        around, _ = await self.look_around(connection, shipped)
+        return None if around.problems else replace(around, ledger=await self._ledger(connection), catalog=catalog)
 
     async def look_around(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Look, bool]:
         """
@@ -123,12 +132,13 @@ class Looks:
             around, is_readable = await self.look_around(connection, shipped)
         if not catalog.has_ledger or not is_readable:
             return replace(around, catalog=catalog, namespace=bool(rows))
-        ledger, text = await self._ledger(connection), await self._text(connection, shipped)
+        ledger = await self._ledger(connection)
+        text, _ = await self._text(connection, shipped)
         known = next((catalog for catalog in shipped if catalog.fingerprint == text), Catalog(tables, text))
         return replace(around, ledger=ledger, catalog=known)
 
-    async def _text(self, connection: "Connection", shipped: Sequence[Catalog]) -> str:
-        """The fingerprint of the live catalog, unprepared, which saves a round trip."""
+    async def _text(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[str, bool]:
+        """The fingerprint of the live catalog, and whether no stranger owns a part; unprepared: one round trip."""
         names = ", ".join(_literal(name) for name in self._qualified(sorted(shipped[-1].tables)))
         query = self.queries["schema.look"].replace("$1", f"array[{names}]")
         return fingerprint(await _copied(connection.copy_from_query, query))

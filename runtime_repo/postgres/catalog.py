@@ -33,10 +33,15 @@ def ledger_from_csv(text: str) -> Ledger | None:
     return tuple(sorted(rows, key=lambda row: row.version))
 
 
-def fingerprint(text: str) -> str:
-    """Identify the raw text of our relations, as COPY tells it, in whatever order PostgreSQL keeps their parts."""
-    parts = (r"\n".join(sorted(part.split(r"\n"))) for part in text.rstrip("\n").split("\t"))
-    return hashlib.sha256("\t".join(parts).encode()).hexdigest()
+def fingerprint(text: str) -> tuple[str, bool]:
+    """
+    Identify the raw text of our relations, as COPY tells it, in whatever order PostgreSQL keeps their parts; and say
+    whether no stranger owns the schema or one of them, which the first two parts tell.
+    """
+    namespace, relations, *parts = (part.split(r"\n") for part in text.rstrip("\n").split("\t"))
+    owned = [[line.removesuffix(" stranger") for line in part] for part in (namespace, relations)]
+    sorted_text = "\t".join(r"\n".join(sorted(part)) for part in (*owned, *parts))
+    return hashlib.sha256(sorted_text.encode()).hexdigest(), owned == [namespace, relations]
 
 
 def tables_from_rows(rows: Sequence[Row], attached: Sequence[Row]) -> Mapping[str, Table] | None:

@@ -134,7 +134,7 @@ select pg_catalog.to_regnamespace($1::pg_catalog.text) is not null as namespace,
 -- reads the catalogs only: to name a table may run what its owner has planted, in a view or in the expressions of an index
 -- or of statistics. So who owns the schema and the tables, and what the session's path names before pg_catalog, is a part
 -- of the text; the path is read as it is written, for a schema that it names may be created later. What is seldom is only
--- in the text where it is: a stranger's table is never recognized. Its cost is planning and page faults on a fresh
+-- in the text where it is. Its cost is planning and page faults on a fresh
 -- connection, so it has no joins and makes no records, every operator and type is the one that an index of the catalogs has
 -- (an oid compared to a regclass costs 0.2 ms), and an index is not named (0.3 ms): an equal one under another name serves.
 -- pg_get_expr locks the table that it is about, so while somebody changes that table the statement gives up soon.

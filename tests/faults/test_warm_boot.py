@@ -11,6 +11,7 @@ import pytest
 
 from runtime_repo import MigrationError, SchemaError
 from runtime_repo.catalog import LEDGER
+from runtime_repo.schema import load_migrations
 from tests.faults.conftest import POSTGRES_ONLY, PostgresLab, lab_on
 from tests.postgres_server import PostgresServer
 from tests.versions import NEWEST
@@ -88,6 +89,27 @@ async def test_a_warm_boot_is_one_connection_and_two_round_trips(
     assert [f"application_name={lab.place.schema}" in line for line in opened] == [True]
     # Closing says goodbye and runs nothing.
     assert statements(server.log, lab.place.schema, start) == looks
+
+
+async def test_a_worker_of_another_role_than_the_owner_boots_in_three_round_trips(
+    lab: PostgresLab, server: PostgresServer
+) -> None:
+    """As the README's roles are: the third statement asks who the owner is, who is reported."""
+    owner = f"{lab.place.schema[-40:]}_owner"
+    await lab.lay(NEWEST)
+    worker = await reader_of(lab, server)
+    tables = load_migrations("postgres")[-1].catalog.tables
+    changes = [f"schema {lab.place.schema}", *(f"table {lab.place.schema}.{table}" for table in tables)]
+    await lab.execute(f"create role {owner};" + "".join(f"alter {change} owner to {owner};" for change in changes))
+    try:
+        start = server.log.stat().st_size
+        async with worker.repository() as repository:
+            catalog, around, ledger = statements(server.log, lab.place.schema, start)
+        assert [told.object for told in repository.boot_report.tolerated] == [f"schema {lab.place.schema}"]
+        assert owner in str(repository.boot_report.tolerated[0].found)
+    finally:
+        await lab.execute(f"reassign owned by {owner} to postgres; drop owned by {owner}; drop role {owner}")
+    assert (catalog[:4], around[:4], ledger[:4]) == ("copy", "with", "copy")
 
 
 async def test_the_log_shows_what_a_cold_boot_does(lab: PostgresLab, server: PostgresServer) -> None:
