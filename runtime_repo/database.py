@@ -227,8 +227,8 @@ class Database(Source, Protocol):
         """
         ...
 
-    async def lock_holder(self) -> LockHolder | None:
-        """Who holds what a try could not get; None where that can't be known."""
+    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:
+        """Who holds what a try could not get; None where that can't be known. *apart* is beside a boot."""
         ...
 
     async def take_backup(self, from_version: int) -> Path | None:
