@@ -25,14 +25,12 @@ from runtime_repo.records import (
     AttemptStatus,
     Lease,
     NewAttempt,
-    Page,
     QueueStats,
-    RetryPolicy,
     attempt_from_row,
-    page,
-    readable,
     stats_from_row,
 )
+from runtime_repo.retry import RetryPolicy
+from runtime_repo.rows import Page, page, readable
 from runtime_repo.values import (
     as_read,
     canonical,
