@@ -51,8 +51,7 @@ class Queries(Protocol):
         """
         Run a named query as one atomic step and return its rows.
 
-        A caller that is cancelled does not know whether it has happened. But it is over: nothing of it happens any more
-        once a later query has begun.
+        A cancelled query may have taken effect, but it has finished before the next one starts.
         """
         ...
 

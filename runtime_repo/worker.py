@@ -100,7 +100,7 @@ class Worker:
             can.
 
     Raises:
-        ConfigurationError: An argument cannot be meant.
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(
