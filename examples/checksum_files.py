@@ -2,8 +2,9 @@
 Compute the SHA-256 of every file below a folder, with several processes that share the work through one database.
 
 The workers boot at the same moment on a database that need not exist yet: one of them migrates it, the others wait.
-Each file is one attempt. A worker claims a few, keeps their leases while it computes, and completes them. When it is
-killed half-way, the others take over once its leases have run out. The output is what ``sha256sum -c`` reads.
+Each file is one attempt. The library's worker claims a few, keeps their leases while they are computed, and completes
+them. When it is killed half-way, the others take over once its leases have run out. The output is what
+``sha256sum -c`` reads.
 """
 
 import asyncio
@@ -23,14 +24,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from runtime_repo import Attempt, Lease, LeaseLostError, RuntimeRepoError, RuntimeRepository, repository_from_url
+from runtime_repo import Attempt, Lease, RuntimeRepoError, RuntimeRepository, Worker, repository_from_url
 
-BATCH, PAGE = 8, 500
+AT_ONCE, PAGE = 4, 500
 CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # removes the progress bar
 PAUSE = 0.1  # seconds before an idle process looks again
 
@@ -82,12 +84,32 @@ async def boot_and_work(parent: Connection, args: Namespace, queue: str, worker_
         return
     async with repo:
         say(parent, boot_of(repo, started))
-        while not parent.poll():
-            leases = await repo.leases.claim(worker_id, queues=queue, limit=BATCH, ttl=args.ttl)
-            if leases:
-                await compute_all(repo, leases, args.ttl)
-            elif not await repo.leases.requeue_expired():
-                await asyncio.sleep(PAUSE)
+        worker = Worker(
+            repo,
+            handler=partial(compute, repo),
+            worker_id=worker_id,
+            queues=queue,
+            concurrency=AT_ONCE,
+            ttl=args.ttl,
+            retry=None,  # a file that cannot be read is not tried again
+            grace=timedelta(0),
+            sweep_every=args.ttl / 5,
+            signals=(),
+        )
+        loop = asyncio.get_running_loop()
+        loop.add_reader(parent.fileno(), worker.stop)
+        try:
+            await worker.run()
+        finally:
+            loop.remove_reader(parent.fileno())
+
+
+async def compute(repo: RuntimeRepository, lease: Lease) -> object:
+    """What a worker does with an attempt, while its lease is kept: the result is the checksum."""
+    try:
+        return await asyncio.to_thread(checksum, Path(path_of(lease.attempt)))
+    except OSError as error:
+        return await repo.attempts.fail(lease, error.strerror or str(error))
 
 
 def say(pipe: Connection, words: str, error: str = "") -> None:
@@ -111,35 +133,6 @@ def boot_of(repo: RuntimeRepository, started: float) -> str:
     return f"{schema:<16} {time.monotonic() - started:>6.3f} s {report.waited:>6.3f} s"
 
 
-async def compute_all(repo: RuntimeRepository, leases: Sequence[Lease], ttl: timedelta) -> None:
-    """Finish one attempt after the other, while the leases on all of them are kept."""
-    held = {lease.lease_id: lease for lease in leases}
-    beating = asyncio.create_task(keep(repo, held, ttl))
-    for lease in leases:
-        if lease.lease_id not in held:
-            continue
-        with contextlib.suppress(LeaseLostError):  # somebody else computes it by now
-            try:
-                result = await asyncio.to_thread(checksum, Path(path_of(lease.attempt)))  # the loop is free to beat
-            except OSError as error:
-                await repo.attempts.fail(lease, error.strerror or str(error))  # for good: it is not tried again
-            else:
-                await repo.attempts.complete(lease, result)
-        held.pop(lease.lease_id, None)
-    beating.cancel()
-
-
-async def keep(repo: RuntimeRepository, held: dict[str, Lease], ttl: timedelta) -> None:
-    """Beat three times in a lease's length, and let go of a lease that could not be kept: it will be another's."""
-    while True:
-        await asyncio.sleep(ttl.total_seconds() / 3)
-        for lease in list(held.values()):
-            try:
-                await repo.leases.heartbeat(lease, ttl=ttl)
-            except RuntimeRepoError:
-                held.pop(lease.lease_id, None)
-
-
 def checksum(path: Path) -> dict[str, str | int]:
     """Read a file, which has to stay as it is until the end."""
     with path.open("rb") as file:
@@ -152,7 +145,7 @@ def checksum(path: Path) -> dict[str, str | int]:
 
 
 @dataclass
-class Worker:
+class Process:
     process: BaseProcess
     pipe: Connection
     worker_id: str = ""
@@ -160,10 +153,10 @@ class Worker:
 
 
 @contextlib.contextmanager
-def running_workers(args: Namespace, queue: str) -> Iterator[Sequence[Worker]]:
+def running_workers(args: Namespace, queue: str) -> Iterator[Sequence[Process]]:
     """Start the processes, have all of them boot at one moment, and see them off at the end."""
     context = multiprocessing.get_context("spawn")
-    workers: list[Worker] = []
+    workers: list[Process] = []
     try:
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is the parent's
         for _ in range(args.workers):
@@ -171,7 +164,7 @@ def running_workers(args: Namespace, queue: str) -> Iterator[Sequence[Worker]]:
             process = context.Process(target=worker_process, args=(theirs, args, queue))
             process.start()
             theirs.close()  # only the worker holds it now, so the pipe ends with the worker
-            workers.append(Worker(process, ours))
+            workers.append(Process(process, ours))
         signal.signal(signal.SIGINT, interrupt)
         for worker in workers:
             worker.worker_id = hear(worker.pipe)
@@ -191,7 +184,7 @@ def running_workers(args: Namespace, queue: str) -> Iterator[Sequence[Worker]]:
             worker.process.kill()
 
 
-async def have_computed(args: Namespace, run_id: str, paths: list[str], workers: Sequence[Worker]) -> list[Attempt]:
+async def have_computed(args: Namespace, run_id: str, paths: list[str], workers: Sequence[Process]) -> list[Attempt]:
     """Enqueue every path, wait until all attempts are final, and return them in the order of the paths."""
     started = time.monotonic()
     ids = [f"{run_id}-{number:09}" for number in range(len(paths) + 1)]  # the order of ids is the order of paths
@@ -294,7 +287,7 @@ def show_progress(done: int, total: int, size: int, seconds: float) -> None:
         print(CLEAR + line[: (os.get_terminal_size(2).columns or 80) - 1], end="", file=sys.stderr, flush=True)
 
 
-def print_table(boot: str, workers: Sequence[Worker], done: Sequence[Attempt], size: int, seconds: float) -> None:
+def print_table(boot: str, workers: Sequence[Process], done: Sequence[Attempt], size: int, seconds: float) -> None:
     """Tell who migrated, how long each boot took and waited, and who computed how much."""
     files = Counter(attempt.worker_id for attempt in done)
     table = [f"{CLEAR}{'process':<28} {'schema':<16} {'boot':>8} {'waited':>8} {'files':>8}"]

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import asyncpg
 
-from .drivers import Place
+from tests.place import Place
+
 from .peers import DISTRIBUTIONS
 from .shared import circumstances, own_database, postgres_server, table, turns
 from .storm import LIFETIME, contender, timed
@@ -37,7 +38,9 @@ from .storm import LIFETIME, contender, timed
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
-    from .drivers import Backend, Kind
+    from runtime_repo.database import Backend
+
+    from .drivers import Kind
 
 HEAD = ("boot", "backend", "against", "ours", "theirs", "ratio", "limit", "runs", "result")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -194,7 +197,7 @@ class SqliteVenue:
         return Place(self.backend, str(Path(tempfile.mkdtemp(dir=self._folder), "bench.db")), "main")
 
     async def clear(self, place: Place) -> None:
-        shutil.rmtree(Path(place.url).parent)
+        shutil.rmtree(Path(place.where).parent)
 
     async def calm(self) -> None:
         """Nothing outlives the processes."""

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from runtime_repo import RuntimeRepository
+    from runtime_repo.database import Backend
 
     from .contenders import Ours, PostgresBare, SqliteBare
-    from .drivers import Backend
     from .race import Turn
 
 QUEUES = {"one queue": (QUEUE,), "four queues": (QUEUE, "mail", "reports", "images")}

@@ -19,8 +19,9 @@ import aiosqlite
 import asyncpg
 
 from runtime_repo import PostgresRuntimeRepository, SqliteRuntimeRepository
+from runtime_repo.database import Backend
+from tests.place import Place
 
-Backend = Literal["postgres", "sqlite"]
 Kind = Literal["warm", "cold", "storm"]
 Boot = Callable[[], Awaitable[None] | None]
 
@@ -30,15 +31,6 @@ _RECORD = "insert into {schema}.runtime_schema_migrations (version, name, applie
 # Durability is left at SQLite's default, as the library leaves it.
 _PATIENCE = 60.0
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a boot happens: a schema in a database, or a file."""
-
-    backend: Backend
-    url: str
-    schema: str
 
 
 @dataclass(frozen=True)
@@ -81,9 +73,9 @@ def statements(text: str) -> list[str]:
 def ours(place: Place) -> Boot:
     async def boot() -> None:
         if place.backend == "postgres":
-            await (await PostgresRuntimeRepository(place.url, schema=place.schema)).close()
+            await (await PostgresRuntimeRepository(place.where, schema=place.schema)).close()
         else:
-            await (await SqliteRuntimeRepository(place.url)).close()
+            await (await SqliteRuntimeRepository(place.where)).close()
 
     return boot
 
@@ -98,7 +90,7 @@ def _postgres_warm(place: Place) -> Boot:
     look = _LOOK.replace("{schema}", f'"{place.schema}"')
 
     async def boot() -> None:
-        connection = await asyncpg.connect(place.url)
+        connection = await asyncpg.connect(place.where)
         try:
             await connection.fetch(look)
         finally:
@@ -112,7 +104,7 @@ def _postgres_cold(place: Place, *, locked: bool) -> Boot:
     ddl = _ddl("postgres", schema)
 
     async def boot() -> None:
-        connection = await asyncpg.connect(place.url)
+        connection = await asyncpg.connect(place.where)
         try:
             async with connection.transaction():
                 if locked:
@@ -132,7 +124,7 @@ def _sqlite_warm(place: Place) -> Boot:
     look = _LOOK.replace("{schema}", "main")
 
     async def boot() -> None:
-        async with aiosqlite.connect(place.url, isolation_level=None) as connection:
+        async with aiosqlite.connect(place.where, isolation_level=None) as connection:
             await connection.execute_fetchall(look)
 
     return boot
@@ -142,7 +134,7 @@ def _sqlite_cold(place: Place, *, locked: bool) -> Boot:
     ddl = [statement for step in _ddl("sqlite", "main") for statement in statements(step)]
 
     async def boot() -> None:
-        async with aiosqlite.connect(place.url, isolation_level=None, timeout=_PATIENCE) as connection:
+        async with aiosqlite.connect(place.where, isolation_level=None, timeout=_PATIENCE) as connection:
             await _switch_to_wal(connection)
             await connection.execute_fetchall("begin immediate")
             look = f"pragma main.table_info({LEDGER})"

@@ -22,7 +22,10 @@ from urllib.parse import quote
 from .drivers import scripts, statements
 
 if TYPE_CHECKING:
-    from .drivers import Backend, Boot, Place
+    from runtime_repo.database import Backend
+    from tests.place import Place
+
+    from .drivers import Boot
 
 DISTRIBUTIONS = (
     "alembic",
@@ -78,10 +81,10 @@ def _alembic(place: Place, *, lock: bool) -> Boot:
     config = import_module("alembic.config").Config()
     config.set_main_option("script_location", _script_folder(place.backend).name.replace("%", "%%"))
     if place.backend == "postgres":
-        url = import_module("sqlalchemy").make_url(place.url).set(drivername="postgresql+psycopg")
+        url = import_module("sqlalchemy").make_url(place.where).set(drivername="postgresql+psycopg")
         schema, version_schema = f'"{place.schema}"', place.schema
     else:
-        url, schema, version_schema = f"sqlite:///{place.url}", "main", None
+        url, schema, version_schema = f"sqlite:///{place.where}", "main", None
     config.attributes.update(url=url, schema=schema, version_schema=version_schema, lock=lock)
 
     def boot() -> None:
@@ -111,9 +114,9 @@ def _dbos(place: Place) -> Boot:
 
     def boot() -> None:
         if place.backend == "postgres":
-            migrate(place.url, schema=place.schema)
+            migrate(place.where, schema=place.schema)
         else:
-            migrate(f"sqlite:///{place.url}")
+            migrate(f"sqlite:///{place.where}")
 
     return boot
 
@@ -121,11 +124,11 @@ def _dbos(place: Place) -> Boot:
 def _langgraph(place: Place) -> Boot:
     if place.backend == "postgres":
         saver = import_module("langgraph.checkpoint.postgres.aio").AsyncPostgresSaver
-        joint = "&" if "?" in place.url else "?"
-        target = f"{place.url}{joint}options={quote(f'-csearch_path={place.schema}')}"
+        joint = "&" if "?" in place.where else "?"
+        target = f"{place.where}{joint}options={quote(f'-csearch_path={place.schema}')}"
     else:
         saver = import_module("langgraph.checkpoint.sqlite.aio").AsyncSqliteSaver
-        target = place.url
+        target = place.where
 
     async def boot() -> None:
         async with saver.from_conn_string(target) as opened:
@@ -135,5 +138,5 @@ def _langgraph(place: Place) -> Boot:
 
 
 def _create_schema(place: Place) -> None:
-    with closing(import_module("psycopg").connect(place.url, autocommit=True)) as connection:
+    with closing(import_module("psycopg").connect(place.where, autocommit=True)) as connection:
         connection.execute(f'create schema if not exists "{place.schema}"')

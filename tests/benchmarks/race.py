@@ -13,8 +13,9 @@ from .shared import turns
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from runtime_repo.database import Backend
+
     from .contenders import Store
-    from .drivers import Backend
 
     Turn = Callable[[], Awaitable[float]]
     Clear = Callable[[], Awaitable[None]]

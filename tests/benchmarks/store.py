@@ -39,8 +39,9 @@ from .waiting import Patience, waiting_on_postgres, waiting_on_sqlite
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from runtime_repo.database import Backend
+
     from .contenders import Store
-    from .drivers import Backend
 
 SERVER = {"autovacuum_naptime": "5s", "shared_buffers": "512MB"}
 """As the README advises where much goes through, and with more than the tests' own memory."""

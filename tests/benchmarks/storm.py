@@ -15,10 +15,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
+from tests.place import Place
+
 from . import drivers
 
 if TYPE_CHECKING:
-    from .drivers import Boot, Kind, Place
+    from .drivers import Boot, Kind
 
 # Each process ends itself after so many seconds, whatever it waits for; so everything here is bounded.
 LIFETIME = 60
@@ -94,7 +96,7 @@ def _boot_and_exit(boot: Boot, tell_ready: int, gate: int, tell_result: int) -> 
 
 def main() -> None:
     request = json.load(sys.stdin)
-    boot = contender(request["name"], "storm", drivers.Place(**request["place"]))
+    boot = contender(request["name"], "storm", Place(**request["place"]))
     seconds, errors = rage(boot, request["count"])
     json.dump({"seconds": seconds, "errors": errors}, sys.stdout)
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from runtime_repo import Lease, RuntimeRepository
-
-    from .drivers import Backend
+    from runtime_repo.database import Backend
 
 STATEMENTS = Limit(1.0, at_most=True)
 PROCESSOR = Limit(1.0, at_most=True)

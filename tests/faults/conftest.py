@@ -22,7 +22,7 @@ import pytest
 from runtime_repo import RuntimeRepository, SchemaOutOfDateError, SchemaReport
 from runtime_repo.catalog import LEDGER
 from runtime_repo.schema import Migration, Policy, ensure_schema, load_migrations
-from tests.faults.processes import Place
+from tests.place import Place
 from tests.postgres_server import PostgresServer
 
 # Written out: if it changed, two releases would no longer exclude each other.

@@ -10,7 +10,8 @@ from multiprocessing.context import ForkServerProcess
 import pytest
 
 from tests.faults.conftest import Lab, PostgresLab, lab_on, on_postgres
-from tests.faults.processes import PROCESSES, Place, race
+from tests.faults.processes import PROCESSES, race
+from tests.place import Place
 from tests.postgres_server import PostgresServer
 from tests.versions import RECORDED
 

@@ -19,7 +19,7 @@ from tests.faults.conftest import Lab, PostgresLab, SqliteLab, eventually, on_po
 HEAD = """
 import asyncio, gc, os, sys
 from runtime_repo import *
-from tests.faults.processes import Place
+from tests.place import Place
 
 place = {place!r}
 loop = asyncio.new_event_loop()

@@ -11,7 +11,7 @@ import pytest
 from runtime_repo import SchemaLockTimeoutError
 from runtime_repo.sqlite.connection import Connection, Hop
 from tests.faults.conftest import Lab, SqliteLab
-from tests.faults.processes import Place
+from tests.place import Place
 from tests.versions import NEWEST
 
 FAR = 1_000

@@ -256,7 +256,7 @@ async def test_a_forgotten_close_does_not_keep_the_process_alive(lab: Lab, kept:
     """The process ends by itself, with a warning, also when a module still refers to the repository."""
     program = f"""
 import asyncio
-from tests.faults.processes import Place
+from tests.place import Place
 
 async def main():
     {"global repository" if kept == "global" else ""}

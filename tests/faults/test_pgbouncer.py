@@ -15,7 +15,7 @@ import pytest
 from runtime_repo import PostgresRuntimeRepository
 from runtime_repo.postgres import database, notifications
 from tests.faults.conftest import POSTGRES_ONLY, PostgresLab, eventually, in_ci
-from tests.faults.processes import Place
+from tests.place import Place
 from tests.postgres_server import PostgresServer
 from tests.privileges import reachable_folder, stand_in
 from tests.versions import NEWEST

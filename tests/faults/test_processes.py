@@ -10,7 +10,8 @@ import pytest
 
 from runtime_repo import DatabaseUnavailableError, SchemaLockTimeoutError, SchemaReport
 from tests.faults.conftest import Lab, PostgresLab, SqliteLab, lab_on, on_postgres
-from tests.faults.processes import PROCESSES, Moment, Place, boot_together, meet_at, stall_for_ever
+from tests.faults.processes import PROCESSES, boot_together, meet_at, stall_for_ever
+from tests.place import Moment, Place
 from tests.postgres_server import PostgresServer
 from tests.versions import NEWEST
 

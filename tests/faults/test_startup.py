@@ -11,7 +11,7 @@ import pytest
 
 from runtime_repo import DatabaseUnavailableError, PostgresRuntimeRepository
 from tests.faults.conftest import PostgresLab, closing, eventually, lab_on, on_postgres
-from tests.faults.processes import Place
+from tests.place import Place
 from tests.postgres_server import PostgresServer
 from tests.versions import NEWEST
 

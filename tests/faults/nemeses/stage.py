@@ -25,7 +25,8 @@ import asyncpg
 from runtime_repo import RuntimeRepository
 from tests.faults.nemeses.network import Network
 from tests.faults.nemeses.workload import Load, Role, run
-from tests.faults.processes import PROCESSES, Place
+from tests.faults.processes import PROCESSES
+from tests.place import Place
 from tests.postgres_server import PostgresServer
 
 TABLES = (

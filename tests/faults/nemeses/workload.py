@@ -42,7 +42,7 @@ from runtime_repo import (
 from runtime_repo.attempts import Attempts
 from runtime_repo.leases import Leases
 from tests.faults.nemeses.history import History
-from tests.faults.processes import Place
+from tests.place import Place
 
 Role = Literal["worker", "rogue", "producer"]
 
