@@ -1,4 +1,4 @@
-"""PostgreSQL: whatever is invalid or cannot be reached is refused in one line; awkward valid names and settings work."""
+"""PostgreSQL: what is invalid or cannot be reached is refused in one line; awkward valid names and settings work."""
 
 import pickle
 import secrets
