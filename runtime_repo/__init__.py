@@ -1,5 +1,7 @@
 """A durable store for async workers that brings its own schema to the right version at boot."""
 
+from runtime_repo.api_keys import ApiKey, ApiKeyStatus
+from runtime_repo.audit import AuditEntry
 from runtime_repo.errors import (
     ConfigurationError,
     ConflictError,
@@ -25,26 +27,16 @@ from runtime_repo.errors import (
     UnreadableRowError,
     UnsuitableDatabaseError,
 )
+from runtime_repo.interrupts import Interrupt, InterruptStatus
+from runtime_repo.jobs import Job
 from runtime_repo.postgres import PostgresRuntimeRepository
-from runtime_repo.records import (
-    ApiKey,
-    ApiKeyStatus,
-    Attempt,
-    AttemptStatus,
-    AuditEntry,
-    Interrupt,
-    InterruptStatus,
-    Job,
-    Lease,
-    NewAttempt,
-    Page,
-    QueueStats,
-    RetryPolicy,
-    StepReport,
-)
+from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
+from runtime_repo.retry import RetryPolicy
+from runtime_repo.rows import Page
 from runtime_repo.schema import AppliedMigration, SchemaReport, SchemaStatus
 from runtime_repo.sqlite import SqliteRuntimeRepository
+from runtime_repo.step_reports import StepReport
 from runtime_repo.url import repository_from_url
 from runtime_repo.worker import Handler, Worker
 

@@ -13,19 +13,30 @@ import re
 import secrets
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from functools import partial
 from typing import Self
 
 import anyio
 from anyio.lowlevel import RunVar
 
-from runtime_repo.database import Queries, together
+from runtime_repo.database import Queries, Row, together
 from runtime_repo.errors import ConfigurationError, NotFoundError, OverloadedError
-from runtime_repo.records import ApiKey, ApiKeyStatus, Page, api_key_from_row, page
+from runtime_repo.rows import UNREADABLE, Page, check_types, known_status, page, unreadable
 from runtime_repo.shielding import settle
-from runtime_repo.values import check_after, check_count, check_id, instant_ms, is_text, no_thread, skipped, written
+from runtime_repo.values import (
+    check_after,
+    check_count,
+    check_id,
+    from_ms,
+    instant_ms,
+    is_text,
+    no_thread,
+    skipped,
+    written,
+)
 
-__all__ = ["ApiKeys"]
+__all__ = ["ApiKey", "ApiKeyStatus", "ApiKeys"]
 
 MAX_SECRET_LENGTH = 1024
 
@@ -60,6 +71,24 @@ _turns: RunVar[anyio.CapacityLimiter] = RunVar("runtime_repo.api_keys")
 
 _Cost = tuple[int, int, int]
 """n, r and p."""
+
+
+class ApiKeyStatus(StrEnum):
+    """Whether an API key authenticates."""
+
+    ACTIVE = "active"
+    INACTIVE = "inactive"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """What may be known of an API key: neither its secret nor the hash of it."""
+
+    key_id: str
+    role: str
+    status: ApiKeyStatus
+    created_at: datetime
+    updated_at: datetime
 
 
 class ApiKeys:
@@ -286,3 +315,19 @@ async def _in_turn(work: partial[bytes]) -> bytes:
             return await settle(hashing, within=_LONGEST)
         except RuntimeError as error:
             raise no_thread(error) from error
+
+
+def api_key_from_row(row: Row) -> ApiKey:
+    """An API key from the columns that every statement on API keys returns."""
+    try:
+        key_id, role = row["key_id"], row["role"]
+        check_types((key_id, role), 0)
+        return ApiKey(
+            key_id=key_id,
+            role=role,
+            status=known_status(ApiKeyStatus, row["status"]),
+            created_at=from_ms(row["created_at_ms"]),
+            updated_at=from_ms(row["updated_at_ms"]),
+        )
+    except UNREADABLE as error:
+        raise unreadable("runtime_api_keys", row["key_id"], error) from None

@@ -25,14 +25,12 @@ from runtime_repo.records import (
     AttemptStatus,
     Lease,
     NewAttempt,
-    Page,
     QueueStats,
-    RetryPolicy,
     attempt_from_row,
-    page,
-    readable,
     stats_from_row,
 )
+from runtime_repo.retry import RetryPolicy
+from runtime_repo.rows import Page, page, readable
 from runtime_repo.values import (
     as_read,
     canonical,
@@ -241,7 +239,7 @@ class Attempts:
         them, which may take 3 s beyond *timeout*. *now* is the instant at which the wait begins.
 
         Raises:
-            ConfigurationError: A queue's name or the time-out cannot be meant, or it is called within a transaction.
+            ConfigurationError: A queue's name or the time-out is invalid, or it is called within a transaction.
         """
         names = queue_names(queues)
         begun = time.monotonic()

@@ -1,17 +1,35 @@
 """Audit: who did what to what, and how it went. Entries are added and read; no verb changes or deletes one."""
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from runtime_repo.database import Queries
+from runtime_repo.database import Queries, Row
 from runtime_repo.errors import NotFoundError, UnreadableRowError
-from runtime_repo.records import AuditEntry, Page, audit_entry_from_row, page
-from runtime_repo.values import check_count, check_id, instant_ms, to_json, written
+from runtime_repo.rows import UNREADABLE, Page, check_types, page, unreadable
+from runtime_repo.values import check_count, check_id, from_json, from_ms, instant_ms, to_json, written
 
-__all__ = ["Audit"]
+__all__ = ["Audit", "AuditEntry"]
 
 _FIRST, _LAST = -(2**63), 2**63 - 1
 """Before and after every id and every instant."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """Who did what to what, and how it went, in the application's own words."""
+
+    audit_id: int
+    actor_type: str
+    actor_id: str | None
+    actor_role: str | None
+    action: str
+    resource_type: str
+    resource_id: str | None
+    result: str
+    request_id: str
+    details: Any
+    created_at: datetime
 
 
 class Audit:
@@ -110,3 +128,26 @@ class Audit:
 
 def _maybe_id(name: str, value: str | None) -> str | None:
     return None if value is None else check_id(name, value)
+
+
+def audit_entry_from_row(row: Row) -> AuditEntry:
+    """An audit entry from the columns that every statement on audit entries returns."""
+    try:
+        actor_type, action, resource_type = row["actor_type"], row["action"], row["resource_type"]
+        result, request_id = row["result"], row["request_id"]
+        check_types((actor_type, action, resource_type, result, request_id), row["audit_id"])
+        return AuditEntry(
+            audit_id=row["audit_id"],
+            actor_type=actor_type,
+            actor_id=row["actor_id"],
+            actor_role=row["actor_role"],
+            action=action,
+            resource_type=resource_type,
+            resource_id=row["resource_id"],
+            result=result,
+            request_id=request_id,
+            details=from_json(row["details_json"]),
+            created_at=from_ms(row["created_at_ms"]),
+        )
+    except UNREADABLE as error:
+        raise unreadable("runtime_audit_logs", row["audit_id"], error) from None

@@ -51,8 +51,7 @@ class Queries(Protocol):
         """
         Run a named query as one atomic step and return its rows.
 
-        A caller that is cancelled does not know whether it has happened. But it is over: nothing of it happens any more
-        once a later query has begun.
+        A cancelled query may have taken effect, but it has finished before the next one starts.
         """
         ...
 
@@ -227,8 +226,8 @@ class Database(Source, Protocol):
         """
         ...
 
-    async def lock_holder(self) -> LockHolder | None:
-        """Who holds what a try could not get; None where that can't be known."""
+    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:
+        """Who holds what a try could not get; None where that can't be known. *apart* is beside a boot."""
         ...
 
     async def take_backup(self, from_version: int) -> Path | None:

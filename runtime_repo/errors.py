@@ -290,7 +290,7 @@ class RepositoryClosedError(RuntimeRepoError):
 
 
 class ConfigurationError(RuntimeRepoError, ValueError):
-    """An argument cannot be meant: nothing was opened or written."""
+    """An argument is invalid: wrong type, out of range, or contradictory. Nothing was opened or written."""
 
 
 class UnreadableRowError(RuntimeRepoError):

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 
 from runtime_repo.database import Queries, Row
 from runtime_repo.errors import InvalidTransitionError, NotFoundError, PayloadMismatchError
-from runtime_repo.records import Interrupt, InterruptStatus, Page, interrupt_from_row, page
+from runtime_repo.rows import UNREADABLE, Page, check_types, known_status, page, unreadable
 from runtime_repo.values import (
     as_read,
     canonical,
@@ -17,14 +19,46 @@ from runtime_repo.values import (
     check_id,
     check_key,
     check_same,
+    from_json,
+    from_ms,
     instant_ms,
     json_text,
+    maybe_from_ms,
     new_id,
     skipped,
     written,
 )
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupt", "InterruptStatus", "Interrupts"]
+
+
+class InterruptStatus(StrEnum):
+    """Where an interrupt is in its life. The last two are final."""
+
+    PENDING = "pending"
+    RESUMED = "resumed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """A question that an attempt left behind, and its answer."""
+
+    interrupt_id: str
+    thread_id: str
+    run_id: str
+    attempt_id: str
+    """The attempt that asked."""
+    value: Any
+    """What is asked."""
+    status: InterruptStatus
+    """Whether there is an answer; None is one, too."""
+    created_at: datetime
+    resume_payload: Any
+    """The answer."""
+    resume_payload_hash: str | None
+    """The SHA-256 of the answer's canonical JSON, in hexadecimal; None where there is no answer, or none is known."""
+    resumed_at: datetime | None
 
 
 class Interrupts:
@@ -182,3 +216,24 @@ class Interrupts:
         if not changed and interrupt.status is InterruptStatus.PENDING:
             raise skipped(f"interrupt {interrupt_id!r}")
         return interrupt
+
+
+def interrupt_from_row(row: Row) -> Interrupt:
+    """An interrupt from the columns that every statement on interrupts returns."""
+    try:
+        interrupt_id, thread_id, run_id = row["interrupt_id"], row["thread_id"], row["run_id"]
+        check_types((interrupt_id, thread_id, run_id), 0)
+        return Interrupt(
+            interrupt_id=interrupt_id,
+            thread_id=thread_id,
+            run_id=run_id,
+            attempt_id=row["attempt_id"],
+            value=from_json(row["value_json"]),
+            status=known_status(InterruptStatus, row["status"]),
+            created_at=from_ms(row["created_at_ms"]),
+            resume_payload=from_json(row["resume_payload_json"]),
+            resume_payload_hash=row["resume_payload_hash"],
+            resumed_at=maybe_from_ms(row["resumed_at_ms"]),
+        )
+    except UNREADABLE as error:
+        raise unreadable("runtime_interrupts", row["interrupt_id"], error) from None

@@ -1,13 +1,24 @@
 """Jobs: how each thread is doing, in the application's own words."""
 
+from dataclasses import dataclass
 from datetime import datetime
 
-from runtime_repo.database import Queries
+from runtime_repo.database import Queries, Row
 from runtime_repo.errors import NotFoundError
-from runtime_repo.records import Job, Page, job_from_row, page
-from runtime_repo.values import check_after, check_count, check_id, instant_ms, written
+from runtime_repo.rows import UNREADABLE, Page, check_types, page, unreadable
+from runtime_repo.values import check_after, check_count, check_id, from_ms, instant_ms, written
 
-__all__ = ["Jobs"]
+__all__ = ["Job", "Jobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the application says of a thread: one row for each, with a status in the application's own words."""
+
+    thread_id: str
+    status: str
+    created_at: datetime
+    updated_at: datetime
 
 
 class Jobs:
@@ -68,3 +79,13 @@ class Jobs:
             limit=check_count("limit", limit),
             place=lambda row: row["thread_id"],
         )
+
+
+def job_from_row(row: Row) -> Job:
+    """A job from the columns that every statement on jobs returns."""
+    try:
+        thread_id, status = row["thread_id"], row["status"]
+        check_types((thread_id, status), 0)
+        return Job(thread_id, status, from_ms(row["created_at_ms"]), from_ms(row["updated_at_ms"]))
+    except UNREADABLE as error:
+        raise unreadable("runtime_jobs", row["thread_id"], error) from None

@@ -29,12 +29,10 @@ from runtime_repo.records import (
     Attempt,
     AttemptStatus,
     Lease,
-    Page,
     attempt_from_row,
     lease_from_row,
-    page,
-    readable,
 )
+from runtime_repo.rows import Page, page, readable
 from runtime_repo.shielding import finish
 from runtime_repo.values import (
     check_after,

@@ -341,7 +341,12 @@ class RuntimeRepository(Stores):
         return await ensure_schema(self._database, load_migrations(self._database.backend), self._policy)
 
     async def _join(self, boot: "_Boot") -> None:
-        """Wait for a boot. It counts as successful only when an awaiter has lived to see it."""
+        """
+        Wait for a boot.
+
+        Only an awaiter that is still waiting when boot ends opens the repository; if all were cancelled, what it opened
+        is closed.
+        """
         boot.awaiters += 1
         try:
             either: list[asyncio.Future[Any]] = [boot.task, boot.left_behind]

@@ -354,7 +354,8 @@ async def _inspected(database: Database, catalogs: Sequence[Catalog], patience: 
             return await database.inspect(catalogs)
         except Busy as busy:
             if patience.exhausted:
-                raise SchemaLockTimeoutError(patience.waited, None) from busy.__cause__
+                holder = await database.lock_holder(apart=True)
+                raise SchemaLockTimeoutError(patience.waited, holder) from busy.__cause__
         except Lost as lost:
             losses += 1
             if losses == _LOSSES or patience.exhausted:

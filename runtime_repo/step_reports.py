@@ -1,14 +1,47 @@
 """Step reports: what a worker says it did within an attempt, each stored once."""
 
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from runtime_repo.database import Queries
+from runtime_repo.database import Queries, Row
 from runtime_repo.fencing import check_lease, refused
-from runtime_repo.records import Lease, Page, StepReport, page, step_report_from_row
-from runtime_repo.values import as_read, canonical, check_count, check_id, check_key, check_same, instant_ms, to_json
+from runtime_repo.records import Lease
+from runtime_repo.rows import UNREADABLE, Page, check_types, page, unreadable
+from runtime_repo.values import (
+    as_read,
+    canonical,
+    check_count,
+    check_id,
+    check_key,
+    check_same,
+    from_json,
+    from_ms,
+    instant_ms,
+    to_json,
+)
 
-__all__ = ["StepReports"]
+__all__ = ["StepReport", "StepReports"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a worker reported of one step of an attempt, stored once for each dedupe token."""
+
+    report_id: int
+    """It grows with every report of the same attempt."""
+    attempt_id: str
+    action_id: str
+    status: str
+    """In the worker's own words."""
+    dedupe_token: str
+    payload: Any
+    worker_id: str
+    lease_version: int | None
+    """The fencing token under which it was reported; None from version 1."""
+    created_at: datetime
+    is_duplicate: bool = field(default=False, compare=False)
+    """Whether the ``record`` that returned it found it stored already."""
 
 
 class StepReports:
@@ -93,3 +126,25 @@ class StepReports:
             limit=check_count("limit", limit),
             place=lambda row: row["report_id"],
         )
+
+
+def step_report_from_row(row: Row, *, is_duplicate: bool = False) -> StepReport:
+    """A step report from the columns that every statement on step reports returns."""
+    try:
+        attempt_id, action_id, status = row["attempt_id"], row["action_id"], row["status"]
+        dedupe_token, worker_id, version = row["dedupe_token"], row["worker_id"], row["lease_version"]
+        check_types((attempt_id, action_id, status, dedupe_token, worker_id), row["report_id"] | (version or 0))
+        return StepReport(
+            report_id=row["report_id"],
+            attempt_id=attempt_id,
+            action_id=action_id,
+            status=status,
+            dedupe_token=dedupe_token,
+            payload=from_json(row["payload_json"]),
+            worker_id=worker_id,
+            lease_version=version,
+            created_at=from_ms(row["created_at_ms"]),
+            is_duplicate=is_duplicate,
+        )
+    except UNREADABLE as error:
+        raise unreadable("runtime_step_reports", row["report_id"], error) from None

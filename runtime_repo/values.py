@@ -1,8 +1,8 @@
 """
 Values that cross the border to the database, for every noun: identifiers, numbers, instants, durations and JSON.
 
-Instants are aware ``datetime`` in UTC, durations ``timedelta``; in the database both are milliseconds. What cannot be
-meant is refused here, before anything is written.
+Instants are aware ``datetime`` in UTC, durations ``timedelta``; in the database both are milliseconds. What is
+invalid is refused here, before anything is written.
 """
 
 import json
@@ -219,7 +219,7 @@ def check_choice(name: str, kind: type[S], value: str) -> S:
 
 
 def check_same(kind: str, key: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse what is *given* under a key that was *found* with other content; what is found says what counts."""
+    """Refuse what is *given* under a key *found* with other content; only the fields in *found* are compared."""
     if differing := [name.removesuffix("_json") for name in found if found[name] != given[name]]:
         raise PayloadMismatchError(kind, key, differing)
 

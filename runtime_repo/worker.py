@@ -33,8 +33,9 @@ from runtime_repo.fencing import Holding, ended_by, holding
 from runtime_repo.keeping import is_running
 from runtime_repo.leases import DEFAULT_TTL
 from runtime_repo.outages import Outages
-from runtime_repo.records import DEFAULT_QUEUE, Lease, RetryPolicy
+from runtime_repo.records import DEFAULT_QUEUE, Lease
 from runtime_repo.repository import RuntimeRepository, is_known_to_be_sync
+from runtime_repo.retry import RetryPolicy
 from runtime_repo.shielding import finish
 from runtime_repo.values import check_count, check_id, queue_names, span_ms
 
@@ -99,7 +100,7 @@ class Worker:
             can.
 
     Raises:
-        ConfigurationError: An argument cannot be meant.
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""PostgreSQL: whatever cannot be meant or reached is refused in one line; awkward but valid names and settings work."""
+"""PostgreSQL: what is invalid or cannot be reached is refused in one line; awkward valid names and settings work."""
 
 import pickle
 import secrets
@@ -126,7 +126,7 @@ async def test_a_database_that_no_server_can_have_is_refused(postgres_server: Po
         *({"max_inactive_connection_lifetime": -1}, {"statement_cache_size": "x"}, {"command_timeout": "x"}),
     ],
 )
-async def test_a_pool_option_that_cannot_be_meant_is_refused(postgres_url: str, options: dict[str, Any]) -> None:
+async def test_a_pool_option_that_is_invalid_is_refused(postgres_url: str, options: dict[str, Any]) -> None:
     """Unknown or impossible options of the pool are a configuration error."""
     await refused(ConfigurationError, postgres_url, **options)
 
@@ -152,7 +152,7 @@ async def test_a_server_setting_that_the_server_refuses_is_named(postgres_url: s
         ({"on_drift": "ignore"}, "on_drift is 'ignore': expected 'refuse' or 'warn'"),
     ],
 )
-def test_an_option_that_cannot_be_meant_is_refused_at_construction(options: dict[str, Any], words: str) -> None:
+def test_an_option_that_is_invalid_is_refused_at_construction(options: dict[str, Any], words: str) -> None:
     """The error names the option and its value."""
     with pytest.raises(ConfigurationError) as caught:
         PostgresRuntimeRepository("postgresql://h/db", **options)
@@ -359,7 +359,7 @@ async def test_a_name_of_63_bytes_fits_and_one_of_64_does_not(
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 64, "ü" * 32, "pg_", "pg_x", "pg_temp", "\ud800", None, 3, b"x"])
-def test_a_name_that_cannot_be_meant_is_refused_at_construction(name: object) -> None:
+def test_a_name_that_is_invalid_is_refused_at_construction(name: object) -> None:
     """The error shows the name and says what is expected."""
     with pytest.raises(ConfigurationError, match="expected 1 to 63 bytes of UTF-8") as caught:
         PostgresRuntimeRepository("postgresql://h/db", schema=name)  # type: ignore[arg-type]

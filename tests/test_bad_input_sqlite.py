@@ -1,4 +1,4 @@
-"""SQLite: whatever cannot be meant, opened or read is refused in one line, and nothing is left behind."""
+"""SQLite: whatever is invalid or cannot be opened or read is refused in one line, and nothing is left behind."""
 
 import contextlib
 import os

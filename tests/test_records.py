@@ -64,7 +64,7 @@ def test_a_policy_gives_up_after_its_last_try() -> None:
         ({"max_attempts": 0}, "max_attempts"),
     ],
 )
-def test_a_policy_that_cannot_be_meant_is_refused(wrong: dict[str, Any], word: str) -> None:
+def test_a_policy_that_is_invalid_is_refused(wrong: dict[str, Any], word: str) -> None:
     """At once, not at the first failure."""
     with pytest.raises(ConfigurationError, match=word):
         RetryPolicy(**wrong)

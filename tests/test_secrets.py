@@ -168,7 +168,7 @@ def place(postgres_server: PostgresServer) -> str:
 async def test_what_never_connects_shows_no_password(
     form: Make, place: str, options: dict[str, Any], kind: type[RuntimeRepoError]
 ) -> None:
-    """A DSN that cannot be used, an option that cannot be meant, a server that cannot be reached."""
+    """A DSN that cannot be used, an invalid option, a server that cannot be reached."""
 
     async def boot() -> object:
         return await form(place, "me", **options)

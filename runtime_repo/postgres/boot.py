@@ -2,18 +2,17 @@
 
 import asyncio
 import contextlib
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING
-
-import asyncpg
+from typing import TYPE_CHECKING, Any
 
 from runtime_repo.catalog import LEDGER, Catalog, Ledger, Look
 from runtime_repo.database import Busy, Row
 from runtime_repo.errors import Difference
-from runtime_repo.postgres.catalog import fingerprint, ledger_from_lines, tables_from_rows
+from runtime_repo.postgres.catalog import fingerprint, ledger_from_csv, tables_from_rows
 from runtime_repo.postgres.connections import NO_LIMIT, rolled_back
 from runtime_repo.queries import fill
 from runtime_repo.shielding import finish
@@ -44,14 +43,12 @@ class Looks:
     async def look(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         if problem := _encoding_problem(connection):
             return Look(None, Catalog(), problems=(problem,))
-        if await connection.execute(self.queries["schema.plain"]) == "SELECT 1":
-            # To name a table that is locked waits for it before the statement has set its own limit. The close look,
-            # which has set it by then, finds out whether it is that.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_GLANCE):
-                    look = await self.recognize(connection, shipped)
-                    if look is not None and look.catalog is shipped[-1]:
-                        return look
+        # To name a table that is locked waits for it. The close look, which has a limit, finds out whether it is that.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GLANCE):
+                look = await self.recognize(connection, shipped)
+                if look is not None and look.catalog is shipped[-1]:
+                    return look
         around, is_readable = await self.look_around(connection, shipped)
         if around.problems or not around.names:
             return around
@@ -64,15 +61,18 @@ class Looks:
 
     async def recognize(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look | None:
         """
-        The look, in one statement, if the catalog's text is that of a version shipped.
+        The look, in two round trips, if the catalog's text is that of a version shipped.
 
-        It names the ledger, which must be a table. In a transaction it must have our columns, too.
+        Where strangers own what is all as we made it, one more tells who they are.
         """
-        try:
-            ledger, text = await self._glance(connection, shipped)
-        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.WrongObjectTypeError):
+        text, is_trusted = await self._text(connection, shipped)
+        catalog = next((catalog for catalog in shipped if catalog.fingerprint == text), None)
+        if catalog is None:
             return None
-        return next((Look(ledger, catalog) for catalog in shipped if catalog.fingerprint == text), None)
+        if is_trusted:
+            return Look(await self._ledger(connection), catalog)
+        around, _ = await self.look_around(connection, shipped)
+        return None if around.problems else replace(around, ledger=await self._ledger(connection), catalog=catalog)
 
     async def look_around(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Look, bool]:
         """
@@ -132,17 +132,40 @@ class Looks:
             around, is_readable = await self.look_around(connection, shipped)
         if not catalog.has_ledger or not is_readable:
             return replace(around, catalog=catalog, namespace=bool(rows))
-        ledger, text = await self._glance(connection, shipped)
+        ledger = await self._ledger(connection)
+        text, _ = await self._text(connection, shipped)
         known = next((catalog for catalog in shipped if catalog.fingerprint == text), Catalog(tables, text))
         return replace(around, ledger=ledger, catalog=known)
 
-    async def _glance(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Ledger | None, str]:
-        names = self._qualified(sorted(shipped[-1].tables))
-        (row,) = await connection.fetch(self.queries["schema.look"], names, timeout=NO_LIMIT)
-        return ledger_from_lines(row["ledger"]), fingerprint(row)
+    async def _text(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[str, bool]:
+        """The fingerprint of the live catalog, and whether no stranger owns a part; unprepared: one round trip."""
+        names = ", ".join(_literal(name) for name in self._qualified(sorted(shipped[-1].tables)))
+        query = self.queries["schema.look"].replace("$1", f"array[{names}]")
+        return fingerprint(await _copied(connection.copy_from_query, query))
+
+    async def _ledger(self, connection: "Connection") -> Ledger | None:
+        """The ledger, of a table: COPY has no plan, by which a stranger's code could run."""
+        copy = functools.partial(connection.copy_from_table, LEDGER, schema_name=self._schema, format="csv")
+        return ledger_from_csv(await _copied(copy, columns=["version", "name", "applied_at_ms"]))
 
     def _qualified(self, names: Iterable[str]) -> list[str]:
         return [f"{self.tokens['schema']}.{name}" for name in names]
+
+
+async def _copied(copy: Callable[..., Awaitable[str]], *args: Any, **options: Any) -> str:
+    """What the server copies out."""
+    found = bytearray()
+
+    async def more(data: bytes) -> None:
+        found.extend(data)
+
+    await copy(*args, **options, output=more, timeout=NO_LIMIT)
+    return found.decode()
+
+
+def _literal(text: str) -> str:
+    """As it stands in a statement, whatever the session's settings are."""
+    return "e'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _encoding_problem(connection: "Connection") -> str | None:

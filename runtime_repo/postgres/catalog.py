@@ -1,17 +1,17 @@
 """From what PostgreSQL says about itself to a catalog: pure functions over rows. ``catalog`` compares."""
 
+import csv
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime_repo.catalog import LEDGER, Ledger, LedgerRow, Table
 from runtime_repo.database import Row
 
-__all__ = ["fingerprint", "ledger_from_lines", "tables_from_rows"]
-
-_LEDGER_LINE = re.compile(r"(-?\d+) (-?\d+) (.*)", re.DOTALL)
+__all__ = ["fingerprint", "ledger_from_csv", "tables_from_rows"]
 
 _KINDS = {
     "r": "table",
@@ -24,18 +24,24 @@ _KINDS = {
 }
 
 
-def ledger_from_lines(lines: Iterable[str]) -> Ledger | None:
-    """The ledger's rows, each as one line; None when one of them is not a ledger's."""
-    matches = [_LEDGER_LINE.fullmatch(line) for line in lines]
-    rows = [LedgerRow(int(match[1]), match[3], int(match[2])) for match in matches if match]
-    return tuple(sorted(rows, key=lambda row: row.version)) if len(rows) == len(matches) else None
+def ledger_from_csv(text: str) -> Ledger | None:
+    """The ledger's rows, as COPY tells them; None when one of them is not a ledger's."""
+    try:
+        rows = [LedgerRow(int(version), name, int(instant)) for version, name, instant in csv.reader(io.StringIO(text))]
+    except ValueError:
+        return None
+    return tuple(sorted(rows, key=lambda row: row.version))
 
 
-def fingerprint(row: Row) -> str:
-    """Identify the raw text of our relations, in whatever order PostgreSQL keeps it."""
-    parts = ("relations", "columns", "defaults", "indexes")
-    text = "\n\n".join("\n".join(sorted(row[part])) for part in parts)
-    return hashlib.sha256(text.encode()).hexdigest()
+def fingerprint(text: str) -> tuple[str, bool]:
+    """
+    Identify the raw text of our relations, as COPY tells it, in whatever order PostgreSQL keeps their parts; and say
+    whether no stranger owns the schema or one of them, which the first two parts tell.
+    """
+    namespace, relations, *parts = (part.split(r"\n") for part in text.rstrip("\n").split("\t"))
+    owned = [[line.removesuffix(" stranger") for line in part] for part in (namespace, relations)]
+    sorted_text = "\t".join(r"\n".join(sorted(part)) for part in (*owned, *parts))
+    return hashlib.sha256(sorted_text.encode()).hexdigest(), owned == [namespace, relations]
 
 
 def tables_from_rows(rows: Sequence[Row], attached: Sequence[Row]) -> Mapping[str, Table] | None:

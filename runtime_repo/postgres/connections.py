@@ -182,7 +182,7 @@ class Target:
             alive(connection)
             return connection
         if self._is_tuned:
-            self.new_pool(asyncpg.connect)  # not to be used: it refuses sizes that cannot be meant
+            self.new_pool(asyncpg.connect)  # not to be used: it refuses invalid sizes
         options = {name: value for name, value in self._options.items() if name not in _POOL_OPTIONS}
         return await self.connect(self._dsn, patience=patience, setup=self._setup, **options)
 

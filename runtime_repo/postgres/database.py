@@ -345,8 +345,8 @@ class PostgresDatabase(Unique):
             raise
         finally:
             self._lent.discard(connection)
-        # To hand it to the pool and have it back costs a tenth of a quick statement. So the pool has to wait until the
-        # event loop's next turn: whoever goes on at once takes it from here, unless others want one.
+        # Release and acquire cost about a tenth of a quick query, so the connection is kept for one turn of the loop: a
+        # verb that follows at once reuses it, unless another task waits for one.
         if self._target.can_reuse and self._spare is None and not self._waiting:
             self._spare = connection
             asyncio.get_running_loop().call_soon(self._hand_back, pool)
@@ -732,31 +732,36 @@ class PostgresDatabase(Unique):
         finally:
             await finish(self._roll_back(connection))
 
-    async def inspect(self, shipped: Sequence[Catalog]) -> Look:
+    @contextlib.asynccontextmanager
+    async def _apart(self) -> AsyncIterator["Connection"]:
+        """A connection beside that of a boot which may be under way, or one of the pool's once that has ended."""
         if self._has_booted:
             async with self._acquired() as connection:
-                return await self._inspected(connection, shipped)
+                yield connection
+            return
         answer = await self._try_to_connect(
             asyncio.get_running_loop().time() + self._startup_timeout, self._target.patience(self._startup_timeout)
         )
         if isinstance(answer, RuntimeRepoError):
             raise answer
         try:
-            return await self._inspected(answer, shipped)
+            yield answer
         finally:
             await finish(self._returned(answer))
 
-    async def _inspected(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
+    async def inspect(self, shipped: Sequence[Catalog]) -> Look:
         try:
-            async with self._in_time(self._startup_timeout, "startup_timeout"):
+            async with self._apart() as connection, self._in_time(self._startup_timeout, "startup_timeout"):
                 with self.translated():
                     return await self._looks.look(connection, shipped)
         except DatabaseUnavailableError as error:
             _check_busy(error)
             raise
 
-    async def lock_holder(self) -> LockHolder | None:
-        rows = await self.fetch("schema.lock_holder", _LOCK_CLASS, self._lock_key, self._schema)
+    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:
+        async with self._apart() if apart else self._acquired() as connection:
+            text = self.queries["schema.lock_holder"]
+            rows = await self.answer(connection, connection.fetch, text, _LOCK_CLASS, self._lock_key, self._schema)
         if not rows:
             return None
         row = rows[0]

@@ -167,7 +167,8 @@ class Watch:
 
 class Teller:
     """
-    Tells one thing after the other, and together what came meanwhile, so that nobody has to wait for it.
+    Sends one notification at a time, and nobody waits for it; queues that arrive during a send are merged into
+    the next.
 
     Args:
         send: Tells of some queues.

@@ -47,7 +47,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
         pool_options: Passed to ``asyncpg.create_pool``. ``min_size`` is 0 unless given.
 
     Raises:
-        ConfigurationError: An argument cannot be meant.
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(

@@ -70,37 +70,14 @@ select t.name as "table", i.name, i."unique", i.origin, i.partial, k.name as "co
    and k.key
  order by t.name, i.name, k.seqno;
 
--- name: plain @postgres
--- Whether the look may name the ledger and need not look around: it answers with one row or none, unprepared, for that
--- costs a quarter of a prepared statement. To plan a statement that names a relation may run what its owner has planted,
--- in a view or in the expressions of an index or of statistics; and whoever owns the table or the schema, or may write
--- into the session's path, may plant triggers and the like later. So the owners have to be this role, one that it belongs
--- to (of a superuser pg_has_role would say that of every role), the database's owner or a superuser, of whom pg_has_role
--- says that it is that owner too. The path is read as it is written, for a schema that it names before pg_catalog may be
--- created later.
-select
- where not pg_catalog.row_security_active(
-               pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')::pg_catalog.oid)
-   and pg_catalog.current_setting('search_path') operator(pg_catalog.!~~*) '%_pg_catalog%'::pg_catalog.text
-   and pg_catalog.current_setting('quote_all_identifiers') operator(pg_catalog.=) 'off'::pg_catalog.text
-   and (select pg_catalog.pg_has_role(nspowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
-               or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
-                   and pg_catalog.pg_has_role(nspowner, 'member'::pg_catalog.text))
-          from pg_catalog.pg_namespace
-         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid)
-   and (select relkind operator(pg_catalog.=) 'r'::pg_catalog."char"
-           and (pg_catalog.pg_has_role(relowner, 'pg_database_owner'::pg_catalog.name, 'member'::pg_catalog.text)
-               or (pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
-                   and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)))
-          from pg_catalog.pg_class
-         where oid operator(pg_catalog.=)
-               pg_catalog.to_regclass(e'{schema_text}.runtime_schema_migrations')::pg_catalog.oid);
-
 -- name: surroundings @postgres
--- The same in detail: whether the schema is there ($1, its quoted name), its owner if that is a stranger, which of $2, all
+-- What stands around: whether the schema is there ($1, its quoted name), its owner if that is a stranger, which of $2, all
 -- qualified, are taken in it, the stranger who owns each of them, what row security hides from this role, the session's
 -- path, whether the ledger is a table, and what would run a stranger's code in a statement that does no more than name a
--- table. To ask by name needs no plan, which halves the cost on a fresh connection.
+-- table. Whoever owns a table or the schema may plant triggers and the like at any time: a stranger is who is neither this
+-- role, nor one that it belongs to (of a superuser pg_has_role would say that of every role), nor the database's owner or a
+-- superuser, of whom pg_has_role says that it is that owner too. To ask by name needs no plan, which halves the cost on a
+-- fresh connection.
   with recursive groups (id) as (
        select m.roleid
          from pg_catalog.pg_auth_members as m
@@ -153,42 +130,60 @@ select pg_catalog.to_regnamespace($1::pg_catalog.text) is not null as namespace,
               where e.stxexprs is not null) as traps;
 
 -- name: look @postgres
--- The ledger and the raw catalog text of our relations ($1, qualified names), by which a warm boot recognizes it: one
--- statement. Its cost is planning and page faults on a fresh connection, so it has no joins and makes no records, every
--- operator and type is the one that an index of the catalogs has (an oid compared to a regclass costs 0.2 ms), and an
--- index is not named (0.3 ms): an equal one under another name serves. What is seldom is only in the text where it is: a
--- stranger's table is never recognized. pg_get_expr locks the table that it is about, so
--- while somebody changes that table the statement gives up soon.
-select array(select pg_catalog.concat_ws(' ', version, applied_at_ms, name)
-               from only {schema}.runtime_schema_migrations) as ledger,
-       array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, oid), relkind, relpersistence, relhasrules,
-                                         relhastriggers, relrowsecurity, relchecks, relhassubclass,
-                                         case when relforcerowsecurity then 'forced' end,
-                                         case when relispartition then 'partition' end,
-                                         case when pg_catalog.pg_has_role(
-                                                       relowner, 'pg_database_owner'::pg_catalog.name,
-                                                       'member'::pg_catalog.text)
-                                                or pg_catalog.current_setting('is_superuser')
-                                                       operator(pg_catalog.=) 'off'::pg_catalog.text
-                                               and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)
-                                              then null else 'stranger' end)
-               from pg_catalog.pg_class where oid operator(pg_catalog.=) any (o)) as relations,
-       array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, attrelid), attnum, attname, atttypid,
-                                         atttypmod, attnotnull, attidentity, attgenerated, attcollation,
-                                         case when attinhcount operator(pg_catalog.>) 0 then 'inherited' end)
-               from pg_catalog.pg_attribute
-              where attrelid operator(pg_catalog.=) any (o) and attnum operator(pg_catalog.>) 0) as columns,
-       array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, adrelid), adnum,
-                                         pg_catalog.pg_get_expr(adbin, adrelid))
-               from pg_catalog.pg_attrdef where adrelid operator(pg_catalog.=) any (o)) as defaults,
-       array(select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, indrelid), indisunique, indisprimary,
-                                         indisvalid, indisready, indislive, indimmediate, indnkeyatts, indkey,
-                                         indoption, indclass, indcollation, pg_catalog.pg_get_expr(indexprs, indrelid),
-                                         pg_catalog.pg_get_expr(indpred, indrelid))
-               from pg_catalog.pg_index where indrelid operator(pg_catalog.=) any (o)) as indexes
+-- The raw catalog text of our relations ($1, qualified names), by which a warm boot recognizes it, in one statement that
+-- reads the catalogs only: to name a table may run what its owner has planted, in a view or in the expressions of an index
+-- or of statistics. So who owns the schema and the tables, and what the session's path names before pg_catalog, is a part
+-- of the text; the path is read as it is written, for a schema that it names may be created later. What is seldom is only
+-- in the text where it is. Its cost is planning and page faults on a fresh
+-- connection, so it has no joins and makes no records, every operator and type is the one that an index of the catalogs has
+-- (an oid compared to a regclass costs 0.2 ms), and an index is not named (0.3 ms): an equal one under another name serves.
+-- pg_get_expr locks the table that it is about, so while somebody changes that table the statement gives up soon.
+select (select pg_catalog.concat_ws(' ', pg_catalog.current_setting('search_path') operator(pg_catalog.~~*)
+                                             '%_pg_catalog%'::pg_catalog.text,
+                                    case when pg_catalog.pg_has_role(nspowner, 'pg_database_owner'::pg_catalog.name,
+                                                                     'member'::pg_catalog.text)
+                                           or pg_catalog.current_setting('is_superuser')
+                                                  operator(pg_catalog.=) 'off'::pg_catalog.text
+                                          and pg_catalog.pg_has_role(nspowner, 'member'::pg_catalog.text)
+                                         then null else 'stranger' end)
+          from pg_catalog.pg_namespace
+         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid) as namespace,
+       pg_catalog.array_to_string(array(
+           select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, oid), relkind, relpersistence, relhasrules,
+                                       relhastriggers, relrowsecurity, relchecks, relhassubclass,
+                                       case when relforcerowsecurity then 'forced' end,
+                                       case when relispartition then 'partition' end,
+                                       case when pg_catalog.pg_has_role(
+                                                     relowner, 'pg_database_owner'::pg_catalog.name,
+                                                     'member'::pg_catalog.text)
+                                              or pg_catalog.current_setting('is_superuser')
+                                                     operator(pg_catalog.=) 'off'::pg_catalog.text
+                                             and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)
+                                            then null else 'stranger' end)
+             from pg_catalog.pg_class
+            where oid operator(pg_catalog.=) any (o)), e'\n'),
+       pg_catalog.array_to_string(array(
+           select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, attrelid), attnum, attname, atttypid, atttypmod,
+                                       attnotnull, attidentity, attgenerated, attcollation,
+                                       case when attinhcount operator(pg_catalog.>) 0 then 'inherited' end)
+             from pg_catalog.pg_attribute
+            where attrelid operator(pg_catalog.=) any (o) and attnum operator(pg_catalog.>) 0), e'\n'),
+       pg_catalog.array_to_string(array(
+           select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, adrelid), adnum,
+                                       pg_catalog.pg_get_expr(adbin, adrelid))
+             from pg_catalog.pg_attrdef
+            where adrelid operator(pg_catalog.=) any (o)), e'\n'),
+       pg_catalog.array_to_string(array(
+           select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, indrelid), indisunique, indisprimary,
+                                       indisvalid, indisready, indislive, indimmediate, indnkeyatts, indkey, indoption,
+                                       indclass, indcollation, pg_catalog.pg_get_expr(indexprs, indrelid),
+                                       pg_catalog.pg_get_expr(indpred, indrelid))
+             from pg_catalog.pg_index
+            where indrelid operator(pg_catalog.=) any (o)), e'\n')
   from (select array(select pg_catalog.to_regclass(x)::pg_catalog.oid
                        from pg_catalog.unnest($1::pg_catalog.text[]) as x) as o,
-               pg_catalog.set_config('lock_timeout', '100ms', true) offset 0) as bounded;
+               pg_catalog.set_config('lock_timeout', '100ms', true),
+               pg_catalog.set_config('quote_all_identifiers', 'off', true) offset 0) as bounded
 
 -- name: catalog @postgres
 -- Every relation of the schema $1 that bears one of our names ($2), column by column and index by index, for a catalog

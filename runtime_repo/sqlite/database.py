@@ -481,7 +481,7 @@ class SqliteDatabase(Unique):
         if isinstance(own, Connection):
             own.prove(now=True)
 
-    async def lock_holder(self) -> LockHolder | None:
+    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:  # noqa: ARG002 - nobody can know
         return None
 
     async def ready(self, version: int) -> None:

@@ -42,7 +42,7 @@ class SqliteRuntimeRepository(RuntimeRepository):
             and a DatabaseUnavailableError. Migrations and backups are not limited.
 
     Raises:
-        ConfigurationError: An argument cannot be meant.
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(

@@ -484,7 +484,7 @@ SECRETS: list[tuple[Any, str]] = [
 ]
 
 
-async def test_a_secret_that_cannot_be_meant_is_not_told(repo: RuntimeRepository, scrypt: Scrypt) -> None:
+async def test_a_secret_that_is_invalid_is_not_told(repo: RuntimeRepository, scrypt: Scrypt) -> None:
     """The error names the argument, and of the secret nothing else; nothing is computed or stored."""
     for secret, word in SECRETS:
         with pytest.raises(ConfigurationError, match=f"secret .*{word}") as refused:

@@ -1,4 +1,4 @@
-"""What cannot be meant is refused by every verb, in words that name the argument, before anything is written."""
+"""What is invalid is refused by every verb, in words that name the argument, before anything is written."""
 
 import inspect
 import math
@@ -241,7 +241,7 @@ async def lease(repo: RuntimeRepository, clock: Clock) -> Lease:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-async def test_what_cannot_be_meant_is_refused(repo: RuntimeRepository, lease: Lease, verb: str) -> None:
+async def test_what_is_invalid_is_refused(repo: RuntimeRepository, lease: Lease, verb: str) -> None:
     """Each argument with each wrong value: the error names the argument, and nothing is read or written."""
     call, arguments = VERBS[verb]
     before = await everything(repo)
@@ -268,7 +268,7 @@ def test_every_verb_and_every_argument_is_here(repo: RuntimeRepository) -> None:
         assert {*known[verb].parameters} - {"self"} - ELSEWHERE <= arguments.keys(), verb
 
 
-async def test_the_longest_and_the_last_that_can_be_meant_are_not_refused(repo: RuntimeRepository) -> None:
+async def test_the_longest_and_the_last_that_are_valid_are_not_refused(repo: RuntimeRepository) -> None:
     """Ids of 512 characters, the first and the last millisecond that there are, spans of a thousand years."""
     first, last = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC, microsecond=999_000)
     stored = await repo.attempts.enqueue(

@@ -383,7 +383,7 @@ async def test_connections_that_are_wanted_from_the_start_are_opened_by_the_boot
 
 
 @on_postgres
-async def test_pool_sizes_that_cannot_be_meant_are_refused_by_the_boot(lab: PostgresLab) -> None:
+async def test_pool_sizes_that_are_invalid_are_refused_by_the_boot(lab: PostgresLab) -> None:
     """Not by the first verb, an hour later."""
     wrong: list[dict[str, Any]] = [{"max_size": 0}, {"min_size": 3, "max_size": 2}, {"max_queries": 0}, {"bogus": 1}]
     for options in wrong:

@@ -309,7 +309,7 @@ async def test_a_warm_boot_does_not_wait_for_ever_for_a_locked_table(lab: Postgr
 @pytest.mark.parametrize("is_open", [True, False], ids=["open", "not open"])
 @pytest.mark.parametrize("table", ["attempts", "schema_migrations"])
 async def test_an_inspection_is_as_patient_as_a_boot(lab: PostgresLab, table: str, *, is_open: bool) -> None:
-    """A locked table is waited for, but not for longer than lock_timeout."""
+    """A locked table is waited for, but not for longer than lock_timeout; the error says who has it."""
     async with lab.repository() as repository:
         assert repository.boot_report.to_version == NEWEST
     async with closing(lab.repository(lock_timeout=0.3)) as repository:
@@ -317,8 +317,10 @@ async def test_an_inspection_is_as_patient_as_a_boot(lab: PostgresLab, table: st
             await repository
         async with lab.session() as session, session.transaction():
             await session.execute(f"lock table {lab.table(table)} in access exclusive mode")
-            with pytest.raises(SchemaLockTimeoutError):
+            with pytest.raises(SchemaLockTimeoutError) as caught:
                 await asyncio.wait_for(repository.inspect(), 5)
+            assert caught.value.holder is not None
+            assert caught.value.holder.pid == session.get_server_pid()
         assert (await repository.inspect()).refusal is None
 
 

@@ -52,17 +52,40 @@ async def admin(server: PostgresServer) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(server.url())
     await connection.execute("set synchronous_commit = local")
     yield connection
-    await standbys(connection, "")
+    await no_standbys(connection)
     await connection.execute("drop schema if exists runtime cascade")
     await connection.close()
 
 
-async def standbys(admin: asyncpg.Connection, names: str) -> None:
-    """Whom every commit waits for from now on, in every session."""
+async def standbys(server: PostgresServer, admin: asyncpg.Connection) -> None:
+    """Let every commit wait for a standby that is not there, from now on."""
+    await _set(admin, "nobody")
+    probe = await asyncpg.connect(server.url())
+    try:
+        # The setting is shown before commits heed it: that comes when the checkpointer has read it, too.
+        commit = asyncio.ensure_future(_commit(probe))
+        while not await waiting(admin):
+            if commit.done():
+                commit = asyncio.ensure_future(_commit(probe))
+            await asyncio.sleep(0.005)
+        await admin.execute("select pg_cancel_backend($1)", probe.get_server_pid())
+        await commit
+    finally:
+        await probe.close()
+
+
+async def no_standbys(admin: asyncpg.Connection) -> None:
+    """Let no commit wait any more."""
+    await _set(admin, "")
+
+
+async def _commit(connection: asyncpg.Connection) -> None:
+    await connection.execute("select pg_logical_emit_message(true, 'probe', '')")
+
+
+async def _set(admin: asyncpg.Connection, names: str) -> None:
     await admin.execute(f"alter system set synchronous_standby_names = '{names}'")
     await admin.execute("select pg_reload_conf()")
-    while await admin.fetchval("show synchronous_standby_names") != names:  # noqa: ASYNC110 - only the server knows
-        await asyncio.sleep(0.01)
 
 
 async def waiting(admin: asyncpg.Connection) -> bool:
@@ -86,7 +109,7 @@ async def test_a_repeated_call_waits_for_the_standbys(
         if verb in AFTER_A_QUESTION:
             await REPEATED["interrupts.create"](repo, lease)
         first = await call(repo, lease)
-        await standbys(admin, "nobody")
+        await standbys(server, admin)
         again = asyncio.ensure_future(call(repo, lease))
         while not await waiting(admin):
             assert not again.done(), "it answered"
@@ -94,5 +117,5 @@ async def test_a_repeated_call_waits_for_the_standbys(
         for read in READS.values():
             await read(repo, lease)
         assert not again.done()
-        await standbys(admin, "")
+        await no_standbys(admin)
         assert await again == first

@@ -10,6 +10,8 @@ import asyncpg
 import pytest
 
 from runtime_repo import MigrationError, SchemaError
+from runtime_repo.catalog import LEDGER
+from runtime_repo.schema import load_migrations
 from tests.faults.conftest import POSTGRES_ONLY, PostgresLab, lab_on
 from tests.postgres_server import PostgresServer
 from tests.versions import NEWEST
@@ -63,12 +65,12 @@ def statements(log: Path, application: str, start: int) -> list[str]:
 
 @pytest.mark.parametrize("migrate", [True, False], ids=["normal", "verify-only"])
 @pytest.mark.parametrize("role", ["owner", "reader"])
-async def test_a_warm_boot_is_one_connection_and_two_statements(
+async def test_a_warm_boot_is_one_connection_and_two_round_trips(
     lab: PostgresLab, server: PostgresServer, role: str, *, migrate: bool
 ) -> None:
     """
-    Whether it is safe to look, and the look: no lock, no transaction, no write, nothing that a role which may only read
-    could not do.
+    The catalog's text, and the ledger: no lock, no transaction, no write, nothing that a role which may only read could
+    not do.
     """
     await lab.lay(NEWEST)
     booted = await reader_of(lab, server) if role == "reader" else lab
@@ -76,17 +78,38 @@ async def test_a_warm_boot_is_one_connection_and_two_statements(
     async with booted.repository(migrate=migrate) as repository:
         looks = statements(server.log, lab.place.schema, start)
         assert repository.boot_report.applied == ()
-    safe, look = looks
+    catalog, ledger = looks
     # A statement that names the ledger runs what a view under that name says, so the first one only asks what it is.
-    assert "from only" in look
-    assert "from only" not in safe
+    assert re.match(r"copy \(\s*select", catalog)
+    assert ledger.startswith(f'copy "{lab.place.schema}"."{LEDGER}"(')
     for text in looks:
-        assert text.startswith("select")
+        assert text.endswith(("to stdout", "to stdout (format 'csv')"))
         assert not re.search(r"pg_(try_)?advisory|\block\b|\b(insert|update|delete|create|alter|for share)\b", text)
     opened = re.findall("connection authorized: .*", server.log.read_bytes()[start:].decode())
     assert [f"application_name={lab.place.schema}" in line for line in opened] == [True]
     # Closing says goodbye and runs nothing.
     assert statements(server.log, lab.place.schema, start) == looks
+
+
+async def test_a_worker_of_another_role_than_the_owner_boots_in_three_round_trips(
+    lab: PostgresLab, server: PostgresServer
+) -> None:
+    """As the README's roles are: the third statement asks who the owner is, who is reported."""
+    owner = f"{lab.place.schema[-40:]}_owner"
+    await lab.lay(NEWEST)
+    worker = await reader_of(lab, server)
+    tables = load_migrations("postgres")[-1].catalog.tables
+    changes = [f"schema {lab.place.schema}", *(f"table {lab.place.schema}.{table}" for table in tables)]
+    await lab.execute(f"create role {owner};" + "".join(f"alter {change} owner to {owner};" for change in changes))
+    try:
+        start = server.log.stat().st_size
+        async with worker.repository() as repository:
+            catalog, around, ledger = statements(server.log, lab.place.schema, start)
+        assert [told.object for told in repository.boot_report.tolerated] == [f"schema {lab.place.schema}"]
+        assert owner in str(repository.boot_report.tolerated[0].found)
+    finally:
+        await lab.execute(f"reassign owned by {owner} to postgres; drop owned by {owner}; drop role {owner}")
+    assert (catalog[:4], around[:4], ledger[:4]) == ("copy", "with", "copy")
 
 
 async def test_the_log_shows_what_a_cold_boot_does(lab: PostgresLab, server: PostgresServer) -> None:
