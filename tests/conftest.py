@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING
 import asyncpg
 import pytest
 
-from tests.place import Place
-from tests.postgres_server import PostgresServer, find_binaries
-from tests.privileges import reachable_folder
+pytest.register_assert_rewrite("tests.lab")
+
+from tests.lab import IDS, Lab, PostgresLab, SqliteLab  # noqa: E402 - only what is imported later is rewritten
+from tests.place import Place  # noqa: E402
+from tests.postgres_server import PostgresServer, find_binaries  # noqa: E402
+from tests.privileges import reachable_folder  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -97,6 +100,36 @@ def place(request: pytest.FixtureRequest) -> Place:
     """A place of the test's own, once for each backend."""
     chosen: Place = request.getfixturevalue(f"{request.param}_place")
     return chosen
+
+
+@pytest.fixture
+def sqlite_lab(tmp_path: Path) -> Lab:
+    """A file that does not exist yet, in a folder of its own."""
+    folder = tmp_path / "database"
+    folder.mkdir()
+    return SqliteLab(folder / "runtime.db")
+
+
+@pytest.fixture
+async def postgres_lab(postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection) -> AsyncIterator[Lab]:
+    """A schema that does not exist yet."""
+    await postgres.execute(f"set search_path = {postgres_schema}; set client_min_messages = warning")
+    labs: list[PostgresLab] = []
+    yield PostgresLab(postgres_url, postgres_schema, postgres, labs)
+    for other in labs[1:]:
+        await postgres.execute(f"drop schema if exists {other.place.schema} cascade")
+
+
+@pytest.fixture(params=IDS.values())
+def lab(request: pytest.FixtureRequest) -> Lab:
+    """
+    This test's own empty database, once for each backend.
+
+    ``pytest -k schema_migration`` selects all such tests, ``-k postgres_schema_migration`` PostgreSQL's.
+    """
+    backend = next(backend for backend, name in IDS.items() if name == request.param)
+    lab: Lab = request.getfixturevalue(f"{backend}_lab")
+    return lab
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from multiprocessing.context import ForkServerProcess
 
 import pytest
 
-from tests.faults.conftest import Lab, PostgresLab, lab_on, on_postgres
+from tests.faults.conftest import lab_on
 from tests.faults.processes import PROCESSES, race
+from tests.lab import Lab, PostgresLab, on_postgres
 from tests.place import Place
 from tests.postgres_server import PostgresServer
-from tests.versions import RECORDED
+from tests.versions import HISTORY, RECORDED
 
 CROWD = 8
 ROUNDS = 4
@@ -68,7 +69,7 @@ async def check(lab: Lab, version: int, applied: list[list[int]]) -> None:
     assert [found for found in applied if found] in ([], [PENDING[version]])
     async with lab.repository(lock_timeout=0) as repository:
         assert repository.boot_report.applied == ()
-    assert [row[0] for row in await lab.snapshot() if row[0] in RECORDED] == RECORDED
+    assert await lab.recorded() == HISTORY
 
 
 @VERSIONS

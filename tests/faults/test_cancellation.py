@@ -10,8 +10,9 @@ import anyio
 import pytest
 
 from runtime_repo import RuntimeRepository
-from tests.faults.conftest import Lab, PostgresLab, SqliteLab, closing
+from tests.faults.conftest import closing
 from tests.faults.test_life import Gate
+from tests.lab import Lab, PostgresLab, SqliteLab
 from tests.versions import NEWEST
 
 FAR = 1_000
@@ -142,7 +143,7 @@ async def test_boot_may_be_cancelled_at_every_await(lab: Lab, cancelled_at: Canc
     for n in range(random.randrange(stride), FAR, stride):
         lab = lab.another()
         await lab.lay(version)
-        before = await lab.snapshot()
+        before = await lab.content()
         repository = lab.repository(before_migrate=a_turn, **options)
 
         async def live(repository: RuntimeRepository = repository) -> None:
@@ -151,7 +152,7 @@ async def test_boot_may_be_cancelled_at_every_await(lab: Lab, cancelled_at: Canc
 
         async with lab.nothing_left():
             cancelled = await cancelled_at(live, n)
-        untouched = await lab.snapshot() == before
+        untouched = await lab.content() == before
         if isinstance(lab, SqliteLab):
             # The copy is there if, and only if, the upgrade is.
             assert [name.endswith(".backup") for name in lab.backups()] == [True] * (0 if untouched else version)
@@ -175,7 +176,7 @@ async def test_ensure_schema_of_an_open_repository_may_be_cancelled_at_every_awa
     async with lab.nothing_left(), lab.repository(before_migrate=a_turn) as repository:
         outcomes = []
         for n in range(FAR):
-            await lab.wipe()
+            await lab.drop_tables()
             cancelled = await cancelled_at(repository.ensure_schema, n)
             async with lab.repository(lock_timeout=0) as successor:
                 outcomes.append(successor.boot_report.from_version)
@@ -208,7 +209,7 @@ async def test_a_cancelled_awaiter_does_not_spoil_the_others(lab: Lab) -> None:
 async def test_the_last_awaiter_cancelled_takes_the_boot_with_it(lab: Lab) -> None:
     """When nobody waits any more the boot is given up; the same object boots when it is awaited again."""
     await lab.lay(1)
-    before = await lab.snapshot()
+    before = await lab.content()
     gate = Gate()
     repository = lab.repository(before_migrate=gate)
     async with lab.nothing_left():
@@ -218,7 +219,7 @@ async def test_the_last_awaiter_cancelled_takes_the_boot_with_it(lab: Lab) -> No
             awaiter.cancel()
         await asyncio.wait(awaiters)
         assert all(awaiter.cancelled() for awaiter in awaiters)
-    assert await lab.snapshot() == before
+    assert await lab.content() == before
     gate.opened.set()
     async with lab.nothing_left(), repository:
         assert repository.boot_report.from_version == 1
@@ -242,7 +243,7 @@ async def test_who_awaits_while_a_boot_is_given_up_gets_a_new_one(lab: Lab) -> N
 async def test_a_task_group_that_ends_leaves_nothing_of_its_boots(lab: Lab, how: str) -> None:
     """Structured concurrency: what is started inside is gone outside, also while the lock is someone else's."""
     await lab.lay(1)
-    before = await lab.snapshot()
+    before = await lab.content()
 
     async def boot() -> None:
         async with lab.repository():
@@ -268,7 +269,7 @@ async def test_a_task_group_that_ends_leaves_nothing_of_its_boots(lab: Lab, how:
                         group.start_soon(fail)
             except* KeyError:
                 pass
-    assert await lab.snapshot() == before
+    assert await lab.content() == before
     if isinstance(lab, PostgresLab):
         assert await lab.migration_locks() == 0
 

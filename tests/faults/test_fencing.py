@@ -23,8 +23,9 @@ from runtime_repo import (
     NotFoundError,
     RuntimeRepository,
 )
-from tests.faults.conftest import Lab, PostgresLab, eventually, on_postgres, still_waits
+from tests.faults.conftest import eventually, still_waits
 from tests.faults.test_cancellation import BOTH_WAYS, FAR, CancelledAt
+from tests.lab import Lab, PostgresLab, on_postgres
 from tests.verbs import BEATS, ENDS, MINUTE, WRITES, Write, refusal
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)

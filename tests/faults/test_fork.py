@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Lab, PostgresLab, SqliteLab, eventually, on_postgres, on_sqlite
+from tests.faults.conftest import eventually
+from tests.lab import Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 
 HEAD = """
 import asyncio, gc, os, sys

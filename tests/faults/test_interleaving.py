@@ -10,7 +10,7 @@ import pytest
 
 from runtime_repo import SchemaLockTimeoutError
 from runtime_repo.sqlite.connection import Connection, Hop
-from tests.faults.conftest import Lab, SqliteLab
+from tests.lab import Lab, SqliteLab
 from tests.place import Place
 from tests.versions import NEWEST
 

@@ -35,7 +35,8 @@ from runtime_repo import (
     repository_from_url,
 )
 from runtime_repo.postgres import PostgresDatabase
-from tests.faults.conftest import Lab, PostgresLab, SqliteLab, closing, eventually, on_postgres, on_sqlite
+from tests.faults.conftest import closing, eventually
+from tests.lab import NOTHING, Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 from tests.versions import NEWEST, RECORDED
 
 Use = Callable[[RuntimeRepository], Awaitable[object]]
@@ -84,7 +85,7 @@ async def test_construction_does_no_io(lab: Lab) -> None:
     async with lab.nothing_left():
         repository = lab.repository()
         assert await lab.connections() == []
-        assert await lab.snapshot() == []
+        assert await lab.content() == NOTHING
         if isinstance(lab, SqliteLab):
             assert not lab.path.exists()
         del repository
@@ -126,16 +127,14 @@ async def test_twenty_tasks_that_await_together_make_one_boot(lab: Lab) -> None:
 
 async def test_a_failed_boot_succeeds_when_its_cause_is_gone(lab: Lab) -> None:
     """The same object may be awaited again after any failure, and a failure leaves nothing."""
-    if isinstance(lab, PostgresLab):
-        await lab.execute(f"create schema {lab.place.schema}")
     await lab.execute(f"create table {lab.table('jobs')} (mine integer)")
     repository = lab.repository()
-    before = await lab.snapshot()
+    before = await lab.content()
     async with lab.nothing_left():
         for boot in BOOTS.values():
             with pytest.raises(ForeignSchemaError):
                 await boot(repository)
-        assert await lab.snapshot() == before
+        assert await lab.content() == before
     await lab.execute(f"drop table {lab.table('jobs')}")
     async with lab.nothing_left(), repository:
         assert repository.boot_report.to_version == NEWEST
@@ -144,7 +143,7 @@ async def test_a_failed_boot_succeeds_when_its_cause_is_gone(lab: Lab) -> None:
 @on_sqlite
 async def test_a_folder_may_be_created_after_a_failed_boot(lab: SqliteLab, tmp_path: Path) -> None:
     """The folder is the operator's to create; boot does not."""
-    lab = SqliteLab(tmp_path / "later")
+    lab = SqliteLab(tmp_path / "later" / "runtime.db")
     repository = lab.repository()
     async with lab.nothing_left():
         with pytest.raises(DatabaseUnavailableError, match="create it first"):
@@ -209,7 +208,7 @@ async def test_closed_is_closed_for_good(lab: Lab, use: str, booted: bool) -> No
 async def test_close_gives_up_a_boot_under_way(lab: Lab) -> None:
     """Its awaiters learn that it was closed; the database stays as it was and the lock is free."""
     await lab.lay(1)
-    before = await lab.snapshot()
+    before = await lab.content()
     gate = Gate()
     async with lab.nothing_left(), closing(lab.repository(before_migrate=gate)) as repository:
         boots = [asyncio.ensure_future(boot(repository)) for boot in BOOTS.values()]
@@ -217,7 +216,7 @@ async def test_close_gives_up_a_boot_under_way(lab: Lab) -> None:
         await repository.close()
         errors = await asyncio.gather(*boots, return_exceptions=True)
     assert [type(error) for error in errors] == [RepositoryClosedError] * len(BOOTS)
-    assert await lab.snapshot() == before
+    assert await lab.content() == before
     async with lab.repository(lock_timeout=0) as successor:
         assert successor.boot_report.from_version == 1
 
@@ -390,7 +389,7 @@ async def test_pool_sizes_that_are_invalid_are_refused_by_the_boot(lab: Postgres
         async with lab.nothing_left():
             with pytest.raises(ConfigurationError, match="pool options"):
                 await lab.repository(**options)
-    assert await lab.snapshot() == []
+    assert await lab.content() == NOTHING
 
 
 @pytest.mark.parametrize("boot", BOOTS.values(), ids=BOOTS)
@@ -399,7 +398,7 @@ async def test_trio_is_refused_in_words(lab: Lab, boot: Use) -> None:
     async with lab.nothing_left():
         with pytest.raises(ConfigurationError, match="asyncio"):
             await asyncio.to_thread(trio.run, boot, lab.repository())
-    assert await lab.snapshot() == []
+    assert await lab.content() == NOTHING
 
 
 async def test_anyio_runs_it_on_asyncio(lab: Lab) -> None:
@@ -671,10 +670,10 @@ async def test_before_migrate_may_be_dressed(lab: Lab) -> None:
 async def test_a_before_migrate_that_returns_nothing_to_await_is_refused_by_the_boot(lab: Lab) -> None:
     """Of a lambda it cannot be told before; nothing is migrated."""
     async with lab.nothing_left():
-        before = await lab.snapshot()
+        before = await lab.content()
         with pytest.raises(ConfigurationError, match="before_migrate returned NoneType, nothing to await"):
             await lab.repository(before_migrate=lambda: None)
-    assert await lab.snapshot() == before
+    assert await lab.content() == before
 
 
 async def test_inspect_writes_nothing_and_needs_no_boot(lab: Lab) -> None:
@@ -682,7 +681,7 @@ async def test_inspect_writes_nothing_and_needs_no_boot(lab: Lab) -> None:
     for version in (0, *RECORDED):
         another = lab.another()
         await another.lay(version)
-        before = await another.snapshot()
+        before = await another.content()
         async with another.nothing_left():
             repository = another.repository()
             for _ in range(2):
@@ -693,7 +692,7 @@ async def test_inspect_writes_nothing_and_needs_no_boot(lab: Lab) -> None:
             assert "not awaited yet" in repr(repository)
             refusal = (await another.repository(migrate=False).inspect()).refusal
             assert (refusal is None) == (version == NEWEST)
-        assert await another.snapshot() == before
+        assert await another.content() == before
         if isinstance(another, SqliteLab) and not version:
             assert not another.path.exists()
     async with repository:
@@ -708,11 +707,11 @@ async def test_inspect_writes_nothing_and_needs_no_boot(lab: Lab) -> None:
 async def test_inspect_sees_that_the_tables_of_an_open_repository_are_gone(lab: Lab) -> None:
     """And puts none in their place."""
     async with lab.repository() as repository:
-        await lab.wipe()
-        before = await lab.snapshot()
+        await lab.drop_tables()
+        before = await lab.content()
         status = await repository.inspect()
         assert (status.found, len(status.pending), status.refusal) == (0, NEWEST, None)
-        assert await lab.snapshot() == before
+        assert await lab.content() == before
 
 
 @pytest.mark.parametrize("way", ["close", "cancel"])

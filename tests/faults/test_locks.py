@@ -13,7 +13,8 @@ import pytest
 from runtime_repo import LockHolder, MigrationError, PostgresRuntimeRepository, SchemaLockTimeoutError
 from runtime_repo.queries import fill
 from runtime_repo.schema import load_migrations
-from tests.faults.conftest import Lab, PostgresLab, closing, eventually, on_postgres, on_sqlite, still_waits
+from tests.faults.conftest import closing, eventually, still_waits
+from tests.lab import NOTHING, Lab, PostgresLab, on_postgres, on_sqlite
 from tests.versions import NEWEST
 
 
@@ -37,11 +38,11 @@ async def described(session: asyncpg.Connection, admin: asyncpg.Connection) -> t
 
 async def refused(lab: Lab, lock_timeout: float) -> SchemaLockTimeoutError:
     """Boot in vain."""
-    before = await lab.snapshot()
+    before = await lab.content()
     async with lab.nothing_left():
         with pytest.raises(SchemaLockTimeoutError, match="lock_timeout") as caught:
             await lab.repository(lock_timeout=lock_timeout)
-    assert await lab.snapshot() == before
+    assert await lab.content() == before
     return caught.value
 
 
@@ -95,7 +96,7 @@ async def test_the_error_names_who_is_in_the_way(lab: PostgresLab, what: str) ->
 async def test_what_a_role_may_not_see_of_the_holder_is_unknown(lab: PostgresLab) -> None:
     """Another user's address and times are hidden from it, and are not said to be none; the user is named."""
     role = f"{lab.place.schema}_blind"
-    await lab.execute(f"create role {role} login password 'secret'")
+    await lab.run_outside(f"create role {role} login password 'secret'")
     try:
         async with lab.held() as pid:
             url = urlsplit(lab.place.where)
@@ -108,7 +109,7 @@ async def test_what_a_role_may_not_see_of_the_holder_is_unknown(lab: PostgresLab
         assert holder.user == await lab.admin.fetchval("select current_user")
         assert "client unknown, in a transaction of unknown age" in str(holder)
     finally:
-        await lab.execute(f"drop role {role}")
+        await lab.run_outside(f"drop role {role}")
 
 
 @on_postgres
@@ -134,7 +135,7 @@ async def test_a_holder_on_a_unix_socket_is_local(lab: PostgresLab) -> None:
 async def test_another_databases_lock_is_not_in_the_way(lab: PostgresLab) -> None:
     """The advisory key is the same in every schema's namesake elsewhere, and so is not named as the holder."""
     name = f"{lab.place.schema}_db"
-    await lab.execute(f"create database {name}")
+    await lab.run_outside(f"create database {name}")
     try:
         elsewhere = await asyncpg.connect(lab.place.where, database=name)
         try:
@@ -149,7 +150,7 @@ async def test_another_databases_lock_is_not_in_the_way(lab: PostgresLab) -> Non
         finally:
             await elsewhere.close()
     finally:
-        await lab.execute(f"drop database {name} with (force)")
+        await lab.run_outside(f"drop database {name} with (force)")
 
 
 async def test_a_boot_that_waited_succeeds_and_says_how_long(lab: Lab) -> None:
@@ -346,7 +347,7 @@ async def test_two_runtime_schemas_migrate_independently(lab: PostgresLab) -> No
     async def boot_the_other() -> None:
         async with other.repository(lock_timeout=0) as repository:
             assert repository.boot_report.to_version == NEWEST
-            assert await lab.snapshot() == []
+            assert await lab.content() == NOTHING
 
     assert (await lab.place.boot_stalling("applied", boot_the_other)).to_version == NEWEST
 
@@ -356,12 +357,12 @@ async def test_the_migration_lock_is_gone_after_boot_and_after_failure(lab: Post
     """It belongs to the transaction: there is nothing to unlock, also while the repository stays open."""
     broken = replace(load_migrations("postgres")[1], sql="create table {schema}.t (n integer); select 1 / 0;")
     await lab.lay(1)
-    before = await lab.snapshot()
+    before = await lab.content()
     with pytest.raises(MigrationError) as caught:
-        await lab.apply(load_migrations("postgres")[0], broken)
+        await lab.ship([load_migrations("postgres")[0], broken])
     assert isinstance(caught.value.__cause__, asyncpg.DivisionByZeroError)
     assert await lab.migration_locks() == 0
-    assert await lab.snapshot() == before
+    assert await lab.content() == before
     async with lab.repository() as repository:
         assert repository.boot_report.to_version == NEWEST
         assert await lab.migration_locks() == 0

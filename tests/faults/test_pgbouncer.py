@@ -14,7 +14,8 @@ import pytest
 
 from runtime_repo import PostgresRuntimeRepository
 from runtime_repo.postgres import database, notifications
-from tests.faults.conftest import POSTGRES_ONLY, PostgresLab, eventually, in_ci
+from tests.faults.conftest import POSTGRES_ONLY, eventually, in_ci
+from tests.lab import PostgresLab
 from tests.place import Place
 from tests.postgres_server import PostgresServer
 from tests.privileges import reachable_folder, stand_in
@@ -128,7 +129,7 @@ async def test_many_boots_share_few_server_connections(lab: PostgresLab, pgbounc
 async def test_a_boot_that_is_cancelled_gives_its_server_connection_back(lab: PostgresLab, pgbouncer: str) -> None:
     """The transaction is rolled back before pgbouncer lends the connection to somebody else."""
     await lab.lay(1)
-    before = await lab.snapshot()
+    before = await lab.content()
     place = Place("postgres", pgbouncer, lab.place.schema)
     for _ in range(4):
         reached = asyncio.Event()
@@ -144,7 +145,7 @@ async def test_a_boot_that_is_cancelled_gives_its_server_connection_back(lab: Po
         boot.cancel()
         await asyncio.wait([boot])
         assert await lab.migration_locks() == 0
-    assert await lab.snapshot() == before
+    assert await lab.content() == before
     async with place.repository(statement_cache_size=0, lock_timeout=0) as repository:
         assert repository.boot_report.from_version == 1
 

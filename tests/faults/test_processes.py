@@ -9,11 +9,12 @@ from typing import get_args
 import pytest
 
 from runtime_repo import DatabaseUnavailableError, SchemaLockTimeoutError, SchemaReport
-from tests.faults.conftest import Lab, PostgresLab, SqliteLab, lab_on, on_postgres
+from tests.faults.conftest import lab_on
 from tests.faults.processes import PROCESSES, boot_together, meet_at, stall_for_ever
+from tests.lab import Lab, PostgresLab, SqliteLab, on_postgres
 from tests.place import Moment, Place
 from tests.postgres_server import PostgresServer
-from tests.versions import NEWEST
+from tests.versions import HISTORY, NEWEST
 
 CROWD = 24
 ROUNDS = {"sqlite": 20, "postgres": 2}
@@ -45,7 +46,7 @@ async def test_of_processes_that_boot_at_once_exactly_one_migrates(
         assert applied == {pending: 1, (): CROWD - 1}
         assert {report.to_version for report in reports} == {NEWEST}
         assert {report.from_version for report in reports} <= {version, NEWEST}
-        assert [row[0] for row in await lab.snapshot() if row[0] in (1, 2)] == [1, 2]
+        assert await lab.recorded() == HISTORY
         assert await lab.version() == NEWEST
         if isinstance(lab, SqliteLab):
             assert len(lab.backups()) == version
@@ -59,7 +60,7 @@ async def test_of_processes_that_boot_at_once_exactly_one_migrates(
 async def test_a_booter_that_is_killed_leaves_the_database_as_it_was(lab: Lab, moment: Moment, version: int) -> None:
     """Its lock dies with it, whatever it had applied is gone, and the next boot succeeds at once."""
     await lab.lay(version)
-    before = await lab.snapshot()
+    before = await lab.content()
     here, there = PROCESSES.Pipe()
     victim = PROCESSES.Process(target=stall_for_ever, args=(lab.place, moment, there), daemon=True)
     victim.start()
@@ -74,7 +75,7 @@ async def test_a_booter_that_is_killed_leaves_the_database_as_it_was(lab: Lab, m
         here.close()
         there.close()
     # Its lock on the tables ends when the server notices its death.
-    assert await asyncio.wait_for(lab.snapshot(), 5) == before
+    assert await asyncio.wait_for(lab.content(), 5) == before
     async with lab.repository(lock_timeout=0) as successor:
         assert successor.boot_report.from_version == version
     assert await lab.version() == NEWEST
@@ -103,7 +104,7 @@ async def test_a_server_that_crashes_leaves_nothing_half_migrated(
     server = new_server(durable=True)
     async with lab_on(server) as lab:
         await lab.lay(version)
-        before = await lab.snapshot()
+        before = await lab.content()
 
     async def crash() -> None:
         await asyncio.to_thread(server.crash)
@@ -112,6 +113,6 @@ async def test_a_server_that_crashes_leaves_nothing_half_migrated(
         await lab.place.boot_stalling(moment, crash, startup_timeout=1)
     await asyncio.to_thread(server.start)
     async with lab_on(server) as lab, lab.nothing_left():
-        assert await lab.snapshot() == before
+        assert await lab.content() == before
         async with lab.repository(lock_timeout=0) as repository:
             assert repository.boot_report.from_version == version

@@ -9,8 +9,8 @@ from multiprocessing.context import ForkServerProcess
 from typing import cast
 
 from runtime_repo import AttemptStatus, NewAttempt
-from tests.faults.conftest import Lab
 from tests.faults.processes import PROCESSES, TTL, compete, meet_at, work
+from tests.lab import Lab
 
 CROWD = 24
 ROUNDS = 100

@@ -22,7 +22,7 @@ from runtime_repo.schema import load_migrations
 from runtime_repo.sqlite import SqliteDatabase
 from runtime_repo.sqlite import connection as connection_module
 from runtime_repo.sqlite import database as database_module
-from tests.faults.conftest import SqliteLab
+from tests.lab import SqliteLab
 from tests.versions import NEWEST
 
 HANG = 2.6
@@ -43,7 +43,7 @@ GONE = "was deleted|was replaced"
 @pytest.fixture
 def lab(tmp_path: Path) -> SqliteLab:
     """A file of the test's own."""
-    return SqliteLab(tmp_path)
+    return SqliteLab(tmp_path / "runtime.db")
 
 
 @contextlib.asynccontextmanager

@@ -10,7 +10,8 @@ import asyncpg
 import pytest
 
 from runtime_repo import DatabaseUnavailableError, PostgresRuntimeRepository
-from tests.faults.conftest import PostgresLab, closing, eventually, lab_on, on_postgres
+from tests.faults.conftest import closing, eventually, lab_on
+from tests.lab import PostgresLab, on_postgres
 from tests.place import Place
 from tests.postgres_server import PostgresServer
 from tests.versions import NEWEST

@@ -12,7 +12,8 @@ import pytest
 from runtime_repo import MigrationError, SchemaError
 from runtime_repo.catalog import LEDGER
 from runtime_repo.schema import load_migrations
-from tests.faults.conftest import POSTGRES_ONLY, PostgresLab, lab_on
+from tests.faults.conftest import POSTGRES_ONLY, lab_on
+from tests.lab import NOTHING, PostgresLab
 from tests.postgres_server import PostgresServer
 from tests.versions import NEWEST
 
@@ -43,8 +44,8 @@ async def reader_of(lab: PostgresLab, server: PostgresServer) -> PostgresLab:
     name, password = READER
     schema = lab.place.schema
     if not await lab.admin.fetchval("select 1 from pg_roles where rolname = $1", name):
-        await lab.execute(f"create role {name} login password '{password}'")
-    if await lab.snapshot():
+        await lab.run_outside(f"create role {name} login password '{password}'")
+    if await lab.content() != NOTHING:
         await lab.execute(f"grant usage on schema {schema} to {name}")
         await lab.execute(f"grant select on all tables in schema {schema} to {name}")
     reader = PostgresLab(lab.place.where, schema, lab.admin, [])
@@ -133,13 +134,13 @@ async def test_a_reader_cannot_migrate(lab: PostgresLab, server: PostgresServer,
     """The error says what to grant; nothing was changed and the lock is free."""
     await lab.lay(version)
     reader = await reader_of(lab, server)
-    before = await lab.snapshot()
+    before = await lab.content()
     async with lab.nothing_left():
         with pytest.raises(MigrationError, match="grant the role what it lacks") as caught:
             await reader.repository()
     assert caught.value.version == version + 1
     assert isinstance(caught.value.__cause__, asyncpg.InsufficientPrivilegeError)
-    assert await lab.snapshot() == before
+    assert await lab.content() == before
     assert await lab.migration_locks() == 0
 
 
@@ -161,10 +162,10 @@ async def test_a_hot_standby_serves_what_is_current_and_refuses_what_is_pending(
             async with (await there(current)).repository(migrate=migrate) as repository:
                 assert (await repository.attempts.get("a")).run_id == "run"
         for lab in (await there(pending), await there(nothing)):
-            before = await lab.snapshot()
+            before = await lab.content()
             async with lab.nothing_left():
                 with pytest.raises(SchemaError, match="migrate on the primary"):
                     await lab.repository()
                 with pytest.raises(SchemaError, match="migrate=False"):
                     await lab.repository(migrate=False)
-            assert await lab.snapshot() == before
+            assert await lab.content() == before

@@ -14,9 +14,10 @@ from runtime_repo import AttemptStatus, Lease, LeaseLostError, NewAttempt, Postg
 from tests.contract.conftest import eventually
 from tests.contract.test_worker import running, until
 from tests.faults import test_silence
-from tests.faults.conftest import Lab, PostgresLab, lab_on, on_postgres
+from tests.faults.conftest import lab_on
 from tests.faults.processes import PROCESSES
 from tests.faults.test_silence import Make, Relay, within
+from tests.lab import Lab, PostgresLab, on_postgres
 from tests.place import Place
 from tests.postgres_server import PostgresServer
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from runtime_repo import MigrationError, RuntimeRepoError, SchemaDriftError, SchemaLockTimeoutError
+from tests.lab import LEDGER, ONE, TWO, Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 from tests.privileges import unprivileged
-from tests.schema.lab import LEDGER, ONE, TWO, Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 from tests.schema.version_1 import TABLES
 from tests.versions import HISTORY, NEWEST
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from runtime_repo import AttemptStatus, Difference, SchemaOutOfDateError, SchemaReport
-from tests.schema.lab import LEDGER, Change, Lab, SqliteLab, Words, on_sqlite
+from tests.lab import LEDGER, Change, Lab, SqliteLab, Words, on_sqlite
 from tests.versions import HISTORY, NEWEST, RECORDED
 
 MINUTE = timedelta(minutes=1)
@@ -186,13 +186,13 @@ async def test_what_else_lives_here_is_left_alone(lab: Lab, version: int) -> Non
     report = await lab.boot()
     assert (report.from_version, report.to_version, report.tolerated) == (version, NEWEST, ())
     after = await lab.snapshot()
-    assert {name: after.rows[name] for name in ("jobs", "runtime_settings")} == {
-        "jobs": before.rows["jobs"],
+    assert {name: after.content.rows[name] for name in ("jobs", "runtime_settings")} == {
+        "jobs": before.content.rows["jobs"],
         "runtime_settings": [],
     }
-    theirs = {line for line in before.objects if re.search(r"\bjobs\b|_settings|_overview", line)}
+    theirs = {line for line in before.content.objects if re.search(r"\bjobs\b|_settings|_overview", line)}
     assert len(theirs) >= 4
-    assert theirs <= set(after.objects)
+    assert theirs <= set(after.content.objects)
 
 
 @pytest.mark.parametrize(

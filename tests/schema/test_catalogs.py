@@ -7,7 +7,7 @@ import pytest
 import runtime_repo
 from runtime_repo.catalog import Catalog, compare
 from tests.catalogs import fresh_catalogs
-from tests.schema.lab import LEDGER, ONE, TWO, Lab, on_postgres
+from tests.lab import LEDGER, ONE, TWO, Lab, on_postgres
 from tests.versions import HISTORY, NEWEST, RECORDED
 
 POSTGRES_COLUMNS = """

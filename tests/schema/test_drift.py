@@ -9,7 +9,7 @@ import pytest
 from runtime_repo import Difference, SchemaDriftError
 from runtime_repo.catalog import Catalog, Table
 from runtime_repo.schema import Migration
-from tests.schema.lab import LEDGER, Change, Lab, PostgresLab, Rebuild, Words, changes, on_postgres
+from tests.lab import LEDGER, Change, Lab, PostgresLab, Rebuild, Words, changes, on_postgres
 from tests.versions import HISTORY, NEWEST, NEXT, RECORDED
 
 AUDIT_ROLE = "column runtime_audit_logs.actor_role"
@@ -40,7 +40,7 @@ NEW_JOBS_INDEX = "drop index idx_runtime_jobs_status; create {} idx_runtime_jobs
 
 def schema_of(lab: Lab) -> str:
     assert isinstance(lab, PostgresLab)
-    return lab.schema
+    return lab.place.schema
 
 
 def constrained(lab: Lab, domain: str) -> Difference:

@@ -10,7 +10,7 @@ from runtime_repo import DatabaseUnavailableError, SchemaReport
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Database, Lost, Transaction
 from runtime_repo.schema import Policy, ensure_schema, inspect_schema
-from tests.schema.lab import Lab
+from tests.lab import Lab
 from tests.versions import HISTORY, NEWEST
 
 CAUSE = OSError("reset by peer")

@@ -13,7 +13,7 @@ from runtime_repo import (
 )
 from runtime_repo.catalog import Catalog, Table
 from runtime_repo.schema import Migration, Policy
-from tests.schema.lab import LEDGER, Lab
+from tests.lab import LEDGER, Lab
 from tests.versions import HISTORY, NEWEST, NEXT, RECORDED
 
 NAMES = "create table {schema}.runtime_names (name text not null primary key);"

@@ -19,7 +19,7 @@ from runtime_repo import PostgresRuntimeRepository
 from runtime_repo.postgres import PostgresDatabase, Target
 from runtime_repo.queries import fill, load_queries, split_statements
 from runtime_repo.schema import load_migrations
-from tests.schema.lab import PostgresLab, on_postgres
+from tests.lab import PostgresLab, on_postgres
 
 TYPES = [
     "boolean",
@@ -110,7 +110,7 @@ def is_ddl(statement: str) -> bool:
 @pytest.fixture
 async def planted(lab: PostgresLab) -> AsyncIterator[str]:
     """A schema full of operators that fit better, to be put on the search path."""
-    place = f"{lab.schema}_planted"
+    place = f"{lab.place.schema}_planted"
     await lab.run_outside(f"create schema {place}")
     text = " ".join(re.sub(r"--[^\n]*|'(?:[^']|'')*'|::", "", statement) for _, statement in statements("x"))
     words = {"{types}": TYPES, "{operators}": sorted({*re.findall(r"[-+*/<>=~!@#%^&|`?]+", text)})}
@@ -136,14 +136,14 @@ async def uses(lab: PostgresLab, connection: asyncpg.Connection, place: str, sta
 async def test_no_statement_resolves_to_what_was_planted(lab: PostgresLab, planted: str) -> None:
     """Neither an operator, whatever its types, nor a function that is called by its bare name."""
     settings = {"search_path": planted}
-    connection = await asyncpg.connect(lab.url, server_settings=settings)
+    connection = await asyncpg.connect(lab.place.where, server_settings=settings)
     found: dict[str, object] = {}
     try:
-        async with PostgresRuntimeRepository(lab.url, schema=lab.schema, server_settings=settings):
+        async with PostgresRuntimeRepository(lab.place.where, schema=lab.place.schema, server_settings=settings):
             pass
         # What the migrations made: defaults, predicates of indexes, and the like.
         assert await connection.fetch(PLANTED, planted) == []
-        for name, statement in statements(lab.schema):
+        for name, statement in statements(lab.place.schema):
             if not is_ddl(statement) and (operators := await uses(lab, connection, planted, statement)):
                 found[name] = operators
             if functions := unqualified(statement):
@@ -167,7 +167,7 @@ INEXACT = {
 @on_postgres
 async def test_what_was_planted_is_found(lab: PostgresLab, planted: str) -> None:
     """The test above fails for a statement that is not exact."""
-    connection = await asyncpg.connect(lab.url, server_settings={"search_path": planted})
+    connection = await asyncpg.connect(lab.place.where, server_settings={"search_path": planted})
     try:
         for statement, operators in INEXACT.items():
             found = await uses(lab, connection, planted, statement)
@@ -216,9 +216,9 @@ async def test_the_driver_asks_for_no_type(lab: PostgresLab) -> None:
     assert any("$1" in text for _, text in built()), "there is such a statement"
     await lab.boot()
     asked: list[object] = []
-    connection = await asyncpg.connect(lab.url, connection_class=recording(asked))
+    connection = await asyncpg.connect(lab.place.where, connection_class=recording(asked))
     try:
-        for name, statement in [*statements(lab.schema), *built()]:
+        for name, statement in [*statements(lab.place.schema), *built()]:
             if not is_ddl(statement):
                 await connection.prepare(statement)
                 assert asked == [], name

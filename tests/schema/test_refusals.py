@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from runtime_repo import ForeignSchemaError, SchemaHistoryError, SchemaOutOfDateError, SchemaTooNewError
-from tests.schema.lab import LEDGER, ONE, TWO, Change, Lab, Words, changes
+from tests.lab import LEDGER, ONE, TWO, Change, Lab, Words, changes
 from tests.versions import HISTORY, NEWEST, NEXT, RECORDED
 
 POLICIES: list[dict[str, Any]] = [{}, {"migrate": False}, {"on_drift": "warn"}]

@@ -20,7 +20,7 @@ from runtime_repo import (
 )
 from runtime_repo.queries import fill
 from runtime_repo.schema import Policy, inspect_schema, load_migrations
-from tests.schema.lab import LEDGER, TWO, Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
+from tests.lab import LEDGER, TWO, Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 from tests.versions import HISTORY, NEWEST, RECORDED
 
 TOKENS = {"schema": "runtime", "now_ms": "0"}
@@ -54,14 +54,14 @@ class Neighbours:
 
 @asynccontextmanager
 async def database(lab: PostgresLab, options: str = "") -> AsyncIterator[Neighbours]:
-    name = f"{lab.schema}_db"
-    us, stranger = f"{lab.schema}_us", f"{lab.schema}_stranger"
+    name = f"{lab.place.schema}_db"
+    us, stranger = f"{lab.place.schema}_us", f"{lab.place.schema}_stranger"
     await lab.run_outside(f"create database {name} {options}")
     try:
         for role in (us, stranger):
             await lab.run_outside(f"create role {role} login password 'secret'")
             await lab.run_outside(f"grant create on database {name} to {role}")
-        url = urlunsplit(urlsplit(lab.url)._replace(path=f"/{name}"))
+        url = urlunsplit(urlsplit(lab.place.where)._replace(path=f"/{name}"))
         admin = await asyncpg.connect(url)
         try:
             yield Neighbours(url, admin, us, stranger)

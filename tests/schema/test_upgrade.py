@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runtime_repo import AttemptStatus, UnsuitableDatabaseError
-from tests.schema.lab import LEDGER, TWO, Lab, Rebuild, Row, SqliteLab, Words, on_sqlite
+from tests.lab import LEDGER, TWO, Lab, Rebuild, Row, SqliteLab, Words, on_sqlite
 from tests.schema.version_1 import SOON, TABLES
 from tests.versions import HISTORY, NEWEST
 

@@ -1,15 +1,22 @@
 """
-One way to prepare, boot and inspect a database, whichever it is.
+A *lab* is a database of the test's own: one way to prepare, boot and inspect it, to see what was left behind, and to
+stand in a boot's way, whichever database it is.
 
 What tests say in SQL goes through a bare driver connection, never through the library, and names no schema: on
 PostgreSQL the runtime schema is the connection's search path. Where the two databases' words differ, a test gives both.
 """
 
+import asyncio
 import contextlib
 import hashlib
+import os
 import sqlite3
+import threading
+import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,18 +24,11 @@ from typing import Any, ClassVar, TypeVar
 import asyncpg
 import pytest
 
-from runtime_repo import (
-    PostgresRuntimeRepository,
-    RuntimeRepository,
-    SchemaError,
-    SchemaReport,
-    SqliteRuntimeRepository,
-)
+from runtime_repo import RuntimeRepository, SchemaError, SchemaOutOfDateError, SchemaReport
 from runtime_repo.catalog import Look
 from runtime_repo.database import Backend, Database
-from runtime_repo.postgres import PostgresDatabase, Target
 from runtime_repo.schema import Migration, Policy, ensure_schema, load_migrations
-from runtime_repo.sqlite import SqliteDatabase
+from tests.place import Place
 from tests.schema.version_1 import VERSION_1
 
 Error = TypeVar("Error", bound=SchemaError)
@@ -40,19 +40,24 @@ TWO = (2, "resume_roles_and_dispatch")
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """Everything there is. Of PostgreSQL's rows it knows where they lie and who wrote them, too."""
+class Content:
+    """What a transaction can roll back. Of PostgreSQL's rows it knows where they lie and who wrote them, too."""
 
     objects: tuple[str, ...] = ()
     rows: dict[str, list[str]] = field(default_factory=dict)
+
+
+NOTHING = Content()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything there is."""
+
+    content: Content = NOTHING
     files: dict[str, str] = field(default_factory=dict)
     """SQLite's: the hash of every file in the folder but the one that is only shared memory."""
     journal_mode: str | None = None
-
-    @property
-    def content(self) -> tuple[object, ...]:
-        """What a transaction can roll back."""
-        return self.objects, self.rows
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,13 @@ class Words:
 Change = str | Words
 
 
+ATTEMPTS = [("a", "run", 0, "queued", None), ("b", "run", 3, "completed", None)]
+"""What `Lab.lay` stores."""
+
+# Written out: if it changed, two releases would no longer exclude each other.
+LOCK_CLASS = 0x72756E74
+
+
 class Lab(ABC):
     """This test's own database: there is nothing in it, and on PostgreSQL not even the runtime schema."""
 
@@ -88,13 +100,16 @@ class Lab(ABC):
     driver_error: ClassVar[type[Exception]]
     spelling: ClassVar[dict[str, str]]
 
-    @abstractmethod
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
     def repository(self, **options: Any) -> RuntimeRepository:
         """A repository on this database that nobody has awaited yet."""
+        return self.place.repository(**options)
 
-    @abstractmethod
     def database(self) -> Database:
         """The same below the repository, for tests that ship migrations of their own."""
+        return self.place.database(startup_timeout=5)
 
     @abstractmethod
     async def execute(self, sql: str) -> None:
@@ -105,12 +120,62 @@ class Lab(ABC):
         """Read."""
 
     @abstractmethod
+    async def content(self) -> Content:
+        """What a transaction can roll back."""
+
     async def snapshot(self) -> Snapshot:
         """Everything there is."""
+        return Snapshot(await self.content())
 
     @abstractmethod
     async def wipe(self) -> None:
         """Back to nothing."""
+
+    async def drop_tables(self) -> None:
+        """Drop what is ours, as an operator would before restoring a backup into it."""
+        for table in [*self.migrations[-1].catalog.tables, LEDGER]:
+            await self.execute(f"drop table if exists {self.place.schema}.{table}")
+
+    def table(self, noun: str) -> str:
+        """A table's full name."""
+        return f"{self.place.schema}.runtime_{noun}"
+
+    @abstractmethod
+    def another(self) -> "Lab":
+        """One more empty database beside this one."""
+
+    @abstractmethod
+    async def connections(self) -> list[object]:
+        """The connections of repositories on it."""
+
+    @abstractmethod
+    def held(self) -> AbstractAsyncContextManager[int | None]:
+        """Hold the migration lock meanwhile; who holds it is known on PostgreSQL."""
+
+    async def version(self) -> int:
+        """The version that it has been proved to have, by a boot that may only verify."""
+        try:
+            async with self.repository(migrate=False) as repository:
+                return repository.boot_report.to_version
+        except SchemaOutOfDateError as error:
+            return error.found
+
+    @contextlib.asynccontextmanager
+    async def nothing_left(self) -> AsyncIterator[None]:
+        """Prove that the block leaves no thread, task or connection."""
+        threads, tasks, before = set(threading.enumerate()), asyncio.all_tasks(), await self.connections()
+        yield
+
+        async def left() -> list[object]:
+            # asyncio's own threads resolve names, and stay with the loop.
+            new = [thread for thread in set(threading.enumerate()) - threads if not thread.name.startswith("asyncio_")]
+            connections = await self.connections()
+            return [*new, *(asyncio.all_tasks() - tasks), *(connections if len(connections) > len(before) else ())]
+
+        deadline = time.monotonic() + 10
+        while rest := await left():
+            assert time.monotonic() < deadline, f"left behind: {rest}"
+            await asyncio.sleep(0.005)
 
     async def change(self, change: Change) -> None:
         """Make a change that may have words of its own on each database."""
@@ -168,6 +233,14 @@ class Lab(ABC):
         if version > 1:
             await self.ship(self.migrations[:version])
 
+    async def lay(self, version: int) -> None:
+        """Be at *version* as an earlier release of ours has left it, with two attempts; 0 leaves it empty."""
+        if version:
+            await self.ship(self.migrations[:version])
+            columns = "attempt_id, run_id, attempt_no, status, retry_at_ms"
+            rows = ", ".join(f"({', '.join('null' if v is None else repr(v) for v in row)})" for row in ATTEMPTS)
+            await self.execute(f"insert into {self.table('attempts')} ({columns}) values {rows}")
+
     async def record(self, *rows: tuple[int, str]) -> None:
         """Let the ledger say exactly this."""
         values = ", ".join(f"({version}, '{name}', 5)" for version, name in rows)
@@ -198,12 +271,33 @@ class SqliteLab(Lab):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        super().__init__(Place("sqlite", str(path)))
 
-    def repository(self, **options: Any) -> RuntimeRepository:
-        return SqliteRuntimeRepository(self.path, **options)
+    def another(self) -> "SqliteLab":
+        number = 0
+        while (path := self.path.with_name(f"runtime{number}.db")).exists() or path == self.path:
+            number += 1
+        return SqliteLab(path)
 
-    def database(self) -> Database:
-        return SqliteDatabase(self.path, writes=True, backup=False, lock_timeout=5)
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[sqlite3.Connection]:
+        """An administrator's connection."""
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            yield connection
+
+    async def connections(self) -> list[object]:
+        return [place for place in _open_files() if place.startswith(str(self.path.parent))]
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        with self.connection() as connection:
+            connection.execute("begin immediate")
+            yield None
+            connection.execute("rollback")
+
+    def backups(self) -> list[str]:
+        """The copies beside it, finished or not."""
+        return sorted(path.name for path in self.path.parent.glob(f"{self.path.name}.v*"))
 
     @contextlib.contextmanager
     def _connected(self, path: Path | str | None = None) -> Iterator[sqlite3.Connection]:
@@ -221,23 +315,28 @@ class SqliteLab(Lab):
         with self._connected(self.path if self.path.exists() else ":memory:") as connection:
             return [dict(row) for row in connection.execute(sql)]
 
-    async def snapshot(self) -> Snapshot:
-        folder = self.path.parent
-        files = {
-            file.name: "" if file.name.endswith("-shm") else hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in folder.iterdir()
-        }
+    async def content(self) -> Content:
         if not self.path.exists():
-            return Snapshot(files=files)
+            return NOTHING
         with self._connected() as connection:
-            [mode] = connection.execute("pragma journal_mode").fetchone()
             objects = [tuple(row) for row in connection.execute("select type, name, rootpage, sql from sqlite_schema")]
             rows = {
                 str(name): [repr(tuple(row)) for row in connection.execute(f'select * from "{name}" order by 1')]
                 for kind, name, _, _ in objects
                 if kind == "table"
             }
-        return Snapshot(tuple(sorted(map(repr, objects))), rows, files, mode)
+        return Content(tuple(sorted(map(repr, objects))), rows)
+
+    async def snapshot(self) -> Snapshot:
+        files = {
+            file.name: "" if file.name.endswith("-shm") else hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in self.path.parent.iterdir()
+        }
+        if not self.path.exists():
+            return Snapshot(files=files)
+        with self._connected() as connection:
+            [mode] = connection.execute("pragma journal_mode").fetchone()
+        return Snapshot(await self.content(), files, mode)
 
     async def wipe(self) -> None:
         for file in self.path.parent.iterdir():
@@ -282,49 +381,95 @@ class PostgresLab(Lab):
     driver_error = asyncpg.PostgresError
     spelling: ClassVar = {"{auto}": "BIGSERIAL PRIMARY KEY", "{number}": "INT8"}
 
-    def __init__(self, url: str, schema: str, connection: asyncpg.Connection) -> None:
-        self.schema = schema
-        self.url = url
-        self._connection = connection
+    def __init__(
+        self, url: str, schema: str, admin: asyncpg.Connection, labs: "list[PostgresLab] | None" = None
+    ) -> None:
+        self.admin = admin
+        self._labs = [] if labs is None else labs
+        self._labs.append(self)
+        super().__init__(Place("postgres", url, schema))
 
-    def repository(self, **options: Any) -> RuntimeRepository:
-        return PostgresRuntimeRepository(self.url, schema=self.schema, **options)
+    @property
+    def lock_key(self) -> int:
+        """The second integer of the migration lock; written out like the first."""
+        return zlib.crc32(self.place.schema.encode()) - 2**31
 
-    def database(self) -> Database:
-        return PostgresDatabase(Target(self.url, {}), schema=self.schema, startup_timeout=5)
+    def another(self) -> "PostgresLab":
+        schema = f"{self._labs[0].place.schema}_{len(self._labs)}"
+        return PostgresLab(self.place.where, schema, self.admin, self._labs)
+
+    async def connections(self) -> list[object]:
+        rows = await self.admin.fetch(
+            "select pid, state, query from pg_stat_activity where starts_with(application_name, $1)",
+            self.place.schema,
+        )
+        return [tuple(row) for row in rows]
+
+    async def migration_locks(self) -> int:
+        """How many sessions hold the migration lock or wait for it."""
+        count: int = await self.admin.fetchval(
+            "select count(*) from pg_locks where locktype = 'advisory' and classid = $1 and objid::bigint = $2",
+            LOCK_CLASS,
+            self.lock_key & 0xFFFFFFFF,
+        )
+        return count
+
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator[asyncpg.Connection]:
+        """Somebody else's session, called 'holder'."""
+        session = await asyncpg.connect(self.place.where, server_settings={"application_name": "holder"})
+        try:
+            yield session
+        finally:
+            await session.close()
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[int]:
+        async with self.session() as session, session.transaction():
+            await session.execute(f"select pg_advisory_xact_lock({LOCK_CLASS}, {self.lock_key})")
+            yield session.get_server_pid()
 
     async def execute(self, sql: str) -> None:
-        if not await self._connection.fetchval("select to_regnamespace($1) is not null", self.schema):
-            await self._connection.execute(f"create schema {self.schema}")
-        await self._connection.execute(sql)
+        if not await self.admin.fetchval("select to_regnamespace($1) is not null", self.place.schema):
+            await self.admin.execute(f"create schema {self.place.schema}")
+        await self.admin.execute(sql)
 
     async def run_outside(self, sql: str) -> None:
         """Run what is about no runtime schema: databases and roles."""
-        await self._connection.execute(sql)
+        await self.admin.execute(sql)
 
     async def parameters(self, statement: str) -> list[str]:
         """The types of a statement's parameters."""
-        return [kind.name for kind in (await self._connection.prepare(statement)).get_parameters()]
+        return [kind.name for kind in (await self.admin.prepare(statement)).get_parameters()]
 
     async def rows(self, sql: str) -> list[Row]:
-        return [dict(row) for row in await self._connection.fetch(sql)]
+        return [dict(row) for row in await self.admin.fetch(sql)]
 
-    async def snapshot(self) -> Snapshot:
-        objects = [row["line"] for row in await self._connection.fetch(_POSTGRES_OBJECTS, self.schema)]
-        relations = await self._connection.fetch(
+    async def content(self) -> Content:
+        objects = [row["line"] for row in await self.admin.fetch(_POSTGRES_OBJECTS, self.place.schema)]
+        relations = await self.admin.fetch(
             "select relname from pg_class where relnamespace = to_regnamespace($1) and relkind in ('r', 'S', 'm')",
-            self.schema,
+            self.place.schema,
         )
         everything = " union all ".join(
             f"""select '{name}', ctid::text, xmin::text, row(r.*)::text from "{name}" as r""" for [name] in relations
         )
         rows: dict[str, list[str]] = {name: [] for [name] in relations}
-        for name, *row in await self._connection.fetch(f"{everything} order by 4") if relations else ():
+        for name, *row in await self.admin.fetch(f"{everything} order by 4") if relations else ():
             rows[name].append(str(row))
-        return Snapshot(tuple(objects), rows)
+        return Content(tuple(objects), rows)
 
     async def wipe(self) -> None:
-        await self._connection.execute(f"set client_min_messages = warning; drop schema {self.schema} cascade")
+        await self.admin.execute(f"set client_min_messages = warning; drop schema {self.place.schema} cascade")
+
+
+def _open_files() -> Iterator[str]:
+    """The files that this process has open, where the system tells."""
+    with contextlib.suppress(FileNotFoundError):
+        for descriptor in os.scandir("/proc/self/fd"):
+            # The one that lists them is gone by now.
+            with contextlib.suppress(FileNotFoundError):
+                yield str(Path(descriptor).readlink())
 
 
 _POSTGRES_OBJECTS = """
