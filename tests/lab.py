@@ -432,6 +432,7 @@ class PostgresLab(Lab):
     async def execute(self, sql: str) -> None:
         if not await self.admin.fetchval("select to_regnamespace($1) is not null", self.place.schema):
             await self.admin.execute(f"create schema {self.place.schema}")
+        await self._enter()
         await self.admin.execute(sql)
 
     async def run_outside(self, sql: str) -> None:
@@ -443,9 +444,15 @@ class PostgresLab(Lab):
         return [kind.name for kind in (await self.admin.prepare(statement)).get_parameters()]
 
     async def rows(self, sql: str) -> list[Row]:
+        await self._enter()
         return [dict(row) for row in await self.admin.fetch(sql)]
 
+    async def _enter(self) -> None:
+        """Several labs may share the connection."""
+        await self.admin.execute(f"set search_path = {self.place.schema}")
+
     async def content(self) -> Content:
+        await self._enter()
         objects = [row["line"] for row in await self.admin.fetch(_POSTGRES_OBJECTS, self.place.schema)]
         relations = await self.admin.fetch(
             "select relname from pg_class where relnamespace = to_regnamespace($1) and relkind in ('r', 'S', 'm')",

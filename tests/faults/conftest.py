@@ -58,7 +58,6 @@ async def lab_on(server: PostgresServer, schema: str = "runtime") -> AsyncIterat
     """A lab on a server of the test's own."""
     admin = await asyncpg.connect(server.url())
     try:
-        await admin.execute(f"set search_path = {schema}")
         yield PostgresLab(server.url(), schema, admin)
     finally:
         await admin.close()
