@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from runtime_repo.catalog import LEDGER, Catalog, Ledger, Look
 from runtime_repo.database import Busy, Row
 from runtime_repo.errors import Difference
-from runtime_repo.postgres.catalog import fingerprint, ledger_from_csv, tables_from_rows
+from runtime_repo.postgres.catalog import Text, ledger_from_csv, tables_from_rows, text_from_copy
 from runtime_repo.postgres.connections import NO_LIMIT, rolled_back
 from runtime_repo.queries import fill
 from runtime_repo.shielding import finish
@@ -43,11 +43,10 @@ class Looks:
     async def look(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         if problem := _encoding_problem(connection):
             return Look(None, Catalog(), problems=(problem,))
-        # To name a table that is locked waits for it. The close look, which has a limit, finds out whether it is that.
+        # To read a table that is locked waits for it. The close look, which has a limit, finds out whether it is that.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GLANCE):
-                look = await self.recognize(connection, shipped)
-                if look is not None and look.catalog is shipped[-1]:
+                if look := await self.recognize(connection, shipped):
                     return look
         around, is_readable = await self.look_around(connection, shipped)
         if around.problems or not around.names:
@@ -61,18 +60,22 @@ class Looks:
 
     async def recognize(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look | None:
         """
-        The look, in two round trips, if the catalog's text is that of a version shipped.
+        The look, in two round trips, if the catalog's text is that of the newest version; in one if there is nothing.
 
         Where strangers own what is all as we made it, one more tells who they are.
         """
-        text, is_trusted = await self._text(connection, shipped)
-        catalog = next((catalog for catalog in shipped if catalog.fingerprint == text), None)
-        if catalog is None:
+        text = await self._text(connection, shipped)
+        if text.is_nothing:
+            return Look(None, Catalog(), namespace=False)
+        if text.fingerprint != shipped[-1].fingerprint:
             return None
-        if is_trusted:
-            return Look(await self._ledger(connection), catalog)
-        around, _ = await self.look_around(connection, shipped)
-        return None if around.problems else replace(around, ledger=await self._ledger(connection), catalog=catalog)
+        look = Look(None, shipped[-1])
+        if not text.is_trusted:
+            around, _ = await self.look_around(connection, shipped)
+            if around.problems:
+                return None
+            look = replace(around, catalog=shipped[-1])
+        return replace(look, ledger=await self._ledger(connection))
 
     async def look_around(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[Look, bool]:
         """
@@ -133,15 +136,15 @@ class Looks:
         if not catalog.has_ledger or not is_readable:
             return replace(around, catalog=catalog, namespace=bool(rows))
         ledger = await self._ledger(connection)
-        text, _ = await self._text(connection, shipped)
+        text = (await self._text(connection, shipped)).fingerprint
         known = next((catalog for catalog in shipped if catalog.fingerprint == text), Catalog(tables, text))
         return replace(around, ledger=ledger, catalog=known)
 
-    async def _text(self, connection: "Connection", shipped: Sequence[Catalog]) -> tuple[str, bool]:
-        """The fingerprint of the live catalog, and whether no stranger owns a part; unprepared: one round trip."""
+    async def _text(self, connection: "Connection", shipped: Sequence[Catalog]) -> Text:
+        """The live catalog's text, unprepared: in one round trip."""
         names = ", ".join(_literal(name) for name in self._qualified(sorted(shipped[-1].tables)))
         query = self.queries["schema.look"].replace("$1", f"array[{names}]")
-        return fingerprint(await _copied(connection.copy_from_query, query))
+        return text_from_copy(await _copied(connection.copy_from_query, query))
 
     async def _ledger(self, connection: "Connection") -> Ledger | None:
         """The ledger, of a table: COPY has no plan, by which a stranger's code could run."""

@@ -6,12 +6,12 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime_repo.catalog import LEDGER, Ledger, LedgerRow, Table
 from runtime_repo.database import Row
 
-__all__ = ["fingerprint", "ledger_from_csv", "tables_from_rows"]
+__all__ = ["Text", "ledger_from_csv", "tables_from_rows", "text_from_copy"]
 
 _KINDS = {
     "r": "table",
@@ -33,15 +33,28 @@ def ledger_from_csv(text: str) -> Ledger | None:
     return tuple(sorted(rows, key=lambda row: row.version))
 
 
-def fingerprint(text: str) -> tuple[str, bool]:
-    """
-    Identify the raw text of our relations, as COPY tells it, in whatever order PostgreSQL keeps their parts; and say
-    whether no stranger owns the schema or one of them, which the first two parts tell.
-    """
-    namespace, relations, *parts = (part.split(r"\n") for part in text.rstrip("\n").split("\t"))
-    owned = [[line.removesuffix(" stranger") for line in part] for part in (namespace, relations)]
-    sorted_text = "\t".join(r"\n".join(sorted(part)) for part in (*owned, *parts))
-    return hashlib.sha256(sorted_text.encode()).hexdigest(), owned == [namespace, relations]
+class Text(NamedTuple):
+    """What a warm boot reads of the catalogs."""
+
+    is_nothing: bool
+    """Whether the runtime schema is missing."""
+    is_trusted: bool
+    """Whether no stranger owns the schema or one of our relations."""
+    fingerprint: str
+    """Identifies the rest, in whatever order PostgreSQL keeps its parts."""
+
+
+def text_from_copy(copied: str) -> Text:
+    """The raw text of our relations, as COPY tells it."""
+    path, *parts = (part.split(r"\n") for part in copied.rstrip("\n").split("\t"))
+    # The namespace and the relations: who owns them is told at the end of the line.
+    lines = [[line.removesuffix(" stranger") for line in part] for part in parts[:2]] + parts[2:]
+    text = "\t".join(r"\n".join(sorted(part)) for part in (path, *lines))
+    return Text(
+        is_nothing=(path, parts[0]) == (["f"], [r"\N"]),
+        is_trusted=lines == parts,
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+    )
 
 
 def tables_from_rows(rows: Sequence[Row], attached: Sequence[Row]) -> Mapping[str, Table] | None:
