@@ -21,7 +21,7 @@ MIGRATION = """
 create table {schema}.runtime_recipes (recipe_id text not null primary key, created_at_ms bigint not null);
 create index INDEX (created_at_ms desc, recipe_id);
 alter table {schema}.runtime_jobs add column recipe text;
-alter table {schema}.runtime_interrupts add column helpings integer not null default 1;
+alter table {schema}.runtime_leases add column helpings integer not null default 1;
 """
 INDEX = {
     "sqlite": "{schema}.idx_runtime_recipes_created on runtime_recipes",
@@ -41,16 +41,14 @@ asyncio.run(boot(runtime_repo.PostgresRuntimeRepository(*sys.argv[2:3], schema=s
 """
 
 PART = [
-    "tests/contract/test_attempts.py",
-    "tests/contract/test_leases.py",
     "tests/contract/test_jobs.py",
-    "tests/contract/test_interrupts.py",
+    "tests/contract/test_leases.py",
     "tests/schema/test_catalogs.py",
     "tests/schema/test_boot.py",
 ]
 """
-What runs against the copy: the nouns whose tables the migration changes, those that every claim goes through, and the
-tests that prove catalogs and boot. The rest would tell the same in a minute instead of some seconds.
+What runs against the copy: the nouns whose tables the migration changes, and what proves catalogs and boot. The rest
+would tell the same in minutes instead of some ten seconds.
 """
 
 
@@ -112,4 +110,4 @@ async def test_the_recipe_for_a_migration_works(
     pytest_options = ("-q", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "pytest"))
     done = run(copy, "-m", "pytest", *pytest_options, *PART, ORIS_TEST_POSTGRES_URL=postgres_url)
     assert done.returncode == 0, done.stdout[-10_000:]
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 200
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 100
