@@ -25,10 +25,11 @@ def postgres_factory(postgres_place: Place) -> Factory:
     return postgres_place.repository
 
 
-@pytest.fixture
-def factory(place: Place) -> Factory:
+@pytest.fixture(params=["sqlite", "postgres"])
+def factory(request: pytest.FixtureRequest) -> Factory:
     """Makes repositories on the test's database, once for each backend."""
-    return place.repository
+    chosen: Factory = request.getfixturevalue(f"{request.param}_factory")
+    return chosen
 
 
 @pytest.fixture
