@@ -370,7 +370,9 @@ class Worker:
 
     async def _insist(self, report: Callable[[], Awaitable[object]]) -> None:
         """Report, also when the database is away for a while: as long as the lease is held, whose end cancels this."""
-        pause, patience = _PAUSE_FIRST, self._patience
+        # The first try may go by a connection that is silent. What is left of the lease, should heartbeats go as badly,
+        # has to be enough for its end, and for another.
+        pause, patience = _PAUSE_FIRST, min(_PATIENCE, self._ttl.total_seconds() / 3)
         key = object()
         try:
             while True:

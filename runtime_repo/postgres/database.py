@@ -33,6 +33,7 @@ from runtime_repo.errors import (
 from runtime_repo.postgres.boot import BootTransaction, Looks, begin
 from runtime_repo.postgres.connections import (
     NO_LIMIT,
+    PATIENCE,
     Target,
     Unusable,
     alive,
@@ -242,6 +243,7 @@ class PostgresDatabase(Unique):
                 await self._teller.close(_FAREWELL)
         # What was told in the end was an answer to wait for.
         self._stop_watching()
+        await self._target.close(_FAREWELL)
 
     def abandon(self) -> None:
         with contextlib.suppress(Exception):
@@ -249,7 +251,7 @@ class PostgresDatabase(Unique):
             self._stop_watching()
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
-        self._heartbeats.drop()
+        self._heartbeats.abandon()
         for opened in (own, pool):
             if opened is not self._target.pool:
                 # The event loop may be closed by now; its end has closed the sockets then.
@@ -417,7 +419,7 @@ class PostgresDatabase(Unique):
         """
         if self._target.pool is None:
             self._drop_idle()
-            self._heartbeats.drop()
+            self._heartbeats.doubt(PATIENCE)
             terminated(self._hearing)
 
     def _look_after(self) -> None:

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import contextlib
 import functools
+import gc
 import inspect
 import socket
 import time
@@ -18,7 +19,13 @@ import asyncpg
 import pytest
 
 import runtime_repo
-from runtime_repo import ConfigurationError, DatabaseUnavailableError, Lease, PostgresRuntimeRepository
+from runtime_repo import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    Lease,
+    PostgresRuntimeRepository,
+    RepositoryClosedError,
+)
 from runtime_repo.database import Lost
 from runtime_repo.leases import Leases
 from runtime_repo.postgres import PostgresDatabase, Target, connections, database
@@ -631,6 +638,90 @@ async def test_a_silent_heartbeat_is_given_up_at_once(relay: Relay, make: Make) 
             await kept.heartbeat(lease)
     with within(1):
         await kept.heartbeat(lease)
+
+
+async def test_a_connection_that_is_being_made_outlives_whoever_gives_up(
+    postgres_url: str, postgres_schema: str
+) -> None:
+    """Heartbeats in a hurry would each begin anew and never have one; whoever has waited for long does begin anew."""
+    made = 0
+    lasts = 0.0
+
+    async def connect(*args: Any, **options: Any) -> asyncpg.Connection:
+        nonlocal made
+        made += 1
+        await asyncio.sleep(lasts)
+        return await asyncpg.connect(*args, **options)
+
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema, connect=connect) as repo:
+        lease = await a_lease(repo)
+        assert isinstance(repo._database, PostgresDatabase)
+        beats = repo._database._heartbeats
+        kept = leases(beats)
+        made, lasts = 0, 0.2
+        for _ in range(10):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await asyncio.gather(*(kept.heartbeat(lease) for _ in range(3)))
+        assert made == 1
+        await kept.heartbeat(lease)
+        assert made == 1
+        beats.drop()
+        lasts = 60.0
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await kept.heartbeat(lease)
+        lasts = 0.0
+        await kept.heartbeat(lease)
+        assert made == 3
+        beats.drop()
+        lasts = 60.0
+        waiting = asyncio.ensure_future(kept.heartbeat(lease))
+        await asyncio.sleep(0.01)
+        with within(1):
+            await repo.close()
+            with pytest.raises(RepositoryClosedError):
+                await waiting
+    assert [each for each in asyncio.all_tasks() if each.get_name().startswith("runtime_repo")] == []
+
+
+async def test_a_heartbeat_that_was_just_answered_is_not_given_up_for_another_connection(
+    relay: Relay, make: Make
+) -> None:
+    """One that was silent for as long as a clean-up may take says nothing of what has been answered since."""
+    repo = await make()
+    lease = await a_lease(repo)
+    assert isinstance(repo._database, PostgresDatabase)
+    beats = repo._database._heartbeats
+    kept = leases(beats)
+    await kept.heartbeat(lease)
+    before = beats._connection
+    relay.cut()
+    repo._database._fell_silent()
+    assert beats._connection is before
+    beats._answered_at -= 60
+    repo._database._fell_silent()
+    with within(0.5):
+        await kept.heartbeat(lease)
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_who_gives_up_while_connecting_leaves_nothing_to_the_log(
+    postgres_url: str, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    """In whichever of its first steps: the driver would leave a future behind that nobody asks, or an open socket."""
+    target = Target(postgres_url, {})
+    connecting = asyncio.ensure_future(target.lend(5))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    connecting.cancel()
+    with within(0.04), pytest.raises(asyncio.CancelledError):
+        await connecting
+    await target.close(1)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+    assert [each for each in asyncio.all_tasks() if each.get_name().startswith("runtime_repo")] == []
 
 
 async def test_a_pool_of_one_cannot_have_heartbeats(postgres_url: str, postgres_schema: str) -> None:

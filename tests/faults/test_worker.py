@@ -1,6 +1,7 @@
 """A worker while its database goes away or falls silent, and workers that are killed or told to stop."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -206,3 +207,38 @@ async def test_a_worker_works_again_when_new_connections_do(
     begin, end = (record.getMessage() for record in caplog.records if worker.worker_id in record.getMessage())
     assert "tries again until it can" in begin
     assert "leases that it could not keep: 4" in end
+
+
+async def test_reports_outlive_connections_that_fall_silent_together(
+    relay: Relay, make: Make, postgres_url: str, postgres_schema: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten at once, in the time of their leases, heartbeats or not; nor does asyncio find anything that was left."""
+    ready, end = asyncio.Semaphore(0), asyncio.Event()
+
+    async def handle(_lease: Lease) -> None:
+        ready.release()
+        await end.wait()
+
+    # One for each of them.
+    repo = await make(min_size=10)
+    ttl = 3 * SECOND
+    worker = Worker(repo, handle, ttl=ttl, signals=())
+    async with asyncio.timeout(30), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as other:
+        await other.attempts.enqueue_many(NewAttempt("run") for _ in range(10))
+        task = asyncio.create_task(worker.run())
+        for _ in range(10):
+            await ready.acquire()
+        await asyncio.sleep(1.1)  # a heartbeat of each
+        relay.fall_silent()
+        end.set()
+        with within(ttl.total_seconds()):
+            await asyncio.sleep(0.4)
+            relay.work()
+            while len(found := await other.attempts.list(status=AttemptStatus.COMPLETED)) < 10:
+                pass
+        assert {attempt.attempt_no for attempt in found} == {1}
+        worker.stop()
+        await task
+    await repo.close()
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
