@@ -10,8 +10,8 @@ import socket
 import ssl
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Never, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -99,6 +99,8 @@ class _Host:
     """Seconds that the slowest answer of the last ones took."""
     silent_at: float = 0.0
     """When it was found silent; 0 once it has answered."""
+    waiting: dict[asyncio.Timeout, float] = field(default_factory=dict)
+    """Of those that connect to it just now how long each waits, and until when at least."""
 
     def answered(self, seconds: float) -> None:
         self.silent_at = 0.0
@@ -108,6 +110,25 @@ class _Host:
         """Whoever connected has left after so long: where it might have answered by then, it is silent."""
         if seconds >= max(SUSPECT, min(2 * self.took, _NEXT_TRY)):
             self.silent_at = time.monotonic()
+
+    @contextlib.asynccontextmanager
+    async def answering(self, patience: float) -> AsyncIterator[None]:
+        """Let the block wait so many seconds for it, or twice as many as it needed lately."""
+        slow = 2 * self.took
+        async with asyncio.timeout(max(patience, slow)) as limit:
+            self.waiting[limit] = asyncio.get_running_loop().time() + max(_HURRIED_TRY, slow)
+            try:
+                yield
+            finally:
+                del self.waiting[limit]
+
+    def tell_others(self) -> None:
+        """It was silent to one of those who connect: the others, who came later, go on sooner."""
+        now = asyncio.get_running_loop().time()
+        for limit, at_least in self.waiting.items():
+            when = limit.when()
+            if when is not None and not limit.expired():
+                limit.reschedule(min(when, max(now, at_least)))
 
 
 class Target:
@@ -264,7 +285,7 @@ class Target:
         for wanted, host in self._in_order():
             began = time.monotonic()
             try:
-                async with asyncio.timeout(max(patience, 2 * host.took)):
+                async with host.answering(patience):
                     connection = await self._connected(args, options | host.options | wanted)
             except asyncio.CancelledError:
                 # Whoever has less patience begins with the next server when he tries again.
@@ -275,6 +296,8 @@ class Target:
                     raise
                 if isinstance(error, TimeoutError):
                     host.silent_at = time.monotonic()
+                    if len(self._hosts) > 1 and self._vain == 0:
+                        host.tell_others()
                 failures.append(error)
             else:
                 host.answered(time.monotonic() - began)
