@@ -46,6 +46,7 @@ from runtime_repo.values import (
     new_id,
     new_ids,
     queue_names,
+    skipped,
     span_ms,
     storable,
 )
@@ -201,6 +202,9 @@ class Leases:
         Keep many leases in one statement; the answers are in the order given, None for one that is lost.
 
         As ``heartbeat`` for each, but a lost lease is an answer, not an error. At most 10,000 at once.
+
+        Raises:
+            RefusedError: A lease still holds, and the database kept its row from us. The others are kept.
         """
         kept = [check_lease(lease) for lease in check_iterable("leases", leases, "of Lease")]
         check_batch("leases", len(kept))
@@ -210,9 +214,26 @@ class Leases:
         at = instant_ms("now", now)
         rows = await self._queries.fetch("leases.heartbeat_many", json.dumps(given), length, at) if given else ()
         renewed = {row["lease_id"]: row for row in rows}
+        await self._check_lost([lease for lease in kept if lease.lease_id not in renewed], at)
         return [
             _renewed(lease, renewed[lease.lease_id], asked_at) if lease.lease_id in renewed else None for lease in kept
         ]
+
+    async def _check_lost(self, leases: Sequence[Lease], now_ms: int | None) -> None:
+        """
+        Find out whether they are lost, as they could not be renewed.
+
+        Raises:
+            RefusedError: One is not.
+        """
+        if not leases:
+            return
+        ids = json.dumps(sorted({lease.attempt_id for lease in leases}))
+        held = await self._queries.fetch("leases.held_many", ids, now_ms)
+        tokens = {(row["attempt_id"], row["lease_version"], row["lease_id"]) for row in held}
+        for lease in leases:
+            if (lease.attempt_id, lease.version, lease.lease_id) in tokens:
+                raise skipped(f"lease {lease.lease_id!r}")
 
     @contextlib.asynccontextmanager
     async def hold(
