@@ -1,6 +1,7 @@
 """The connection by which leases are renewed: it never waits behind the work, and whatever is silent is given up."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
@@ -63,10 +64,16 @@ class Heartbeats:
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         """Run a named query as one atomic step and return its rows."""
+        rows, _ = await self.ask(query, *args)
+        return rows
+
+    async def ask(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
+        """As ``fetch``; return also when it was sent, by ``time.monotonic()``."""
         async with self._turn:
             connection = await self._connected()
+            asked_at = time.monotonic()
             try:
-                return await self._run(connection, query, args)
+                return await self._run(connection, query, args), asked_at
             except BaseException:
                 # Also where the server has answered: an error is so rare that its connection is not worth judging.
                 self.drop()
