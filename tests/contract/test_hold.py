@@ -95,16 +95,16 @@ async def test_transactions_of_the_same_process_end_no_lease(repo: RuntimeReposi
 
     On SQLite a heartbeat waits for the one that is open: what it then proves counts from its turn, not from its call.
     """
-    lease = await claimed(repo, 2 * TTL)
-    length = 2 * TTL.total_seconds()
+    ttl = timedelta(seconds=1.2)
+    lease = await claimed(repo, ttl)
 
     async def occupy() -> None:
         async with repo.transaction() as transaction:
             await transaction.attempts.find(lease.attempt_id)
-            await asyncio.sleep(0.7 * length)
+            await asyncio.sleep(0.8 * ttl.total_seconds())
 
-    async with asyncio.timeout(20), repo.leases.hold(lease, ttl=2 * TTL):
-        await asyncio.gather(*(asyncio.create_task(occupy()) for _ in range(4)))
+    async with asyncio.timeout(20), repo.leases.hold(lease, ttl=ttl):
+        await asyncio.gather(*(asyncio.create_task(occupy()) for _ in range(3)))
     await repo.attempts.complete(lease)
 
 
