@@ -108,7 +108,7 @@ async def test_tasks_that_come_for_more_meet_again(lab: SqliteLab) -> None:
 
         async def work() -> None:
             for _ in range(rounds):
-                await repo.attempts.enqueue("run")
+                await repo.attempts.enqueue_many([NewAttempt("run")])
 
         await asyncio.gather(*(work() for _ in range(MANY)))
         assert statements.count("begin immediate") < rounds + 3
@@ -343,13 +343,15 @@ async def test_transactions_do_not_starve_a_verb(lab: SqliteLab) -> None:
 
 
 async def test_those_who_only_read_need_no_lock(lab: SqliteLab) -> None:
-    """They are answered while another process writes."""
+    """They are answered while another process writes, and do not even try to get it."""
     async with SqliteRuntimeRepository(lab.path) as repo:
+        statements = await traced(repo)
         with lab.connection() as other:
             other.execute("begin immediate")
             verbs = [repo.attempts.list(), repo.leases.list(), repo.attempts.stats(), repo.jobs.list()]
             async with asyncio.timeout(SOON):
                 await asyncio.gather(*await in_one_turn(repo, *verbs))
+        assert "begin immediate" not in statements
 
 
 async def test_a_query_is_known_to_read_if_it_does(lab: SqliteLab) -> None:
