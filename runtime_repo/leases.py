@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import cast
 
 from runtime_repo import fencing
-from runtime_repo.database import Gate, Row, together
+from runtime_repo.database import Gate, Heartbeats, Row, together
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -181,9 +181,8 @@ class Leases:
             LeaseLostError: The lease expired, or the attempt was finished, requeued or claimed by another worker.
         """
         check_lease(lease)
-        asked_at = time.monotonic()
         at = instant_ms("now", now)
-        rows = await self._queries.fetch(
+        rows, asked_at = await self._ask(
             "leases.heartbeat",
             lease.lease_id,
             lease.version,
@@ -234,6 +233,11 @@ class Leases:
         for lease in leases:
             if (lease.attempt_id, lease.version, lease.lease_id) in tokens:
                 raise skipped(f"lease {lease.lease_id!r}")
+
+    async def _ask(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
+        """Run a query, and say when it was sent at the earliest."""
+        asked_at = time.monotonic()
+        return await self._queries.fetch(query, *args), asked_at
 
     @contextlib.asynccontextmanager
     async def hold(
@@ -290,9 +294,8 @@ class Leases:
                 await self._queries.heartbeats()
 
     async def _renew(self, lease: Lease, ttl: timedelta) -> Lease:
-        """One heartbeat, which does not wait behind the work."""
-        beats = await self._queries.heartbeats()
-        return await Leases(cast("Gate", beats)).heartbeat(lease, ttl=ttl)
+        """One heartbeat, which does not wait behind the work. It proves the lease from when it was sent."""
+        return await _Renewals(await self._queries.heartbeats()).heartbeat(lease, ttl=ttl)
 
     async def _ended_by_its_holder(self, lease: Lease) -> bool:
         """Whether what ended the lease was complete, fail or release under this very token."""
@@ -395,6 +398,17 @@ class Leases:
         if found and not swept:
             raise refusal
         return swept
+
+
+class _Renewals(Leases):
+    """The verbs, for what knows better when it has sent something: after it has waited for its turn."""
+
+    def __init__(self, beats: Heartbeats) -> None:
+        super().__init__(cast("Gate", beats))
+        self._beats = beats
+
+    async def _ask(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
+        return await self._beats.ask(query, *args)
 
 
 def _below_the_last(lease: Lease) -> Lease:

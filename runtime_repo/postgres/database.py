@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import asyncpg
 
 from runtime_repo.catalog import Catalog, Look
-from runtime_repo.database import Backend, Busy, Lost, Queries, Row, Watch
+from runtime_repo.database import Backend, Busy, Lost, Row, Watch
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -578,7 +578,7 @@ class PostgresDatabase(Unique):
             if untold:
                 await statements.fetch("schema.tell", self._channel, json.dumps(list(untold)))
 
-    async def heartbeats(self) -> Queries:
+    async def heartbeats(self) -> Heartbeats:
         await self._heartbeats.reserve()
         return self._heartbeats
 

@@ -69,8 +69,14 @@ class Heartbeats:
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         """Run a named query as one atomic step and return its rows."""
+        rows, _ = await self.ask(query, *args)
+        return rows
+
+    async def ask(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
+        """As ``fetch``; return also when it was sent, by ``time.monotonic()``."""
         async with self._turn:
             connection = await self._connected()
+            asked_at = time.monotonic()
             try:
                 rows = await self._run(connection, query, args)
             except BaseException:
@@ -78,7 +84,7 @@ class Heartbeats:
                 self.drop()
                 raise
             self._answered_at = time.monotonic()
-            return rows
+            return rows, asked_at
 
     def atomic(self) -> AbstractAsyncContextManager[Statements]:
         raise ConfigurationError("heartbeats are single statements: use the repository for a transaction")

@@ -22,7 +22,8 @@ _PROVED_FOR = 2.0
 
 class Hop:
     """
-    A function to run on the connection's thread, dressed as what aiosqlite lets through: parameters and cursor.
+    A function to run on the connection's thread, dressed as what aiosqlite lets through: parameters and cursor. It may
+    run within another.
 
     Attributes:
         connection: Where it runs or ran; None as long as it has not begun.
@@ -44,6 +45,7 @@ class Hop:
                 return self
             self.connection = connection
             self._runs = True
+        around = connection.hop
         connection.hop = self
         try:
             self._result = self._read(connection)
@@ -51,7 +53,7 @@ class Hop:
             self.failed = True
             raise
         finally:
-            connection.hop = None
+            connection.hop = around
             with self._lock:
                 self._runs = False
         return self
