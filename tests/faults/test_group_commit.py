@@ -47,7 +47,7 @@ SPIN = "with recursive n(i) as (select 1 union all select i + 1 from n) select c
 @pytest.fixture
 def lab(tmp_path: Path) -> SqliteLab:
     """A file of the test's own."""
-    return SqliteLab(tmp_path)
+    return SqliteLab(tmp_path / "runtime.db")
 
 
 async def in_one_turn(repo: RuntimeRepository, *verbs: Coroutine[Any, Any, T]) -> "list[asyncio.Task[T]]":
