@@ -13,7 +13,7 @@ from .shared import turns
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from .contenders import Store
+    from .contenders import Ours, Store
     from .drivers import Backend
 
     Turn = Callable[[], Awaitable[float]]
@@ -91,6 +91,16 @@ def working(store: Store, count: int, size: int) -> Turn:
     async def turn() -> float:
         await store.fill(count)
         return await _rate(count, lambda: store.work(count, size))
+
+    return turn
+
+
+def sharing(store: Ours, tasks: int, each: int) -> Turn:
+    """How many are claimed and completed in a second, one by one, by so many tasks of one process."""
+
+    async def turn() -> float:
+        await store.fill(tasks * each)
+        return await _rate(tasks * each, lambda: store.work_in_tasks(tasks * each, tasks))
 
     return turn
 
