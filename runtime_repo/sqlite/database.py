@@ -93,6 +93,7 @@ class SqliteDatabase(Unique):
         self._lock_timeout = lock_timeout
         self._limits = Limits(verb_timeout, self._silent)
         self._queries = _queries()
+        self._readers = _readers()
         self._connection: aiosqlite.Connection | None = None
         self._turn = Turn(self._begin_together)
         self._groups: set[asyncio.Task[None]] = set()
@@ -151,13 +152,13 @@ class SqliteDatabase(Unique):
         when_called: Callable[[], None] | None = None,
     ) -> "Part[Sequence[Row]]":
         what = Query(self._queries[query], args)
-        shared = None if query in _readers() else what.shared
+        shared = None if query in self._readers else what.shared
         return Part(what.alone, shared, hurries=hurries, when_called=when_called)
 
     async def _do(self, part: "Part[T]") -> T:
         """Do what a caller wants, in its turn."""
         with Limit(self._limits):
-            return await self._patiently(partial(self._do_in_turn, part), hurries=part.hurries)
+            return await self._patiently(self._do_in_turn, part, hurries=part.hurries)
 
     async def _do_in_turn(self, part: "Part[T]") -> T:
         try:
@@ -316,12 +317,12 @@ class SqliteDatabase(Unique):
 
         return await self._patiently(begin)
 
-    async def _patiently(self, work: Callable[[], Awaitable[T]], *, hurries: bool = False) -> T:
+    async def _patiently(self, work: Callable[..., Awaitable[T]], *args: object, hurries: bool = False) -> T:
         """Do *work*, and again while it is told that the file is locked, for as long as is allowed."""
         deadline = time.monotonic() + self._lock_timeout
         while True:
             try:
-                return await work()
+                return await work(*args)
             except Busy as busy:
                 if time.monotonic() >= deadline:
                     raise self._locked() from busy.__cause__
@@ -357,7 +358,7 @@ class SqliteDatabase(Unique):
         """
         try:
             async with asyncio.timeout(within):
-                return await self._patiently(partial(self._do_in_turn, Part(_stamp)))
+                return await self._patiently(self._do_in_turn, Part(_stamp))
         except TimeoutError:
             return None
 

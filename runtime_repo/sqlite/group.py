@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 _READS, _WRITES = 1, 2
 
+_NAMES = [str(number) for number in range(1, 100)]
+"""What SQLite calls the parameters $1, $2, ..."""
+
 _COMMENT = re.compile("--.*")
 
 _LONGEST = 0.01
@@ -28,7 +31,7 @@ class Query:
 
     def __init__(self, statements: Sequence[str], args: Sequence[object]) -> None:
         self._statements = statements
-        self._parameters = {str(number): value for number, value in enumerate(args, 1)}
+        self._parameters = dict(zip(_NAMES, args, strict=False))
 
     def alone(self, connection: Connection) -> Sequence[Row]:
         """Run it as a transaction of its own."""
@@ -87,7 +90,10 @@ class Part(Waiting, Generic[T]):
         rows: What it found.
     """
 
+    error: Exception | None = None
+    is_done = False
     rows: T
+    _hop: Hop | None = None
 
     def __init__(
         self,
@@ -99,10 +105,7 @@ class Part(Waiting, Generic[T]):
     ) -> None:
         super().__init__(_WRITES if shared else _READS, hurries=hurries)
         self.alone = alone
-        self.error: Exception | None = None
-        self.is_done = False
         self._shared = shared or alone
-        self._hop: Hop | None = None
         self._when_called = when_called
 
     @property
@@ -110,7 +113,7 @@ class Part(Waiting, Generic[T]):
         return self.kind == _WRITES
 
     def called(self) -> None:
-        super().called()
+        self.asked_at = time.monotonic()
         if self._when_called is not None:
             self._when_called()
 

@@ -32,12 +32,13 @@ class Waiting:
 
     answer: "asyncio.Future[Any]"
 
+    asked_at = 0.0
+    number = 0
+
     def __init__(self, kind: int = 0, *, hurries: bool = False) -> None:
-        self.asked_at = 0.0
         self.hurries = hurries
         self.is_alone = not kind
         self.kind = kind
-        self.number = 0
 
     def called(self) -> None:
         """The turn has come."""
