@@ -20,6 +20,7 @@ __all__ = [
     "Busy",
     "Database",
     "Gate",
+    "Heartbeats",
     "Lost",
     "Queries",
     "Row",
@@ -103,7 +104,7 @@ class Source(Queries, Protocol):
         """Notice from now on when something of *queues* may have become claimable, whoever brought it."""
         ...
 
-    async def heartbeats(self) -> Queries:
+    async def heartbeats(self) -> "Heartbeats":
         """
         What to renew leases by: it does not wait behind the work of this process, however many transactions are open.
 
@@ -112,6 +113,18 @@ class Source(Queries, Protocol):
 
         Raises:
             ConfigurationError: The pool that was given can have no connection for them.
+        """
+        ...
+
+
+class Heartbeats(Queries, Protocol):
+    """What renews leases, and knows when it has asked."""
+
+    async def ask(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
+        """
+        As ``fetch``; return also an instant by ``time.monotonic()``: the query was not sent before it.
+
+        It lies behind the wait for others of this process, so that a lease is proved for as long as it can be.
         """
         ...
 

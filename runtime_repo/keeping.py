@@ -164,7 +164,8 @@ class Keeper:
                 return
             except Exception as error:  # noqa: BLE001 - the lease is proved still, and a later heartbeat may succeed
                 self._held.outages.failed(self, "renew a lease", error, began=began)
-                wake_at = time.monotonic() + every / 10
+                # At once where it was waited for: a turn that comes now must find somebody in line for it.
+                wake_at = began + every / 10
                 # The connection may be silent, or the database only slow.
                 patience *= 2
             else:

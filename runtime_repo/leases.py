@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import cast
 
 from runtime_repo import fencing
-from runtime_repo.database import Gate, Row, together
+from runtime_repo.database import Gate, Heartbeats, Row, together
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -46,6 +46,7 @@ from runtime_repo.values import (
     new_id,
     new_ids,
     queue_names,
+    skipped,
     span_ms,
     storable,
 )
@@ -180,9 +181,8 @@ class Leases:
             LeaseLostError: The lease expired, or the attempt was finished, requeued or claimed by another worker.
         """
         check_lease(lease)
-        asked_at = time.monotonic()
         at = instant_ms("now", now)
-        rows = await self._queries.fetch(
+        rows, asked_at = await self._ask(
             "leases.heartbeat",
             lease.lease_id,
             lease.version,
@@ -201,6 +201,9 @@ class Leases:
         Keep many leases in one statement; the answers are in the order given, None for one that is lost.
 
         As ``heartbeat`` for each, but a lost lease is an answer, not an error. At most 10,000 at once.
+
+        Raises:
+            RefusedError: A lease still holds, and the database kept its row from us. The others are kept.
         """
         kept = [check_lease(lease) for lease in check_iterable("leases", leases, "of Lease")]
         check_batch("leases", len(kept))
@@ -210,9 +213,31 @@ class Leases:
         at = instant_ms("now", now)
         rows = await self._queries.fetch("leases.heartbeat_many", json.dumps(given), length, at) if given else ()
         renewed = {row["lease_id"]: row for row in rows}
+        await self._check_lost([lease for lease in kept if lease.lease_id not in renewed], at)
         return [
             _renewed(lease, renewed[lease.lease_id], asked_at) if lease.lease_id in renewed else None for lease in kept
         ]
+
+    async def _check_lost(self, leases: Sequence[Lease], now_ms: int | None) -> None:
+        """
+        Find out whether they are lost, as they could not be renewed.
+
+        Raises:
+            RefusedError: One is not.
+        """
+        if not leases:
+            return
+        ids = json.dumps(sorted({lease.attempt_id for lease in leases}))
+        held = await self._queries.fetch("leases.held_many", ids, now_ms)
+        tokens = {(row["attempt_id"], row["lease_version"], row["lease_id"]) for row in held}
+        for lease in leases:
+            if (lease.attempt_id, lease.version, lease.lease_id) in tokens:
+                raise skipped(f"lease {lease.lease_id!r}")
+
+    async def _ask(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
+        """Run a query, and say when it was sent at the earliest."""
+        asked_at = time.monotonic()
+        return await self._queries.fetch(query, *args), asked_at
 
     @contextlib.asynccontextmanager
     async def hold(
@@ -269,9 +294,8 @@ class Leases:
                 await self._queries.heartbeats()
 
     async def _renew(self, lease: Lease, ttl: timedelta) -> Lease:
-        """One heartbeat, which does not wait behind the work."""
-        beats = await self._queries.heartbeats()
-        return await Leases(cast("Gate", beats)).heartbeat(lease, ttl=ttl)
+        """One heartbeat, which does not wait behind the work. It proves the lease from when it was sent."""
+        return await _Renewals(await self._queries.heartbeats()).heartbeat(lease, ttl=ttl)
 
     async def _ended_by_its_holder(self, lease: Lease) -> bool:
         """Whether what ended the lease was complete, fail or release under this very token."""
@@ -374,6 +398,17 @@ class Leases:
         if found and not swept:
             raise refusal
         return swept
+
+
+class _Renewals(Leases):
+    """The verbs, for what knows better when it has sent something: after it has waited for its turn."""
+
+    def __init__(self, beats: Heartbeats) -> None:
+        super().__init__(cast("Gate", beats))
+        self._beats = beats
+
+    async def _ask(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
+        return await self._beats.ask(query, *args)
 
 
 def _below_the_last(lease: Lease) -> Lease:

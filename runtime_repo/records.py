@@ -1,10 +1,10 @@
 """What two nouns share: attempts, leases and their statuses, frozen, and how each is read from a row."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 from runtime_repo.database import Row
 from runtime_repo.errors import UnreadableRowError
@@ -26,6 +26,9 @@ __all__ = [
 
 DEFAULT_QUEUE = "default"
 DEFAULT_MAX_ATTEMPTS = 10
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 _LONGEST_AGE = timedelta.max // timedelta(milliseconds=1)
 
@@ -134,6 +137,26 @@ class Lease:
         return type(self), tuple(getattr(self, part.name) for part in fields(self)[:-1])
 
 
+def _quickly(kind: Callable[P, T]) -> Callable[P, T]:
+    """
+    Make records of *kind*, a frozen dataclass with slots, of all its fields in their order, in a fifth of the time.
+
+    What is frozen sets each field by a call. So a record is made as one of a kind that is equal, only not frozen, and
+    which it then leaves.
+    """
+    draft = make_dataclass("_Draft", [(part.name, Any) for part in fields(cast(Any, kind))], slots=True)
+
+    def make(*values: P.args, **_: P.kwargs) -> T:
+        made: Any = draft(*values)
+        made.__class__ = kind
+        return cast(T, made)
+
+    return make
+
+
+_attempt, _lease = _quickly(Attempt), _quickly(Lease)
+
+
 def attempt_from_row(row: Row) -> Attempt:
     """An attempt from the columns that every statement on attempts returns."""
     try:
@@ -147,7 +170,7 @@ def attempt_from_row(row: Row) -> Attempt:
         "".join((attempt_id, run_id, queue))
         _ = attempt_no | priority | max_attempts | lease_version
         # In the order of its fields: by their names it takes a tenth longer, for every row.
-        return Attempt(
+        return _attempt(
             attempt_id,
             run_id,
             attempt_no,
@@ -183,7 +206,7 @@ def lease_from_row(row: Row, *, asked_at: float | None = None) -> Lease:
     try:
         lease_id, worker_id = row["lease_id"], row["worker_id"]
         "".join((lease_id, worker_id))
-        return Lease(
+        return _lease(
             lease_id,
             attempt.attempt_id,
             worker_id,

@@ -33,7 +33,7 @@ from typing import Any, Literal, Never, Self, SupportsIndex, get_args
 from runtime_repo.api_keys import ApiKeys
 from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
-from runtime_repo.database import Backend, Database, Gate, Queries, Row, Source, Statements, Watch
+from runtime_repo.database import Backend, Database, Gate, Heartbeats, Row, Source, Statements, Watch
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
@@ -428,7 +428,7 @@ class _Gate(Unique):
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:
         return self._opened().watch(queues)
 
-    async def heartbeats(self) -> Queries:
+    async def heartbeats(self) -> Heartbeats:
         return await self._opened().heartbeats()
 
     def _opened(self) -> Source:
@@ -548,7 +548,7 @@ class _OneByOne:
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:  # noqa: ARG002
         raise ConfigurationError("a transaction cannot wait for work, it sees none that comes: wait outside of it")
 
-    async def heartbeats(self) -> Queries:
+    async def heartbeats(self) -> Heartbeats:
         raise ConfigurationError("a transaction cannot hold a lease, it commits too late: hold it outside of it")
 
 

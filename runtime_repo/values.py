@@ -72,12 +72,14 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # Made once: json.dumps makes one for each value, unless it is to write what it writes by default.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _TOLERANT = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+_scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=128)  # what one statement wrote has one time, and is read together
 def from_ms(value: int) -> datetime:
     """The instant that a ``_ms`` column holds."""
-    return _EPOCH + timedelta(milliseconds=value)
+    # In parts, of which each is small: a number that is large takes half as long again.
+    return _EPOCH + timedelta(0, value // 1000, value % 1000 * 1000)
 
 
 def maybe_from_ms(value: int | None) -> datetime | None:
@@ -279,8 +281,17 @@ def from_json(text: str | None) -> Any:
     Raises:
         ValueError: It is no JSON, or nests too deep to be parsed.
     """
+    if text is None:
+        return None
     try:
-        return None if text is None else json.loads(text)
+        # Almost everything is text that begins and ends with its value, which takes a third of the time.
+        value, end = _scan(text, 0)
+        if end == len(text):
+            return value
+    except (StopIteration, TypeError, ValueError, RecursionError):
+        pass
+    try:
+        return json.loads(text)
     except RecursionError:
         pass
     except ValueError as error:

@@ -53,8 +53,12 @@ _PAUSE_FIRST = 0.01
 _PAUSE_LAST = 1.0
 _BLINK = 0.05
 """Seconds within which a wait that ends has not waited."""
-_PATIENCE = 5.0
-"""Seconds within which the database has to answer a call of the worker's own; then another connection is tried."""
+_PATIENCE = 2.5
+_MOST_PATIENCE = 5.0
+"""
+Seconds within which the database has to answer a call of the worker's own, and at most where it is known to be slow;
+then another connection is tried.
+"""
 _ERROR_LENGTH = 4000
 _UNSTORABLE = "the database refused to store how this try ended; the worker's log has more"
 
@@ -134,7 +138,8 @@ class Worker:
             self._signals = tuple(map(signal.Signals, signals))
         except (TypeError, ValueError):
             raise ConfigurationError(f"signals is {signals!r}: expected some of signal.Signals") from None
-        self._patience = min(_PATIENCE, ttl.total_seconds())
+        self._claiming = _Patience(min(_PATIENCE, ttl.total_seconds()))
+        self._sweeping = _Patience(_PATIENCE)
         self._outages = Outages(f"worker {self.worker_id}", ttl=ttl.total_seconds())
         self._room = asyncio.Semaphore(self._concurrency)
         self._told_to_stop = asyncio.Event()
@@ -231,8 +236,8 @@ class Worker:
         leases: Sequence[Lease] = ()
         claim = self._repo.leases.claim
         try:
-            leases = await _within(
-                self._patience, claim(self.worker_id, limit=wanted, queues=self._queues, ttl=self._ttl)
+            leases = await self._claiming.within(
+                claim(self.worker_id, limit=wanted, queues=self._queues, ttl=self._ttl)
             )
         finally:
             for _ in range(wanted - len(leases)):
@@ -257,7 +262,7 @@ class Worker:
             try:
                 found = _BATCH
                 while found == _BATCH:
-                    page = await _within(_PATIENCE, self._repo.leases.requeue_expired(limit=_BATCH))
+                    page = await self._sweeping.within(self._repo.leases.requeue_expired(limit=_BATCH))
                     found = len(page) + len(page.unreadable)
             except (ConfigurationError, RepositoryClosedError):
                 return  # A claim says so, too.
@@ -371,7 +376,9 @@ class Worker:
 
     async def _insist(self, report: Callable[[], Awaitable[object]]) -> None:
         """Report, also when the database is away for a while: as long as the lease is held, whose end cancels this."""
-        pause, patience = _PAUSE_FIRST, self._patience
+        # The first try may go by a connection that is silent. What is left of the lease, should heartbeats go as badly,
+        # has to be enough for its end, and for another.
+        pause, patience = _PAUSE_FIRST, min(_PATIENCE, self._ttl.total_seconds() / 3)
         key = object()
         try:
             while True:
@@ -404,7 +411,7 @@ class Worker:
     async def _was_ended_by_handler(self, lease: Lease) -> bool:
         """Whether the handler ended its lease in a transaction of the application's own, whose end nobody told us."""
         with contextlib.suppress(RuntimeRepoError):
-            attempt = await _within(self._patience, self._repo.attempts.get(lease.attempt_id))
+            attempt = await _within(_PATIENCE, self._repo.attempts.get(lease.attempt_id))
             return ended_by(lease, attempt) is not None
         return False
 
@@ -483,6 +490,22 @@ async def _within(seconds: float, call: Awaitable[T]) -> T:
             return await call
     except TimeoutError as error:
         raise DatabaseUnavailableError(f"the database did not answer within {seconds:g} s") from error
+
+
+class _Patience:
+    """How long an answer to calls of one kind is waited for: longer after one that did not come, or came late."""
+
+    def __init__(self, least: float) -> None:
+        self._least = self._seconds = least
+
+    async def within(self, call: Awaitable[T]) -> T:
+        """As ``_within``."""
+        began = time.monotonic()
+        try:
+            return await _within(self._seconds, call)
+        finally:
+            wanted = 2 * (time.monotonic() - began)
+            self._seconds = max(self._least, min(wanted, 2 * self._least, _MOST_PATIENCE))
 
 
 async def _rest(pause: float) -> None:

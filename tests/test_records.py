@@ -1,5 +1,6 @@
 """Records: what can be said of them without a database."""
 
+import collections
 import copy
 import dataclasses
 import pickle
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime_repo import ConfigurationError, Lease, RetryPolicy
-from runtime_repo.values import new_ids
+from runtime_repo import Attempt, AttemptStatus, ConfigurationError, Lease, RetryPolicy
+from runtime_repo.records import attempt_from_row, lease_from_row
+from runtime_repo.values import from_json, new_ids
 
 SECOND = timedelta(seconds=1)
 
@@ -86,3 +88,41 @@ def test_a_lease_that_travels_is_not_proved_by_another_clock() -> None:
         assert travelled == lease
         assert travelled.asked_at is None
     assert dataclasses.replace(lease, worker_id="b").asked_at == 1e9
+
+
+def test_what_is_read_from_a_row_is_a_record_like_any_other() -> None:
+    """Of its kind, frozen, and equal to one that was constructed; however it was made."""
+    moment = datetime(2030, 1, 1, tzinfo=UTC)
+    row: dict[str, Any] = collections.defaultdict(lambda: None)  # what a column may always be
+    row |= {"attempt_id": "a", "run_id": "run", "queue": "q", "status": "leased", "worker_id": "w", "lease_id": "l"}
+    row |= {"attempt_no": 1, "priority": 0, "max_attempts": 3, "lease_version": 1, "payload_json": ' {"n": [1]}\n'}
+    ends = ("enqueued_at_ms", "claimed_at_ms", "heartbeat_at_ms", "lease_expires_at_ms")
+    row |= dict.fromkeys(ends, int(moment.timestamp() * 1000))
+    attempt = attempt_from_row(row)
+    lease = lease_from_row(row, asked_at=1.0)
+    assert (type(attempt), type(lease)) == (Attempt, Lease)
+    assert attempt == dataclasses.replace(attempt) == lease.attempt
+    assert (attempt.attempt_id, attempt.status, attempt.payload) == ("a", AttemptStatus.LEASED, {"n": [1]})
+    assert attempt.enqueued_at == moment
+    assert lease == Lease("l", "a", "w", 1, moment, moment, moment, attempt)
+    assert pickle.loads(pickle.dumps(lease)) == copy.deepcopy(lease) == lease  # noqa: S301 - made here
+    for record in (attempt, lease):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            record.attempt_id = "b"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [(" 1", 1), ("1\r\n\t ", 1), ("[1] ", [1]), ('"\\u00e9"', "\N{LATIN SMALL LETTER E WITH ACUTE}")]
+)
+def test_json_may_have_blanks_around_it(text: str, value: object) -> None:
+    """As others may write it."""
+    assert from_json(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "1 2", "[1", "[1]]", "x", "\N{ZERO WIDTH NO-BREAK SPACE}1", "'a'", '"a', "-"]
+)
+def test_what_is_no_json_is_told(text: str) -> None:
+    """Whatever comes first in it."""
+    with pytest.raises(ValueError, match="no JSON"):
+        from_json(text)

@@ -10,8 +10,8 @@ import socket
 import ssl
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Never, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -31,6 +31,7 @@ __all__ = [
     "DRIVER_ERRORS",
     "NO_LIMIT",
     "PATIENCE",
+    "SUSPECT",
     "Target",
     "Unusable",
     "alive",
@@ -60,8 +61,11 @@ _HURRIED_TRY = 0.5
 _MOST_VAIN = 4
 """How often that doubles: as often as it takes to come to a server's usual time."""
 
-_SUSPECT = 0.25
+SUSPECT = 0.25
 """Seconds after which whoever gives up connecting has had a reason to, unless the server is known to be as slow."""
+
+_FIRST_STEPS = 0.05
+"""Seconds for which nobody cancels the driver's connect: what has just begun would be left open, or logged as lost."""
 
 _SILENT_FOR = 30.0
 """Seconds for which a server that was silent is tried after the others."""
@@ -95,6 +99,8 @@ class _Host:
     """Seconds that the slowest answer of the last ones took."""
     silent_at: float = 0.0
     """When it was found silent; 0 once it has answered."""
+    waiting: dict[asyncio.Timeout, float] = field(default_factory=dict)
+    """Of those that connect to it just now how long each waits, and until when at least."""
 
     def answered(self, seconds: float) -> None:
         self.silent_at = 0.0
@@ -102,8 +108,27 @@ class _Host:
 
     def gave_up(self, seconds: float) -> None:
         """Whoever connected has left after so long: where it might have answered by then, it is silent."""
-        if seconds >= max(_SUSPECT, min(2 * self.took, _NEXT_TRY)):
+        if seconds >= max(SUSPECT, min(2 * self.took, _NEXT_TRY)):
             self.silent_at = time.monotonic()
+
+    @contextlib.asynccontextmanager
+    async def answering(self, patience: float) -> AsyncIterator[None]:
+        """Let the block wait so many seconds for it, or twice as many as it needed lately."""
+        slow = 2 * self.took
+        async with asyncio.timeout(max(patience, slow)) as limit:
+            self.waiting[limit] = asyncio.get_running_loop().time() + max(_HURRIED_TRY, slow)
+            try:
+                yield
+            finally:
+                del self.waiting[limit]
+
+    def tell_others(self) -> None:
+        """It was silent to one of those who connect: the others, who came later, go on sooner."""
+        now = asyncio.get_running_loop().time()
+        for limit, at_least in self.waiting.items():
+            when = limit.when()
+            if when is not None and not limit.expired():
+                limit.reschedule(min(when, max(now, at_least)))
 
 
 class Target:
@@ -117,6 +142,8 @@ class Target:
         self._setup = options.get("setup")
         self._is_tuned = bool(options)
         self._made: weakref.WeakSet[asyncpg.Connection[asyncpg.Record]] = weakref.WeakSet()
+        # Connections that are still being made, and that nobody waits for any more.
+        self._left: set[asyncio.Task[Connection]] = set()
         self.can_reuse = not isinstance(dsn, asyncpg.Pool) and not options.keys() & {"setup", "reset"}
         """Whether a connection may be used again before the pool has it back: it is ours, and calls nobody at that."""
         # What we leave behind is no session state, so a connection needs no round trip to be reset.
@@ -210,6 +237,11 @@ class Target:
             raise
         return connection
 
+    async def close(self, within: float) -> None:
+        """Leave nothing of what was given up while it connected."""
+        if self._left:
+            await asyncio.wait(self._left, timeout=within)
+
     def check_loop(self) -> None:
         """
         Let a pool be used that was given.
@@ -253,7 +285,7 @@ class Target:
         for wanted, host in self._in_order():
             began = time.monotonic()
             try:
-                async with asyncio.timeout(max(patience, 2 * host.took)):
+                async with host.answering(patience):
                     connection = await self._connected(args, options | host.options | wanted)
             except asyncio.CancelledError:
                 # Whoever has less patience begins with the next server when he tries again.
@@ -264,6 +296,8 @@ class Target:
                     raise
                 if isinstance(error, TimeoutError):
                     host.silent_at = time.monotonic()
+                    if len(self._hosts) > 1 and self._vain == 0:
+                        host.tell_others()
                 failures.append(error)
             else:
                 host.answered(time.monotonic() - began)
@@ -283,6 +317,31 @@ class Target:
         )
 
     async def _connected(self, args: Sequence[Any], options: dict[str, Any]) -> "Connection":
+        """
+        A connection of one server.
+
+        Whoever is cancelled does not wait for the driver's end, and neither is the driver cancelled in its first steps:
+        between two of them nobody hears how they end but asyncio's log.
+        """
+        began = time.monotonic()
+        connecting = asyncio.create_task(self._connect_now(args, options), name="runtime_repo connect")
+        try:
+            await asyncio.wait([connecting])
+        except asyncio.CancelledError:
+            self._left.add(connecting)
+            connecting.add_done_callback(self._dropped)
+            left = _FIRST_STEPS - (time.monotonic() - began)
+            asyncio.get_running_loop().call_later(max(left, 0), connecting.cancel)
+            raise
+        return connecting.result()
+
+    def _dropped(self, connecting: "asyncio.Task[Connection]") -> None:
+        """It has ended, too late."""
+        self._left.discard(connecting)
+        if not connecting.cancelled() and connecting.exception() is None:
+            terminated(connecting.result())
+
+    async def _connect_now(self, args: Sequence[Any], options: dict[str, Any]) -> "Connection":
         is_theirs = self._connect is not None or callable(options.get("password"))
         try:
             connection: Connection = await (self._connect or asyncpg.connect)(*args, **options)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import asyncpg
 
 from runtime_repo.catalog import Catalog, Look
-from runtime_repo.database import Backend, Busy, Lost, Queries, Row, Watch
+from runtime_repo.database import Backend, Busy, Lost, Row, Watch
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -33,6 +33,7 @@ from runtime_repo.errors import (
 from runtime_repo.postgres.boot import BootTransaction, Looks, begin
 from runtime_repo.postgres.connections import (
     NO_LIMIT,
+    PATIENCE,
     Target,
     Unusable,
     alive,
@@ -64,7 +65,7 @@ _LOCK_CLASS = 0x72756E74
 _REST = 0.4
 """Seconds between two such tries, whoever makes them."""
 
-_LISTEN_CHECK = 4.0
+_LISTEN_CHECK = 2.0
 """Seconds after which a connection that listens is asked whether it still does, and for which it may be silent then."""
 
 _OWN_VOICE = 3.0
@@ -145,10 +146,13 @@ class PostgresDatabase(Unique):
         self._spare: Lent | None = None
         self._handing_back: asyncio.Future[None] | None = None
         self._waiting = 0
-        # Those that a pool of ours has, those that are in use, and since when which of these owes a verb its answer.
-        self._made: weakref.WeakSet[Connection] = weakref.WeakSet()
+        # Those that a pool of ours has and since when, those that are in use, and since when which of these owes a verb
+        # its answer.
+        self._made: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
         self._lent: set[Connection] = set()
         self._unanswered: dict[Connection, float] = {}
+        # Those of which something is only read that may as well be read by another.
+        self._glancing: set[Connection] = set()
         self._watch: asyncio.TimerHandle | None = None
         self._asking: asyncio.Task[None] | None = None
         # Whether the session's default isolation level would give a verb another meaning; None is not known.
@@ -204,7 +208,7 @@ class PostgresDatabase(Unique):
         own, self._own = self._own, None
         if own is None or own.is_closed():
             own = await self._target.connect(*args, patience=self._target.patience(self._startup_timeout), **options)
-        self._made.add(own)
+        self._made[own] = asyncio.get_running_loop().time()
         return own
 
     async def _lend(self, *, hurried: bool = False) -> "Connection":
@@ -242,6 +246,7 @@ class PostgresDatabase(Unique):
                 await self._teller.close(_FAREWELL)
         # What was told in the end was an answer to wait for.
         self._stop_watching()
+        await self._target.close(_FAREWELL)
 
     def abandon(self) -> None:
         with contextlib.suppress(Exception):
@@ -249,7 +254,7 @@ class PostgresDatabase(Unique):
             self._stop_watching()
         pool, self._pool = self._pool, None
         own, self._own = self._own, None
-        self._heartbeats.drop()
+        self._heartbeats.abandon()
         for opened in (own, pool):
             if opened is not self._target.pool:
                 # The event loop may be closed by now; its end has closed the sockets then.
@@ -398,27 +403,31 @@ class PostgresDatabase(Unique):
             self._target.forget_silence()
             self._drop_idle()
 
-    def _drop_idle(self) -> None:
-        """Let the pool, if it is ours, connect anew."""
+    def _drop_idle(self, older_than: float = 0.0) -> None:
+        """Let the pool, if it is ours, connect anew, where a connection is as many seconds old."""
         terminated(self._taken_spare())
+        made_by = asyncio.get_running_loop().time() - older_than
         busy = set()
         for connection in self._lent:
             with contextlib.suppress(asyncpg.InterfaceError):
                 busy.add(connection.get_server_pid())
-        for made in tuple(self._made):
-            if not made.is_closed() and made.get_server_pid() not in busy:
+        for made, made_at in tuple(self._made.items()):
+            if made_at <= made_by and not made.is_closed() and made.get_server_pid() not in busy:
                 terminated(made)
 
     def _fell_silent(self) -> None:
         """
-        The server, or the network, answers nothing on a connection of ours: what else is idle may be as dead.
+        The server, or the network, has answered nothing on a connection of ours for a clean-up: what else is idle may
+        be as dead, unless it was made since. What only reads is asked again on another connection.
 
         A pool that was given is its owner's: of it only the connection that was silent has gone.
         """
         if self._target.pool is None:
-            self._drop_idle()
-            self._heartbeats.drop()
+            self._drop_idle(PATIENCE)
+            self._heartbeats.doubt(PATIENCE)
             terminated(self._hearing)
+            while self._glancing:
+                terminated(self._glancing.pop())
 
     def _look_after(self) -> None:
         """Ask about what has not been answered for a while; look again as long as anything is under way."""
@@ -483,10 +492,23 @@ class PostgresDatabase(Unique):
     async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
         was_asked = False
         try:
-            async with asyncio.timeout(within) as limit, self._acquired() as connection:
-                was_asked = True
-                limit.reschedule(asyncio.get_running_loop().time() + within)
-                return await self._verb(connection, query, args)
+            async with asyncio.timeout(within) as limit:
+                while True:
+                    was_given_up = False
+                    try:
+                        async with self._acquired() as connection:
+                            if not was_asked:
+                                was_asked = True
+                                limit.reschedule(asyncio.get_running_loop().time() + within)
+                            self._glancing.add(connection)
+                            try:
+                                return await self._verb(connection, query, args)
+                            finally:
+                                was_given_up = connection not in self._glancing
+                                self._glancing.discard(connection)
+                    except DatabaseUnavailableError:
+                        if not was_given_up:
+                            raise
         except TimeoutError:
             pool = self._pool
             if was_asked or pool is None or pool.get_idle_size() or pool.get_size() < pool.get_max_size():
@@ -556,7 +578,7 @@ class PostgresDatabase(Unique):
             if untold:
                 await statements.fetch("schema.tell", self._channel, json.dumps(list(untold)))
 
-    async def heartbeats(self) -> Queries:
+    async def heartbeats(self) -> Heartbeats:
         await self._heartbeats.reserve()
         return self._heartbeats
 

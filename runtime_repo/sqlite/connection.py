@@ -16,13 +16,16 @@ from runtime_repo.errors import DatabaseUnavailableError
 
 __all__ = ["Connection", "Hop"]
 
+_execute = sqlite3.Connection.execute
+
 _PROVED_FOR = 2.0
 """Seconds for which a file that was found in its place is taken to be there still."""
 
 
 class Hop:
     """
-    A function to run on the connection's thread, dressed as what aiosqlite lets through: parameters and cursor.
+    A function to run on the connection's thread, dressed as what aiosqlite lets through: parameters and cursor. It may
+    run within another.
 
     Attributes:
         connection: Where it runs or ran; None as long as it has not begun.
@@ -44,6 +47,7 @@ class Hop:
                 return self
             self.connection = connection
             self._runs = True
+        around = connection.hop
         connection.hop = self
         try:
             self._result = self._read(connection)
@@ -51,7 +55,7 @@ class Hop:
             self.failed = True
             raise
         finally:
-            connection.hop = None
+            connection.hop = around
             with self._lock:
                 self._runs = False
         return self
@@ -114,7 +118,7 @@ class Connection(sqlite3.Connection):
         if self.hop is not None and self.hop.given_up:
             # An interruption between two statements stops neither.
             raise InterruptedError
-        return super().execute(sql, parameters)
+        return _execute(self, sql, parameters)
 
     def roll_back(self) -> None:
         """End the transaction that is open, if one is."""
@@ -136,8 +140,8 @@ class Connection(sqlite3.Connection):
         """Undo what was done since *savepoint*, or all of the transaction where that is not possible."""
         try:
             # Not by the method above, which executes nothing for a hop that was given up.
-            super().execute(f"rollback to savepoint {savepoint}")
-            super().execute(f"release savepoint {savepoint}")
+            _execute(self, f"rollback to savepoint {savepoint}")
+            _execute(self, f"release savepoint {savepoint}")
         except sqlite3.Error:
             self.roll_back()
 

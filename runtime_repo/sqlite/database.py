@@ -2,9 +2,10 @@
 One SQLite file behind the port.
 
 Work is sent to the connection's thread as a *hop*: one function that normally opens and ends its own transaction, so
-that a cancelled caller leaves no lock. Boot and ``atomic()`` keep one open across hops; both roll back in a shielded
-hop. Hops are done in their order: a caller that gives up, since the thread does not come back from the system, leaves
-its rollback behind in the thread's queue, before whatever comes later.
+that a cancelled caller leaves no lock. A verb that finds the connection free has a hop to itself; those that wait for
+it at the same moment share one, and its commit. Boot and ``atomic()`` keep a transaction open across hops; both roll
+back in a shielded hop. Hops are done in their order: a caller that gives up, since the thread does not come back from
+the system, leaves its rollback behind in the thread's queue, before whatever comes later.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from typing import Any, TypeVar, cast
 import aiosqlite
 
 from runtime_repo.catalog import Catalog, Look
-from runtime_repo.database import Backend, Busy, Queries, Row
+from runtime_repo.database import Backend, Busy, Heartbeats, Row
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -37,10 +38,11 @@ from runtime_repo.shielding import CLEAN_UP, finish
 from runtime_repo.sqlite.backup import Copy, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
+from runtime_repo.sqlite.group import Group, Part, Query, reads
 from runtime_repo.sqlite.limits import Limit, Limits
 from runtime_repo.sqlite.look import looking
 from runtime_repo.sqlite.translation import is_writable, translated
-from runtime_repo.sqlite.turn import Turn
+from runtime_repo.sqlite.turn import ALONE, Turn
 
 __all__ = ["SqliteDatabase"]
 
@@ -91,8 +93,10 @@ class SqliteDatabase(Unique):
         self._lock_timeout = lock_timeout
         self._limits = Limits(verb_timeout, self._silent)
         self._queries = _queries()
+        self._readers = _readers()
         self._connection: aiosqlite.Connection | None = None
-        self._turn = Turn()
+        self._turn = Turn(self._begin_together)
+        self._groups: set[asyncio.Task[None]] = set()
         self._copy: Copy | None = None
 
     def __repr__(self) -> str:
@@ -116,28 +120,95 @@ class SqliteDatabase(Unique):
             hold_inherited(self._path, was_idle=isinstance(own, Connection) and is_idle(own))
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        return await self._alone(partial(self.run, query, args))
+        return await self._do(self._part(query, args))
 
     async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
         was_asked = False
 
-        async def look() -> Sequence[Row]:
+        def asked() -> None:
             nonlocal was_asked
             was_asked = True
             limit.reschedule(asyncio.get_running_loop().time() + within)
-            return await self.run(query, args)
 
         try:
             async with asyncio.timeout(within) as limit:
-                return await self._alone(look)
+                return await self._do(self._part(query, args, when_called=asked))
         except TimeoutError:
             if was_asked:
                 raise
             return None
 
-    async def fetch_in_a_hurry(self, query: str, *args: object) -> Sequence[Row]:
-        """As ``fetch``, before all others that wait for their turn."""
-        return await self._alone(partial(self.run, query, args), hurry=True)
+    async def ask_in_a_hurry(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
+        """As ``fetch``, before all others that wait for their turn; and when that had come."""
+        part = self._part(query, args, hurries=True)
+        return await self._do(part), part.asked_at
+
+    def _part(
+        self,
+        query: str,
+        args: Sequence[object],
+        *,
+        hurries: bool = False,
+        when_called: Callable[[], None] | None = None,
+    ) -> "Part[Sequence[Row]]":
+        what = Query(self._queries[query], args)
+        shared = None if query in self._readers else what.shared
+        return Part(what.alone, shared, hurries=hurries, when_called=when_called)
+
+    async def _do(self, part: "Part[T]") -> T:
+        """Do what a caller wants, in its turn."""
+        with Limit(self._limits):
+            return await self._patiently(self._do_in_turn, part, hurries=part.hurries)
+
+    async def _do_in_turn(self, part: "Part[T]") -> T:
+        try:
+            answer = await self._turn.share(part)
+        except asyncio.CancelledError:
+            part.give_up()
+            raise
+        if answer is not ALONE:
+            return cast(T, answer)
+        try:
+            return await self.hop(part.alone)
+        finally:
+            self._turn.give()
+
+    def _begin_together(self, parts: "Sequence[Part[Any]]") -> None:
+        """Have the turn's *parts* done, in a task that none of their callers can cancel."""
+        task = asyncio.get_running_loop().create_task(self._do_together(parts))
+        self._groups.add(task)
+        task.add_done_callback(self._groups.discard)
+
+    async def _do_together(self, parts: "Sequence[Part[Any]]") -> None:
+        turn = self._turn
+        try:
+            await self.hop(Group(parts).do)
+        except asyncio.CancelledError:
+            # The event loop ends.
+            for part in parts:
+                part.give_up()
+                part.answer.cancel()
+            turn.give()
+            raise
+        except (Busy, RuntimeRepoError):
+            # Nothing was begun, such as where it was closed: each hears for itself what is wrong.
+            for part in parts:
+                part.undo()
+        for part in parts:
+            if part.is_done and not part.answer.done():
+                self._answer(part)
+        turn.put_back([part for part in parts if not part.answer.done()])
+        turn.give_soon()
+
+    def _answer(self, part: "Part[Any]") -> None:
+        if part.error is None:
+            part.answer.set_result(part.rows)
+            return
+        cause, part.error = part.error, None
+        error = translated(cause, self._path)
+        if error is not cause:
+            error.__cause__ = cause
+        part.answer.set_exception(error)
 
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator["_Statements"]:
@@ -226,75 +297,70 @@ class SqliteDatabase(Unique):
                 "of this transaction that was not read to its end, stands in the way: begin the transaction again"
             ) from busy.__cause__
 
-    async def _alone(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False) -> T:
-        """Do *work* in its turn."""
+    async def _alone(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do *work* in its turn, without others."""
         with Limit(self._limits):
-            result = await self._begun(work, hurry=hurry)
+            result = await self._begun(work)
             self._turn.give()
             return result
 
-    async def _begun(self, work: Callable[[], Awaitable[T]], *, hurry: bool = False) -> T:
+    async def _begun(self, work: Callable[[], Awaitable[T]]) -> T:
         """Have the connection to oneself, from the moment at which *work* is not told that the file is locked."""
-        deadline = time.monotonic() + self._lock_timeout
-        while True:
-            await self._turn.take(hurry=hurry)
+
+        async def begin() -> T:
+            await self._turn.take()
             try:
                 return await work()
-            except Busy as busy:
+            except BaseException:
                 self._turn.give()
+                raise
+
+        return await self._patiently(begin)
+
+    async def _patiently(self, work: Callable[..., Awaitable[T]], *args: object, hurries: bool = False) -> T:
+        """Do *work*, and again while it is told that the file is locked, for as long as is allowed."""
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            try:
+                return await work(*args)
+            except Busy as busy:
                 if time.monotonic() >= deadline:
                     raise self._locked() from busy.__cause__
-            except BaseException:
-                self._turn.give()
-                raise
-            await asyncio.sleep(random.uniform(0.001, 0.005 if hurry else 0.02))  # noqa: S311
+            await asyncio.sleep(random.uniform(0.001, 0.005 if hurries else 0.02))  # noqa: S311
 
-    async def run(self, query: str, args: Sequence[object], *, within: bool = False) -> Sequence[Row]:
-        """Run a named query, as a transaction of its own or *within* the one that is open."""
-        statements = self._queries[query]
-        parameters = {str(number): value for number, value in enumerate(args, 1)}
+    async def run(self, query: str, args: Sequence[object]) -> Sequence[Row]:
+        """Run a named query in the transaction that is open."""
+        what = Query(self._queries[query], args)
 
         def work(connection: Connection) -> Sequence[Row]:
-            connection.prove()
-            if within:
-                self.require_transaction(connection)
-            elif connection.in_transaction:
-                connection.roll_back()  # what nobody could end when it was to end
-            # A single statement is a transaction of its own; several need one, or a part of the one that is open.
-            several = len(statements) > 1
-            if several:
-                connection.execute("savepoint query" if within else "begin immediate")
-            try:
-                rows: Sequence[Row] = ()
-                for statement in statements:
-                    cursor = connection.execute(statement, parameters)
-                    if cursor.description is not None:
-                        rows = cursor.fetchall()
-                if several:
-                    connection.execute("release savepoint query" if within else "commit")
-            except BaseException:
-                if several and not within:
-                    connection.roll_back()
-                elif several and connection.in_transaction:
-                    connection.roll_back_to("query")
-                raise
-            return rows
+            self.require_transaction(connection)
+            return what.within(connection)
 
         return await self.hop(work)
 
     @contextlib.asynccontextmanager
     async def watch(self, queues: Collection[str]) -> AsyncIterator["_Watch"]:  # noqa: ARG002 - any commit is a hint
-        yield _Watch(self, await self.stamp())
+        # What is not known at once is taken to have changed.
+        yield _Watch(self, await self.stamp(within=_LOOK))
 
-    async def heartbeats(self) -> Queries:
+    async def heartbeats(self) -> Heartbeats:
         return _Heartbeats(self)
 
     def tell(self, queues: Iterable[str]) -> None:
         """Nobody needs to be told: who waits looks whether anybody has committed."""
 
-    async def stamp(self) -> tuple[int, int]:
-        """What changes with every commit: other connections' are counted by SQLite, our own by the driver."""
-        return await self._alone(partial(self.hop, _stamp))
+    async def stamp(self, *, within: float) -> tuple[int, int] | None:
+        """
+        What changes with every commit: other connections' are counted by SQLite, our own by the driver.
+
+        None if the turn has not come within so many seconds: while a transaction of this process is open, nobody else
+        commits anything.
+        """
+        try:
+            async with asyncio.timeout(within):
+                return await self._patiently(self._do_in_turn, Part(_stamp))
+        except TimeoutError:
+            return None
 
     @property
     def connection(self) -> aiosqlite.Connection:
@@ -349,7 +415,7 @@ class SqliteDatabase(Unique):
             return cast(Look, first.fetchall())
 
     async def _open(self, first: Hop, *, create: bool = False) -> None:
-        self._turn = Turn()
+        self._turn = Turn(self._begin_together)
         self._connection = await self._connect(first, create=create)
 
     async def _connect(self, first: Hop, *, create: bool = False) -> aiosqlite.Connection:
@@ -547,27 +613,31 @@ class _Heartbeats:
     """Queries that are the next in turn."""
 
     def __init__(self, database: SqliteDatabase) -> None:
-        self._database = database
-        self.fetch = database.fetch_in_a_hurry
+        self.ask = database.ask_in_a_hurry
         self.atomic = database.atomic
         self.tell = database.tell
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        rows, _ = await self.ask(query, *args)
+        return rows
 
 
 class _Watch:
     """Looks whether anybody has committed: SQLite tells no other process."""
 
-    def __init__(self, database: SqliteDatabase, stamp: tuple[int, int]) -> None:
+    def __init__(self, database: SqliteDatabase, stamp: tuple[int, int] | None) -> None:
         self._database = database
         self._stamp = stamp
 
     async def change(self, within: float) -> None:
         # Of random length, so that those who wait do not all look at once.
         deadline = time.monotonic() + min(within, _LOOK_AGAIN * random.uniform(0.9, 1.3))  # noqa: S311
-        stamp = self._stamp
-        while stamp == self._stamp and (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
             await asyncio.sleep(min(left, _LOOK))
-            stamp = await self._database.stamp()
-        self._stamp = stamp
+            stamp = await self._database.stamp(within=max(deadline - time.monotonic(), 0.001))
+            if stamp not in (None, self._stamp):
+                self._stamp = stamp
+                return
 
 
 class _Statements:
@@ -581,7 +651,7 @@ class _Statements:
         return self._database.connection
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        return await self._database.within(self._database.run(query, args, within=True))
+        return await self._database.within(self._database.run(query, args))
 
     def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
         return self._database.part()
@@ -597,11 +667,11 @@ class _BootTransaction:
         self._database = database
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        return await self._database.run(query, args, within=True)
+        return await self._database.run(query, args)
 
     async def execute(self, query: str) -> None:
         await self._database.take_backup_again()
-        await self._database.run(query, (), within=True)
+        await self._database.run(query, ())
 
     async def script(self, text: str) -> None:
         statements = tuple(split_statements(fill(text, _TOKENS)))
@@ -626,6 +696,12 @@ class _BootTransaction:
 def _queries() -> dict[str, tuple[str, ...]]:
     """Every query as its statements; the same for every file."""
     return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", **_TOKENS).items()}
+
+
+@cache
+def _readers() -> frozenset[str]:
+    """The queries that write nothing, and so need no lock that others could be waiting for."""
+    return frozenset(query for query, statements in _queries().items() if len(statements) == 1 and reads(statements[0]))
 
 
 def _nothing(connection: Connection) -> None:

@@ -19,8 +19,10 @@ class SqliteRuntimeRepository(RuntimeRepository):
     file systems, and keeps SQLite's default of a synchronous commit. A new file is readable by its owner only.
 
     A file has one writer. Within a process the verbs and transactions of all tasks take turns, in the order in which
-    they came, but whoever renews leases is the next in turn: a heartbeat waits for the transaction that is open, and
-    for no other however many are queued. So keep a transaction shorter than a third of your leases.
+    they came. Verbs that wait at the same moment are committed together, which costs little more than one of them; each
+    still succeeds or fails for itself, and returns when it is committed. Whoever renews leases is the next in turn: a
+    heartbeat waits for the transaction that is open, and for no other however many are queued. So keep a transaction
+    shorter than half of your leases.
 
     A file that is deleted or replaced while it is open is noticed within two seconds by verbs and at once by
     ``ensure_schema()``: a DatabaseUnavailableError tells that what was written since is in the file that was moved

@@ -8,6 +8,7 @@ statements can reach, at the same durability. Both sides work on the same tables
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -68,6 +69,10 @@ class Ours:
                 await repo.attempts.complete(leases[0])
             else:
                 await repo.attempts.complete_many([(lease, None) for lease in leases])
+
+    async def work_in_tasks(self, count: int, tasks: int) -> None:
+        """Claim and complete so many one by one, in so many tasks at once."""
+        await asyncio.gather(*(self.work(count // tasks, 1) for _ in range(tasks)))
 
 
 class Bare:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from runtime_repo.database import Backend
 
-    from .contenders import Store
+    from .contenders import Ours, Store
 
     Turn = Callable[[], Awaitable[float]]
     Clear = Callable[[], Awaitable[None]]
@@ -92,6 +92,16 @@ def working(store: Store, count: int, size: int) -> Turn:
     async def turn() -> float:
         await store.fill(count)
         return await _rate(count, lambda: store.work(count, size))
+
+    return turn
+
+
+def sharing(store: Ours, tasks: int, each: int) -> Turn:
+    """How many are claimed and completed in a second, one by one, by so many tasks of one process."""
+
+    async def turn() -> float:
+        await store.fill(tasks * each)
+        return await _rate(tasks * each, lambda: store.work_in_tasks(tasks * each, tasks))
 
     return turn
 

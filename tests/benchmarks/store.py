@@ -32,7 +32,7 @@ from runtime_repo import NewAttempt
 from . import plot, queue_peers
 from .claims import Scale, behind_a_snapshot, endurance, sizes_on_postgres, sizes_on_sqlite
 from .contenders import RUN, on_postgres, on_sqlite
-from .race import HEAD, Limit, Line, enqueuing, race, working
+from .race import HEAD, Limit, Line, enqueuing, race, sharing, working
 from .shared import circumstances, own_database, postgres_server, table
 from .waiting import Patience, waiting_on_postgres, waiting_on_sqlite
 
@@ -54,6 +54,8 @@ LIMITS: dict[tuple[str, Backend], Limit] = {
     (BATCH, "sqlite"): Limit(0.7),
     (SINGLY, "sqlite"): Limit(0.4),
 }
+TASKS = {8: Limit(2.5), 32: Limit(3.5)}
+"""On SQLite so many tasks of one process must do so many times as much as one."""
 PGQUEUER, PGQUEUER_BEST = Limit(2.5), Limit(1.0)
 PROCRASTINATE = Limit(10.0)
 AHEAD = Limit(1.0)
@@ -121,6 +123,20 @@ async def limits_on_sqlite(folder: Path, effort: Effort) -> list[Line]:
         return await _works(ours, bare, "sqlite", effort)
 
 
+async def tasks_on_sqlite(folder: Path, effort: Effort) -> list[Line]:
+    async with on_sqlite(folder / "tasks.db") as (ours, _):
+        turns = {_tasks(tasks): sharing(ours, tasks, effort.singles) for tasks in (1, *TASKS)}
+        figures = await race(turns, effort.peer_rounds)
+    return [
+        _line(_tasks(tasks), "sqlite", "one task", figures, limit, _tasks(tasks), _tasks(1))
+        for tasks, limit in TASKS.items()
+    ]
+
+
+def _tasks(tasks: int) -> str:
+    return f"{SINGLY}, {tasks} tasks"
+
+
 async def _works(ours: Store, bare: Store, backend: Backend, effort: Effort) -> list[Line]:
     await ours.fill(effort.by_hundred)
     lines = []
@@ -165,13 +181,14 @@ async def peers_on_sqlite(folder: Path, effort: Effort) -> list[Line]:
             turns = {
                 BATCH: working(ours, effort.by_hundred, 100),
                 SINGLY: working(ours, effort.singles, 1),
+                _tasks(8): sharing(ours, 8, effort.singles),
                 "litequeue": working(litequeue, effort.singles, 1),
                 "huey": working(huey, effort.singles, 1),
             }
             figures = await race(turns, effort.peer_rounds)
     return [
         _line(work, "sqlite", peer, figures, limit, work, peer)
-        for work, limit in ((BATCH, AHEAD), (SINGLY, None))
+        for work, limit in ((BATCH, AHEAD), (SINGLY, None), (_tasks(8), AHEAD))
         for peer in ("litequeue", "huey")
     ]
 
@@ -203,6 +220,7 @@ async def measure(url: str, effort: Effort, *, peers: bool) -> list[Line]:
         folder = Path(name)
         lines += await limits_on_postgres(url, effort)
         lines += await limits_on_sqlite(folder, effort)
+        lines += await tasks_on_sqlite(folder, effort)
         async with own_database(url, "sizes") as own:
             lines += await sizes_on_postgres(own, effort.scale)
         lines += await sizes_on_sqlite(folder, effort.scale)

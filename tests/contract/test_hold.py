@@ -89,6 +89,25 @@ async def test_the_block_ends_when_the_lease_is_lost(factory: Factory, read: boo
         assert (lost.value.status, lost.value.worker_id) == ("cancelled", None)
 
 
+async def test_transactions_of_the_same_process_end_no_lease(repo: RuntimeRepository) -> None:
+    """
+    However many there are, one after the other, and although each lasts for more than half of the ttl.
+
+    On SQLite a heartbeat waits for the one that is open: what it then proves counts from its turn, not from its call.
+    """
+    ttl = timedelta(seconds=1.2)
+    lease = await claimed(repo, ttl)
+
+    async def occupy() -> None:
+        async with repo.transaction() as transaction:
+            await transaction.attempts.find(lease.attempt_id)
+            await asyncio.sleep(0.8 * ttl.total_seconds())
+
+    async with asyncio.timeout(20), repo.leases.hold(lease, ttl=ttl):
+        await asyncio.gather(*(asyncio.create_task(occupy()) for _ in range(3)))
+    await repo.attempts.complete(lease)
+
+
 async def test_a_lease_that_is_lost_already_is_not_held(repo: RuntimeRepository) -> None:
     """One that was read is proved before the block begins."""
     lease = await claimed(repo)

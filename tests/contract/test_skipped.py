@@ -51,6 +51,7 @@ VERBS: dict[str, tuple[str, Call]] = {
         ),
     ),
     "heartbeat": ("leases", lambda repo, lease: repo.leases.heartbeat(lease)),
+    "heartbeat_many": ("leases", lambda repo, lease: repo.leases.heartbeat_many([lease])),
     "set_active": ("api_keys", lambda repo, _: repo.api_keys.set_active("known", active=False)),
     "put": ("api_keys", lambda repo, _: repo.api_keys.put("k", "secret")),
 }
@@ -105,6 +106,26 @@ async def test_a_lost_lease_is_still_lost(repo: RuntimeRepository) -> None:
     await each(repo, 0, "attempts")
     with pytest.raises(LeaseLostError):
         await repo.attempts.complete(lease)
+
+
+async def test_of_many_leases_only_the_one_that_is_skipped_is_not_kept(repo: RuntimeRepository, clock: Clock) -> None:
+    """That is told; one that has run out, or was given back, is only lost, whatever is skipped."""
+    names = ["a", "b", "expired", "released"]
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in names], now=clock.now)
+    spans = {"expired": MINUTE}
+    leases = [
+        await repo.leases.claim_attempt(name, "worker", ttl=spans.get(name, 3 * MINUTE), now=clock.now)
+        for name in names
+    ]
+    a, b, expired, released = (lease for lease in leases if lease is not None)
+    await repo.leases.release(released)
+    clock.advance(2 * MINUTE)
+    await each(repo, 0, "leases", "new.attempt_id <> 'a'")
+    with pytest.raises(RefusedError, match=f"{b.lease_id}.*trigger"):
+        await repo.leases.heartbeat_many([a, b, expired, released], ttl=60 * MINUTE, now=clock.now)
+    clock.advance(10 * MINUTE)
+    kept = await repo.leases.heartbeat_many([a, b, expired, released], now=clock.now)
+    assert [lease is not None for lease in kept] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("queues", ["default", ["default", "other"]])

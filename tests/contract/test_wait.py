@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -191,17 +192,24 @@ async def test_a_look_that_nobody_answers_is_noticed(
 async def test_a_transaction_of_ones_own_is_no_silence(
     backend: str, postgres_url: str, postgres_schema: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever waits while it holds the only connection for long waits on, to the end of the time-out or of that."""
+    """
+    Whoever waits while it holds the only connection, be it for longer than a verb may take, waits on: to the end of the
+    time-out or of that.
+    """
     monkeypatch.setattr(attempts, "_LONGEST_LOOK", 0.1)
-    repository: RuntimeRepository = SqliteRuntimeRepository(tmp_path / "runtime.db")
+    repository: RuntimeRepository = SqliteRuntimeRepository(tmp_path / "runtime.db", verb_timeout=1)
     if backend == "postgres":
-        repository = PostgresRuntimeRepository(postgres_url, schema=postgres_schema, max_size=1)
+        repository = PostgresRuntimeRepository(postgres_url, schema=postgres_schema, max_size=1, verb_timeout=1)
     async with repository as repo:
+        before = await waiting(repo)
         async with repo.transaction() as transaction:
-            if backend == "postgres":
-                assert not await asyncio.create_task(repo.attempts.wait(timeout=SOON))
+            started = time.monotonic()
+            assert not await asyncio.create_task(repo.attempts.wait(timeout=SOON))
+            assert time.monotonic() - started < 0.7
             task = asyncio.create_task(repo.attempts.wait(timeout=LONG))
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(1.2)
             assert not task.done()
+            assert not before.done()
             await transaction.attempts.enqueue("run")
         assert await task
+        assert await before

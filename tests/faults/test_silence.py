@@ -4,6 +4,7 @@ import ast
 import asyncio
 import contextlib
 import functools
+import gc
 import inspect
 import socket
 import time
@@ -18,12 +19,19 @@ import asyncpg
 import pytest
 
 import runtime_repo
-from runtime_repo import ConfigurationError, DatabaseUnavailableError, Lease, PostgresRuntimeRepository
+from runtime_repo import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    Lease,
+    PostgresRuntimeRepository,
+    RepositoryClosedError,
+)
 from runtime_repo.database import Lost
 from runtime_repo.leases import Leases
-from runtime_repo.postgres import PostgresDatabase, Target, connections, database
+from runtime_repo.postgres import PostgresDatabase, Target, connections, database, heartbeats
 from runtime_repo.schema import load_migrations
 from runtime_repo.shielding import finish, settle
+from tests.contract.conftest import eventually
 
 CATALOGS = [migration.catalog for migration in load_migrations("postgres")]
 
@@ -528,6 +536,26 @@ async def test_a_slow_server_of_several_is_given_more_and_more_time() -> None:
     assert target._vain == 1
 
 
+async def test_who_connects_later_need_not_find_out_for_himself(
+    relay: Relay, other: Relay, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the first host is silent, unless none has answered for a while: then each has all of its time."""
+    monkeypatch.setattr(connections, "_HURRIED_TRY", 0.1)
+    async with two_hosts(relay, other, postgres_schema) as repo:
+        assert isinstance(repo._database, PostgresDatabase)
+        target = repo._database._target
+        relay.fall_silent()
+        for vain, least, most in [(0, 0.1, 0.7), (1, 0.95, 2.0)]:
+            target.forget_silence()
+            target._vain = vain
+            one = asyncio.ensure_future(target.lend(0.3))
+            await asyncio.sleep(0.15)
+            began = time.monotonic()
+            later = await target.lend(1)
+            assert least < time.monotonic() - began < most
+            await asyncio.gather((await one).close(), later.close())
+
+
 async def test_a_silent_host_does_not_take_all_of_the_startup_timeout(relay: Relay, make: Make) -> None:
     """It is tried again, for it may be there by then."""
     relay.is_silent = True
@@ -631,6 +659,117 @@ async def test_a_silent_heartbeat_is_given_up_at_once(relay: Relay, make: Make) 
             await kept.heartbeat(lease)
     with within(1):
         await kept.heartbeat(lease)
+
+
+async def test_a_connection_that_is_being_made_outlives_whoever_gives_up(
+    postgres_url: str, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heartbeats in a hurry would each begin anew and never have one; whoever has waited for long does begin anew."""
+    made = 0
+    answers = asyncio.Event()
+    answers.set()
+
+    async def connect(*args: Any, **options: Any) -> asyncpg.Connection:
+        nonlocal made
+        made += 1
+        await answers.wait()
+        return await asyncpg.connect(*args, **options)
+
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema, connect=connect) as repo:
+        lease = await a_lease(repo)
+        assert isinstance(repo._database, PostgresDatabase)
+        beats = repo._database._heartbeats
+        kept = leases(beats)
+        made = 0
+        for suspect, expected in [(60.0, 1), (0.01, 3)]:
+            answers.clear()
+            monkeypatch.setattr(heartbeats, "SUSPECT", suspect)
+            for _ in range(2):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        await asyncio.gather(*(kept.heartbeat(lease) for _ in range(3)))
+                if suspect < 1:
+                    break
+            answers.set()
+            await kept.heartbeat(lease)
+            assert made == expected
+            beats.drop()
+        answers.clear()
+        waiting = asyncio.ensure_future(kept.heartbeat(lease))
+        await asyncio.sleep(0.01)
+        with within(1):
+            await repo.close()
+            with pytest.raises(RepositoryClosedError):
+                await waiting
+    assert [each for each in asyncio.all_tasks() if each.get_name().startswith("runtime_repo")] == []
+
+
+async def test_a_heartbeat_that_was_just_answered_is_not_given_up_for_another_connection(
+    relay: Relay, make: Make
+) -> None:
+    """One that was silent for as long as a clean-up may take says nothing of what has been answered since."""
+    repo = await make()
+    lease = await a_lease(repo)
+    assert isinstance(repo._database, PostgresDatabase)
+    beats = repo._database._heartbeats
+    kept = leases(beats)
+    await kept.heartbeat(lease)
+    before = beats._connection
+    relay.cut()
+    repo._database._fell_silent()
+    assert beats._connection is before
+    beats._answered_at -= 60
+    repo._database._fell_silent()
+    with within(0.5):
+        await kept.heartbeat(lease)
+
+
+async def test_a_look_is_repeated_when_another_connection_was_silent(relay: Relay, make: Make) -> None:
+    """It only reads, so nobody has to wait until it is known that its own connection is as dead."""
+    repo = await make()
+    await upsert(repo)
+    await asyncio.sleep(0.02)
+    assert isinstance(repo._database, PostgresDatabase)
+    relay.cut()
+    look = asyncio.ensure_future(repo._database.glance("attempts.next", '["default"]', within=3))
+    await asyncio.sleep(0.1)
+    repo._database._fell_silent()
+    with within(0.5):
+        assert await look
+
+
+async def test_what_was_made_since_is_not_dropped_for_another_connections_silence(relay: Relay, make: Make) -> None:
+    """It has shown that it works."""
+    repo = await make()
+    async with busy(repo, 3):
+        pass
+    assert isinstance(repo._database, PostgresDatabase)
+    repo._database._fell_silent()
+    await asyncio.sleep(0.05)
+    assert relay.links == 3
+    for made in repo._database._made:
+        repo._database._made[made] -= 60
+    repo._database._fell_silent()
+    await eventually(lambda: not relay.links)
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_who_gives_up_while_connecting_leaves_nothing_to_the_log(
+    postgres_url: str, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    """In whichever of its first steps: the driver would leave a future behind that nobody asks, or an open socket."""
+    target = Target(postgres_url, {})
+    connecting = asyncio.ensure_future(target.lend(5))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    connecting.cancel()
+    with within(0.04), pytest.raises(asyncio.CancelledError):
+        await connecting
+    await target.close(1)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+    assert [each for each in asyncio.all_tasks() if each.get_name().startswith("runtime_repo")] == []
 
 
 async def test_a_pool_of_one_cannot_have_heartbeats(postgres_url: str, postgres_schema: str) -> None:

@@ -1,6 +1,7 @@
 """A worker while its database goes away or falls silent, and workers that are killed or told to stop."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,19 +11,29 @@ from typing import Any
 import asyncpg
 import pytest
 
-from runtime_repo import AttemptStatus, Lease, LeaseLostError, NewAttempt, PostgresRuntimeRepository, Worker
+from runtime_repo import (
+    AttemptStatus,
+    DatabaseUnavailableError,
+    Lease,
+    LeaseLostError,
+    NewAttempt,
+    PostgresRuntimeRepository,
+    Worker,
+)
+from runtime_repo.postgres import PostgresDatabase
+from runtime_repo.worker import _Patience
 from tests.contract.conftest import eventually
 from tests.contract.test_worker import running, until
 from tests.faults import test_silence
 from tests.faults.conftest import lab_on
 from tests.faults.processes import PROCESSES
-from tests.faults.test_silence import Make, Relay, within
+from tests.faults.test_silence import Make, Relay, two_hosts, within
 from tests.lab import Lab, PostgresLab, on_postgres
 from tests.place import Place
 from tests.postgres_server import PostgresServer
 
 # The fixtures.
-relay, make = test_silence.relay, test_silence.make
+relay, other, make = test_silence.relay, test_silence.other, test_silence.make
 
 HELD = timedelta(seconds=60)
 SHORT = timedelta(seconds=0.5)
@@ -188,18 +199,18 @@ async def test_a_worker_works_again_when_new_connections_do(
 
     repo = await make()
     worker = Worker(repo, handle, ttl=2 * SECOND, sweep_every=SECOND, signals=())
-    async with asyncio.timeout(30), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as other:
-        await other.attempts.enqueue_many(NewAttempt("run", payload="long", max_attempts=1) for _ in range(4))
+    async with asyncio.timeout(30), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as direct:
+        await direct.attempts.enqueue_many(NewAttempt("run", payload="long", max_attempts=1) for _ in range(4))
         task = asyncio.create_task(worker.run())
-        while {attempt.status for attempt in await other.attempts.list()} != {AttemptStatus.RUNNING}:
+        while {attempt.status for attempt in await direct.attempts.list()} != {AttemptStatus.RUNNING}:
             pass
         relay.fall_silent()
         for _ in range(4):
             await lost.acquire()
         relay.work()
         with within(10):
-            await other.attempts.enqueue("run", attempt_id="late")
-            while (attempt := await other.attempts.get("late")).status is not AttemptStatus.COMPLETED:
+            await direct.attempts.enqueue("run", attempt_id="late")
+            while (attempt := await direct.attempts.get("late")).status is not AttemptStatus.COMPLETED:
                 assert attempt.attempt_no == 1
         # Its sweep may be waiting still for an answer over a dead connection.
         await eventually(lambda: "can go on" in caplog.text)
@@ -208,3 +219,75 @@ async def test_a_worker_works_again_when_new_connections_do(
     begin, end = (record.getMessage() for record in caplog.records if worker.worker_id in record.getMessage())
     assert "tries again until it can" in begin
     assert "leases that it could not keep: 4" in end
+
+
+async def test_reports_outlive_connections_that_fall_silent_together(
+    relay: Relay, make: Make, postgres_url: str, postgres_schema: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten at once, in the time of their leases, heartbeats or not; nor does asyncio find anything that was left."""
+    ready, end = asyncio.Semaphore(0), asyncio.Event()
+
+    async def handle(_lease: Lease) -> None:
+        ready.release()
+        await end.wait()
+
+    # One for each of them.
+    repo = await make(min_size=10)
+    ttl = 3 * SECOND
+    worker = Worker(repo, handle, ttl=ttl, signals=())
+    async with asyncio.timeout(30), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as direct:
+        await direct.attempts.enqueue_many(NewAttempt("run") for _ in range(10))
+        task = asyncio.create_task(worker.run())
+        for _ in range(10):
+            await ready.acquire()
+        await asyncio.sleep(1.1)  # a heartbeat of each
+        relay.fall_silent()
+        end.set()
+        with within(ttl.total_seconds()):
+            await asyncio.sleep(0.4)
+            relay.work()
+            while len(found := await direct.attempts.list(status=AttemptStatus.COMPLETED)) < 10:
+                pass
+        assert {attempt.attempt_no for attempt in found} == {1}
+        worker.stop()
+        await task
+    await repo.close()
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_an_idle_worker_goes_over_to_the_second_host(
+    relay: Relay, other: Relay, postgres_url: str, postgres_schema: str
+) -> None:
+    """Within 7 s of the silence of the first, although it claims nothing and sweeps nothing meanwhile."""
+    async with (
+        asyncio.timeout(30),
+        PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as direct,
+        two_hosts(relay, other, postgres_schema) as repo,
+        running(Worker(repo, work, sweep_every=60 * SECOND, signals=())),
+    ):
+        assert isinstance(repo._database, PostgresDatabase)
+        while not repo._database._listener.is_listening:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        # The queue was looked at again since.
+        await asyncio.sleep(0.1)
+        relay.fall_silent()
+        with within(7):
+            await direct.attempts.enqueue("run", attempt_id="a")
+            await until(direct, "a", AttemptStatus.COMPLETED)
+
+
+async def test_a_slow_database_is_waited_for_longer() -> None:
+    """Once it has not answered in time, or only just; a quick answer takes that back."""
+    patience = _Patience(0.1)
+
+    async def answered(after: float) -> str:
+        return await patience.within(asyncio.sleep(after, "answer"))
+
+    with pytest.raises(DatabaseUnavailableError):
+        await answered(0.15)
+    for _ in range(3):
+        assert await answered(0.15) == "answer"
+    assert await answered(0) == "answer"
+    with pytest.raises(DatabaseUnavailableError):
+        await answered(0.15)
