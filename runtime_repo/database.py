@@ -17,6 +17,7 @@ from runtime_repo.errors import DatabaseUnavailableError, LockHolder
 
 __all__ = [
     "Backend",
+    "BootTransaction",
     "Busy",
     "Database",
     "Gate",
@@ -25,7 +26,6 @@ __all__ = [
     "Queries",
     "Row",
     "Source",
-    "Statements",
     "Transaction",
     "Watch",
     "together",
@@ -56,7 +56,7 @@ class Queries(Protocol):
         """
         ...
 
-    def atomic(self) -> AbstractAsyncContextManager["Statements"]:
+    def atomic(self) -> AbstractAsyncContextManager["Transaction"]:
         """
         Queries that take effect together, when the block ends, or not at all, when it raises or is cancelled.
 
@@ -69,7 +69,7 @@ class Queries(Protocol):
         ...
 
 
-async def together(queries: Queries, work: Callable[["Statements"], Awaitable[T]]) -> T:
+async def together(queries: Queries, work: Callable[["Transaction"], Awaitable[T]]) -> T:
     """
     Do *work* with queries that take effect together, again where the database gave all of it up for a rival's sake.
 
@@ -156,7 +156,7 @@ class Watch(Protocol):
         ...
 
 
-class Statements(Queries, Protocol):
+class Transaction(Queries, Protocol):
     """Queries in one transaction."""
 
     @property
@@ -165,7 +165,7 @@ class Statements(Queries, Protocol):
         ...
 
 
-class Transaction(Protocol):
+class BootTransaction(Protocol):
     """What boot does under the lock, committed together."""
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
@@ -190,7 +190,7 @@ class Transaction(Protocol):
 
 
 class Database(Source, Protocol):
-    """One database, which connects at its first look and then serves many tasks."""
+    """One database, which is opened by boot and then serves many tasks."""
 
     @property
     def backend(self) -> Backend: ...
@@ -207,7 +207,7 @@ class Database(Source, Protocol):
         """This process is the child of a fork: see to it that what is open, and kept, does the parent no harm."""
         ...
 
-    async def look(self, shipped: Sequence[Catalog]) -> Look:
+    async def open(self, shipped: Sequence[Catalog]) -> Look:
         """
         Connect, if that has not been done, and read the ledger and the live catalog: one read-only statement, no lock.
 
@@ -220,7 +220,7 @@ class Database(Source, Protocol):
 
     async def inspect(self, shipped: Sequence[Catalog]) -> Look:
         """
-        As ``look``, but without getting ready to serve: on what is open, or on a connection for this alone.
+        As ``open``, but without getting ready to serve: on what is open, or on a connection for this alone.
 
         Nothing is created or written, and no file is made, whatever the boot may do.
 
@@ -229,7 +229,7 @@ class Database(Source, Protocol):
         """
         ...
 
-    def lock(self) -> AbstractAsyncContextManager[Transaction]:
+    def lock(self) -> AbstractAsyncContextManager[BootTransaction]:
         """
         One short try at the migration lock: a transaction that commits at the end of the block.
 
@@ -247,7 +247,7 @@ class Database(Source, Protocol):
         """Back up an existing database before its upgrade, under the lock; None where that is the operator's work."""
         ...
 
-    async def ready(self, version: int) -> None:
+    async def serve(self, version: int) -> None:
         """The schema is right, and at *version*: make ready to serve."""
         ...
 

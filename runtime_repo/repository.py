@@ -33,7 +33,7 @@ from typing import Any, Literal, Never, Self, SupportsIndex, get_args
 from runtime_repo.api_keys import ApiKeys
 from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
-from runtime_repo.database import Backend, Database, Gate, Heartbeats, Row, Source, Statements, Watch
+from runtime_repo.database import Backend, Database, Gate, Heartbeats, Row, Source, Transaction, Watch
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
@@ -236,7 +236,7 @@ class RuntimeRepository(Stores):
 
     @contextlib.asynccontextmanager
     async def _transaction(
-        self, statements: AbstractAsyncContextManager[Statements] | None = None
+        self, statements: AbstractAsyncContextManager[Transaction] | None = None
     ) -> AsyncIterator[RuntimeTransaction]:
         own = self._gate.atomic()
         async with contextlib.AsyncExitStack() as stack:
@@ -414,7 +414,7 @@ class _Gate(Unique):
     async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
         return await self._opened().glance(query, *args, within=within)
 
-    def atomic(self) -> AbstractAsyncContextManager[Statements]:
+    def atomic(self) -> AbstractAsyncContextManager[Transaction]:
         return self._opened().atomic()
 
     def tell(self, queues: Iterable[str]) -> None:
@@ -525,7 +525,7 @@ class _TransactionGate(_Gate):
 class _OneByOne:
     """Queries in one transaction, whichever tasks make them: parts of it that overlap would undo each other."""
 
-    def __init__(self, statements: Statements) -> None:
+    def __init__(self, statements: Transaction) -> None:
         self._statements = statements
         self._turn = asyncio.Lock()
 
@@ -538,7 +538,7 @@ class _OneByOne:
             return await self.fetch(query, *args)
 
     @contextlib.asynccontextmanager
-    async def atomic(self) -> AsyncIterator[Statements]:
+    async def atomic(self) -> AsyncIterator[Transaction]:
         async with self._turn, self._statements.atomic() as part:
             yield part
 

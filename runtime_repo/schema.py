@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from runtime_repo.catalog import LEDGER, Catalog, Look, Table, catalog_from_json, compare
-from runtime_repo.database import Busy, Database, Lost, Transaction
+from runtime_repo.database import BootTransaction, Busy, Database, Lost
 from runtime_repo.errors import (
     ConfigurationError,
     Difference,
@@ -291,13 +291,13 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
     losses = 0
     while True:
         try:
-            look = look or await database.look(catalogs)
+            look = look or await database.open(catalogs)
             decision = decide(look, migrations, policy)
             if isinstance(decision, Refuse):
                 raise decision.error
             found = decision.from_version if found is None else found
             if isinstance(decision, Serve):
-                await database.ready(len(migrations))
+                await database.serve(len(migrations))
                 return _report(found, decision, patience)
             patience.begin()
             async with database.lock() as transaction:
@@ -308,7 +308,7 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
                 preparation = preparation or await _prepare(database, transaction, decision, policy)
                 applied = await _apply(transaction, look, decision)
                 verified = _verify(await transaction.look(catalogs), migrations, policy)
-            await database.ready(len(migrations))
+            await database.serve(len(migrations))
             return _report(decision.from_version, verified, patience, applied, preparation.backup)
         except Busy as busy:
             if patience.exhausted:
@@ -407,7 +407,7 @@ class _Preparation:
     backup: Path | None
 
 
-async def _check(transaction: Transaction, migration: Migration) -> None:
+async def _check(transaction: BootTransaction, migration: Migration) -> None:
     """Find what the migration would fail for, in a database of the version before it."""
     try:
         rows = await transaction.ask(migration.check) if migration.check else ()
@@ -422,7 +422,7 @@ async def _check(transaction: Transaction, migration: Migration) -> None:
         raise UnsuitableDatabaseError(problems)
 
 
-async def _prepare(database: Database, transaction: Transaction, decision: Migrate, policy: Policy) -> _Preparation:
+async def _prepare(database: Database, transaction: BootTransaction, decision: Migrate, policy: Policy) -> _Preparation:
     """What happens once, under the lock, before the first change."""
     if decision.from_version:
         await _check(transaction, decision.pending[0])
@@ -438,7 +438,7 @@ async def _prepare(database: Database, transaction: Transaction, decision: Migra
     return _Preparation(backup)
 
 
-async def _apply(transaction: Transaction, look: Look, decision: Migrate) -> tuple[AppliedMigration, ...]:
+async def _apply(transaction: BootTransaction, look: Look, decision: Migrate) -> tuple[AppliedMigration, ...]:
     """Apply what is pending, each with its ledger row."""
     applied: list[AppliedMigration] = []
     for migration in decision.pending:

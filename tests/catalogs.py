@@ -22,7 +22,7 @@ async def fresh_catalogs(database: Database) -> dict[str, str]:
     folder = Path(str(files("runtime_repo"))) / "migrations" / database.backend
     texts: dict[str, str] = {}
     try:
-        await database.look([Catalog({LEDGER: Table({})})])
+        await database.open([Catalog({LEDGER: Table({})})])
         async with database.lock() as transaction:
             if database.backend == "postgres":
                 await transaction.execute("schema.create_namespace")

@@ -200,7 +200,7 @@ class Lab(ABC):
     async def look(self) -> Look:
         """What boot sees."""
         async with self.opened() as database:
-            return await database.look([migration.catalog for migration in self.migrations])
+            return await database.open([migration.catalog for migration in self.migrations])
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[Database]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from runtime_repo import PostgresRuntimeRepository, RuntimeRepository, SchemaReport, SqliteRuntimeRepository
-from runtime_repo.database import Backend, Database, Transaction
+from runtime_repo.database import Backend, BootTransaction, Database
 from runtime_repo.postgres import PostgresDatabase, Target
 from runtime_repo.schema import Policy, ensure_schema, load_migrations
 from runtime_repo.sqlite import SqliteDatabase
@@ -44,7 +44,7 @@ class Place:
         lock = database.lock
 
         @asynccontextmanager
-        async def stalling_lock() -> AsyncIterator[Transaction]:
+        async def stalling_lock() -> AsyncIterator[BootTransaction]:
             async with lock() as transaction:
                 if moment == "locked":
                     await stall()

@@ -549,28 +549,28 @@ class PostgresDatabase(Unique):
             self._is_isolated = level != "read committed"
 
     @contextlib.asynccontextmanager
-    async def atomic(self) -> AsyncIterator["_Statements"]:
+    async def atomic(self) -> AsyncIterator["_Transaction"]:
         untold: set[str] = set()
         try:
             async with (
                 self._acquired() as connection,
                 self._together(connection, "begin isolation level read committed", "commit", "rollback"),
             ):
-                yield _Statements(self, connection, untold)
+                yield _Transaction(self, connection, untold)
         except DatabaseUnavailableError as error:
             error.gave_way = is_conflict(error.__cause__)
             raise
         self.tell(untold)
 
     @contextlib.asynccontextmanager
-    async def part(self, connection: "Connection", untold: set[str]) -> AsyncIterator["_Statements"]:
-        """Statements that take effect with a transaction that is open already, or fail alone."""
+    async def part(self, connection: "Connection", untold: set[str]) -> AsyncIterator["_Transaction"]:
+        """Transaction that take effect with a transaction that is open already, or fail alone."""
         begin, commit = "savepoint runtime_repo", "release savepoint runtime_repo"
         async with self._together(connection, begin, commit, f"rollback to savepoint runtime_repo; {commit}"):
-            yield _Statements(self, connection, untold)
+            yield _Transaction(self, connection, untold)
 
     @contextlib.asynccontextmanager
-    async def part_of_theirs(self, connection: "Connection") -> AsyncIterator["_Statements"]:
+    async def part_of_theirs(self, connection: "Connection") -> AsyncIterator["_Transaction"]:
         """As above, in a transaction of the application's: when it commits, which we do not see, it tells by itself."""
         untold: set[str] = set()
         async with self.part(connection, untold) as statements:
@@ -678,7 +678,7 @@ class PostgresDatabase(Unique):
             await finish(self._roll_back(connection, rollback))
             raise
 
-    async def look(self, shipped: Sequence[Catalog]) -> Look:
+    async def open(self, shipped: Sequence[Catalog]) -> Look:
         if not self._has_booted and (self._own is None or self._own.is_closed()):
             until = self._boot_until
             await self.close()
@@ -796,7 +796,7 @@ class PostgresDatabase(Unique):
             row["session_age"],
         )
 
-    async def ready(self, version: int) -> None:  # noqa: ARG002 - the operator's backups are no affair of ours
+    async def serve(self, version: int) -> None:  # noqa: ARG002 - the operator's backups are no affair of ours
         self._has_booted = True
         if self._target.pool is not None and self._own is not None:
             own, self._own = self._own, None
@@ -823,7 +823,7 @@ class PostgresDatabase(Unique):
         )
 
 
-class _Statements:
+class _Transaction:
     """Queries on one connection, in a transaction whose end is another's business."""
 
     def __init__(self, database: PostgresDatabase, connection: "Connection", untold: set[str]) -> None:
@@ -835,7 +835,7 @@ class _Statements:
         text = self._database.queries[query]
         return await self._database.answer(self.connection, self.connection.fetch, text, *args)
 
-    def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
+    def atomic(self) -> contextlib.AbstractAsyncContextManager["_Transaction"]:
         return self._database.part(self.connection, self._untold)
 
     def tell(self, queues: Iterable[str]) -> None:

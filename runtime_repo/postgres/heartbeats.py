@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
-from runtime_repo.database import Row, Statements
+from runtime_repo.database import Row, Transaction
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.postgres.connections import PATIENCE, SUSPECT, closed, is_gone, released, terminated
 from runtime_repo.shielding import leave
@@ -86,7 +86,7 @@ class Heartbeats:
             self._answered_at = time.monotonic()
             return rows, asked_at
 
-    def atomic(self) -> AbstractAsyncContextManager[Statements]:
+    def atomic(self) -> AbstractAsyncContextManager[Transaction]:
         raise ConfigurationError("heartbeats are single statements: use the repository for a transaction")
 
     def tell(self, queues: Iterable[str]) -> None:

@@ -211,11 +211,11 @@ class SqliteDatabase(Unique):
         part.answer.set_exception(error)
 
     @contextlib.asynccontextmanager
-    async def atomic(self) -> AsyncIterator["_Statements"]:
+    async def atomic(self) -> AsyncIterator["_Transaction"]:
         with Limit(self._limits):
             await self._begun(self._begin)
         try:
-            yield _Statements(self)
+            yield _Transaction(self)
             with Limit(self._limits):
                 await self._commit()
         except BaseException:
@@ -266,11 +266,11 @@ class SqliteDatabase(Unique):
                 await self.hop(lambda connection: connection.roll_back(), must=True)
 
     @contextlib.asynccontextmanager
-    async def part(self) -> AsyncIterator["_Statements"]:
-        """Statements that take effect with the transaction that is open, or fail alone."""
+    async def part(self) -> AsyncIterator["_Transaction"]:
+        """Transaction that take effect with the transaction that is open, or fail alone."""
         await self.step("savepoint runtime_repo")
         try:
-            yield _Statements(self)
+            yield _Transaction(self)
         except BaseException:
             with contextlib.suppress(Busy, RuntimeRepoError):
                 await finish(self.hop(_roll_back_part, must=True))
@@ -394,7 +394,7 @@ class SqliteDatabase(Unique):
             raise ours from error
         return cast(T, result)
 
-    async def look(self, shipped: Sequence[Catalog]) -> Look:
+    async def open(self, shipped: Sequence[Catalog]) -> Look:
         if self._connection is None:
             self._limits.close()  # another event loop's, perhaps
         with Limit(self._limits):
@@ -550,7 +550,7 @@ class SqliteDatabase(Unique):
     async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:  # noqa: ARG002 - nobody can know
         return None
 
-    async def ready(self, version: int) -> None:
+    async def serve(self, version: int) -> None:
         if self._writes and self._path is not None:
             name_what_is_pending(self._path, version)
         # A connection that has read a database in WAL mode has its log beside it.
@@ -640,7 +640,7 @@ class _Watch:
                 return
 
 
-class _Statements:
+class _Transaction:
     """Queries in the transaction that is open."""
 
     def __init__(self, database: SqliteDatabase) -> None:
@@ -653,7 +653,7 @@ class _Statements:
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         return await self._database.within(self._database.run(query, args))
 
-    def atomic(self) -> contextlib.AbstractAsyncContextManager["_Statements"]:
+    def atomic(self) -> contextlib.AbstractAsyncContextManager["_Transaction"]:
         return self._database.part()
 
     def tell(self, queues: Iterable[str]) -> None:

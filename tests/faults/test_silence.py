@@ -337,7 +337,7 @@ async def opened(relay: Relay, schema: str) -> AsyncIterator[PostgresDatabase]:
     """The port below a boot that is under way."""
     opened = PostgresDatabase(Target(relay.url, {}), schema=schema, startup_timeout=4)
     try:
-        await opened.look(CATALOGS)
+        await opened.open(CATALOGS)
         yield opened
     finally:
         await opened.close()
@@ -348,9 +348,9 @@ async def test_a_connection_that_is_lost_during_a_look_may_be_made_anew(relay: R
     async with opened(relay, postgres_schema) as boot:
         relay.cut()
         with within(2 + 1), pytest.raises(Lost) as caught:
-            await boot.look(CATALOGS)
+            await boot.open(CATALOGS)
         assert isinstance(caught.value.__cause__, DatabaseUnavailableError)
-        assert not (await boot.look(CATALOGS)).catalog.tables
+        assert not (await boot.open(CATALOGS)).catalog.tables
 
 
 async def test_a_connection_that_is_lost_under_the_lock_has_rolled_back(
@@ -369,7 +369,7 @@ async def test_a_connection_that_is_lost_under_the_lock_has_rolled_back(
         with pytest.raises(Lost) as caught:
             await migrate()
         assert isinstance(caught.value.__cause__, DatabaseUnavailableError)
-        assert not (await boot.look(CATALOGS)).namespace
+        assert not (await boot.open(CATALOGS)).namespace
         async with boot.lock():
             pass
 

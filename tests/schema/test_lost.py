@@ -8,7 +8,7 @@ import pytest
 
 from runtime_repo import DatabaseUnavailableError, SchemaReport
 from runtime_repo.catalog import Catalog, Look
-from runtime_repo.database import Database, Lost, Transaction
+from runtime_repo.database import BootTransaction, Database, Lost
 from runtime_repo.schema import Policy, ensure_schema, inspect_schema
 from tests.lab import Lab
 from tests.versions import HISTORY, NEWEST
@@ -34,16 +34,16 @@ class Losing:
             error.__cause__ = CAUSE
             raise Lost from error
 
-    async def look(self, shipped: Sequence[Catalog]) -> Look:
+    async def open(self, shipped: Sequence[Catalog]) -> Look:
         self._lose("look")
-        return await self._database.look(shipped)
+        return await self._database.open(shipped)
 
     async def inspect(self, shipped: Sequence[Catalog]) -> Look:
         self._lose("look")
         return await self._database.inspect(shipped)
 
     @contextlib.asynccontextmanager
-    async def lock(self) -> AsyncIterator[Transaction]:
+    async def lock(self) -> AsyncIterator[BootTransaction]:
         async with self._database.lock() as transaction:
             yield transaction
             self._lose("commit")
