@@ -143,7 +143,9 @@ class Looks:
     async def _text(self, connection: "Connection", shipped: Sequence[Catalog]) -> Text:
         """The live catalog's text, unprepared: in one round trip."""
         names = ", ".join(_literal(name) for name in self._qualified(sorted(shipped[-1].tables)))
-        query = self.queries["schema.look"].replace("$1", f"array[{names}]")
+        # The last, for the schema may be called so, too.
+        head, _, tail = self.queries["schema.look"].rpartition("$1")
+        query = f"{head}array[{names}]{tail}"
         return text_from_copy(await _copied(connection.copy_from_query, query))
 
     async def _ledger(self, connection: "Connection") -> Ledger | None:

@@ -138,14 +138,14 @@ select pg_catalog.to_regnamespace($1::pg_catalog.text) is not null as namespace,
 -- connection, so it has no joins and makes no records, every operator and type is the one that an index of the catalogs has
 -- (an oid compared to a regclass costs 0.2 ms), and an index is not named (0.3 ms): an equal one under another name serves.
 -- pg_get_expr locks the table that it is about, so while somebody changes that table the statement gives up soon.
-select pg_catalog.current_setting('search_path') operator(pg_catalog.~~*) '%_pg_catalog%'::pg_catalog.text,
+select pg_catalog.current_setting('search_path') operator(pg_catalog.~~*) '%_pg_catalog%'::pg_catalog.text as path,
        (select case when pg_catalog.pg_has_role(nspowner, 'pg_database_owner'::pg_catalog.name,
                                                 'member'::pg_catalog.text)
                       or pg_catalog.current_setting('is_superuser') operator(pg_catalog.=) 'off'::pg_catalog.text
                      and pg_catalog.pg_has_role(nspowner, 'member'::pg_catalog.text)
                     then '' else ' stranger' end
           from pg_catalog.pg_namespace
-         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid),
+         where oid operator(pg_catalog.=) pg_catalog.to_regnamespace(e'{schema_text}')::pg_catalog.oid) as namespace,
        pg_catalog.array_to_string(array(
            select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, oid), relkind, relpersistence, relhasrules,
                                        relhastriggers, relrowsecurity, relchecks, relhassubclass,
@@ -159,25 +159,25 @@ select pg_catalog.current_setting('search_path') operator(pg_catalog.~~*) '%_pg_
                                              and pg_catalog.pg_has_role(relowner, 'member'::pg_catalog.text)
                                             then null else 'stranger' end)
              from pg_catalog.pg_class
-            where oid operator(pg_catalog.=) any (o)), e'\n'),
+            where oid operator(pg_catalog.=) any (o)), e'\n') as relations,
        pg_catalog.array_to_string(array(
            select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, attrelid), attnum, attname, atttypid, atttypmod,
                                        attnotnull, attidentity, attgenerated, attcollation,
                                        case when attinhcount operator(pg_catalog.>) 0 then 'inherited' end)
              from pg_catalog.pg_attribute
-            where attrelid operator(pg_catalog.=) any (o) and attnum operator(pg_catalog.>) 0), e'\n'),
+            where attrelid operator(pg_catalog.=) any (o) and attnum operator(pg_catalog.>) 0), e'\n') as columns,
        pg_catalog.array_to_string(array(
            select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, adrelid), adnum,
                                        pg_catalog.pg_get_expr(adbin, adrelid))
              from pg_catalog.pg_attrdef
-            where adrelid operator(pg_catalog.=) any (o)), e'\n'),
+            where adrelid operator(pg_catalog.=) any (o)), e'\n') as defaults,
        pg_catalog.array_to_string(array(
            select pg_catalog.concat_ws(' ', pg_catalog.array_position(o, indrelid), indisunique, indisprimary,
                                        indisvalid, indisready, indislive, indimmediate, indnkeyatts, indkey, indoption,
                                        indclass, indcollation, pg_catalog.pg_get_expr(indexprs, indrelid),
                                        pg_catalog.pg_get_expr(indpred, indrelid))
              from pg_catalog.pg_index
-            where indrelid operator(pg_catalog.=) any (o)), e'\n')
+            where indrelid operator(pg_catalog.=) any (o)), e'\n') as indexes
   from (select array(select pg_catalog.to_regclass(x)::pg_catalog.oid
                        from pg_catalog.unnest($1::pg_catalog.text[]) as x) as o,
                pg_catalog.set_config('lock_timeout', '100ms', true),
