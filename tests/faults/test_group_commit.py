@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 import resource
 import signal
 import sqlite3
@@ -256,6 +257,33 @@ async def test_who_gives_up_while_it_runs_costs_the_others_nothing(lab: SqliteLa
                 await slow
             await asyncio.gather(*tasks)
             assert await ids(repo) == everything()
+
+
+async def test_whoever_is_cancelled_at_any_moment_owns_nothing(lab: SqliteLab) -> None:
+    """A claim that is given up in line, in its group or behind the commit leaves no lease; all others are kept."""
+    chance = random.Random(7)
+    rounds = 15
+    async with lab.nothing_left(), SqliteRuntimeRepository(lab.path) as repo:
+        await repo.attempts.enqueue_many([NewAttempt("run")] * (MANY * rounds))
+        owned: list[str] = []
+        cancelled = 0
+
+        async def work() -> None:
+            nonlocal cancelled
+            for _ in range(rounds):
+                claiming = asyncio.ensure_future(repo.leases.claim("worker"))
+                await asyncio.wait([claiming], timeout=chance.uniform(0, 0.008))
+                claiming.cancel()
+                try:
+                    owned.extend(lease.lease_id for lease in await claiming)
+                except asyncio.CancelledError:
+                    cancelled += 1
+
+        await asyncio.gather(*(work() for _ in range(MANY)))
+        assert {lease.lease_id for lease in await repo.leases.list(limit=1000)} == set(owned)
+        assert owned
+        assert cancelled
+        await lab.execute("begin immediate")
 
 
 async def test_a_group_is_closed_with_its_repository(lab: SqliteLab) -> None:
