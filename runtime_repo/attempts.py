@@ -18,6 +18,8 @@ from runtime_repo.errors import (
     NotFoundError,
 )
 from runtime_repo.fencing import check_lease, refused, repeated
+from runtime_repo.mending import look_through, mend
+from runtime_repo.queries import bounded
 from runtime_repo.records import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_QUEUE,
@@ -67,6 +69,17 @@ _Token = tuple[str, int, str]
 _token: Callable[[Row], _Token] = itemgetter("attempt_id", "lease_version", "lease_id")
 """Which lease an attempt was given out under last."""
 
+_LISTS = {
+    AttemptStatus.QUEUED: "attempts.list_waiting",
+    AttemptStatus.RETRY_BACKOFF: "attempts.list_waiting",
+    AttemptStatus.LEASED: "attempts.list_held",
+    AttemptStatus.RUNNING: "attempts.list_held",
+    AttemptStatus.FAILED: "attempts.list_ended",
+    AttemptStatus.CANCELLED: "attempts.list_ended",
+    AttemptStatus.COMPLETED: "attempts.list_completed",
+}
+"""Where the attempts of a status are found."""
+
 _IDENTITY = ("run_id", "queue", "payload_json")
 """What the same id must have in common, to be the same attempt."""
 
@@ -95,6 +108,7 @@ class Attempts:
         payload: Any = None,
         not_before: datetime | None = None,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
+        headers: Any = None,
         now: datetime | None = None,
     ) -> Attempt:
         """
@@ -102,14 +116,26 @@ class Attempts:
 
         Repeating the call with the same *attempt_id* returns the attempt that is stored, as it is by now. Without an
         id a time-ordered one is made, and every call is another attempt. The attempt can be claimed at once, or from
-        *not_before* on.
+        *not_before* on. *headers* are JSON that travels beside the payload, such as the context of a trace; they are no
+        part of what makes it the same attempt, and of a repeated call those of the first one stay.
 
         Raises:
             PayloadMismatchError: The id is stored already with another run, queue or payload.
         """
-        new = NewAttempt(run_id, attempt_id, queue, priority, payload, not_before, max_attempts)
+        new = NewAttempt(run_id, attempt_id, queue, priority, payload, not_before, max_attempts, headers)
         given = _columns(new, new_id)
-        rows = await self._queries.fetch("attempts.enqueue", *given.values(), instant_ms("now", now))
+        rows = await self._queries.fetch(
+            "attempts.enqueue",
+            given["attempt_id"],
+            given["run_id"],
+            given["retry_at_ms"],
+            given["queue"],
+            given["priority"],
+            given["payload_json"],
+            given["max_attempts"],
+            given["headers_json"],
+            instant_ms("now", now),
+        )
         self._queries.tell([queue])
         if rows:
             return attempt_from_row(rows[0])
@@ -123,7 +149,7 @@ class Attempts:
 
         As ``enqueue`` for each, in one transaction: all are stored, or none is. An id that is stored already, or was
         given before in the same call, is the same attempt. Where ids are made, the order given is the order of age.
-        Ten thousand at once are fine; the payloads of one call may have 64 MiB of JSON together.
+        Ten thousand at once are fine; the payloads and headers of one call may have 64 MiB of JSON together.
 
         Raises:
             PayloadMismatchError: An id is stored, or given twice, with another run, queue or payload.
@@ -141,7 +167,10 @@ class Attempts:
             before = given.setdefault(columns["attempt_id"], columns)
             if before is not columns:
                 check_same("attempt", columns["attempt_id"], {name: before[name] for name in _IDENTITY}, columns)
-        check_batch("payloads", 0, sum(len(columns["payload_json"] or "") for columns in given.values()))
+        size = sum(
+            len(columns["payload_json"] or "") + len(columns["headers_json"] or "") for columns in given.values()
+        )
+        check_batch("payloads", 0, size)
         if not given:
             return []
         arguments = (_array(given.values()), instant_ms("now", now))
@@ -186,7 +215,8 @@ class Attempts:
         Return one page of the attempts of a run, a status or a queue, or of all, ordered by id.
 
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. The order of
-        text may differ between databases. A run and a status are looked up; a queue alone reads past what is of others.
+        text may differ between databases. A run is looked up, and so is a status, but for *completed*: that reads past
+        what is not, and a queue past what is of others.
         What cannot be read is left out, and told in the page's ``unreadable``.
         """
         wanted = None if status is None else check_choice("status", AttemptStatus, status)
@@ -195,7 +225,7 @@ class Attempts:
         if run_id is not None:
             query, which, rest = "attempts.list_by_run", (check_id("run_id", run_id),), (wanted, of_queue)
         elif wanted is not None:
-            query, which = "attempts.list_by_status", (wanted,)
+            query, which = _LISTS[wanted], (wanted,)
         return await page(
             lambda after, limit: self._queries.fetch(query, *which, after, limit, *rest),
             attempt_from_row,
@@ -215,7 +245,7 @@ class Attempts:
         """
         of_queue, at = check_id("queue", queue), instant_ms("now", now)
         return await page(
-            lambda _, limit: self._queries.fetch("attempts.list_dispatchable", of_queue, limit, at),
+            lambda _, limit: self._queries.fetch(bounded("attempts.list_dispatchable", limit), of_queue, limit, at),
             attempt_from_row,
             after=None,
             limit=check_count("limit", limit),
@@ -456,16 +486,37 @@ class Attempts:
         than any worker may hold on to a lease that is lost.
         """
         rows = await self._queries.fetch(
-            "attempts.prune",
+            bounded("attempts.prune", check_count("limit", limit)),
             span_ms("older_than", older_than),
-            check_count("limit", limit),
+            limit,
             instant_ms("now", now),
         )
         return len(rows)
 
+    async def reindex(self) -> int:
+        """
+        Let every attempt be found as what its row says that it is, and return how many were not.
+
+        What waits, what is held and what has ended stands in tables of its own, which the verbs keep in step. After
+        another program has changed attempts' rows, such as a status by hand, nothing finds them until this is called,
+        or until a Worker's sweep comes past them, which looks through a thousand at a time. It may be called at any
+        time and is done in small steps: others go on meanwhile. Of what is held under no lease the sweep takes care,
+        ``leases.requeue_expired``.
+        """
+        mended = 0
+        for look, put_right in (
+            ("attempts.look_through", "attempts.mend"),
+            ("attempts.look_through_queue", "attempts.unqueue"),
+        ):
+            seen = await look_through(self._queries, look, None)
+            while seen.last is not None:
+                mended += await mend(self._queries, put_right, seen)
+                seen = await look_through(self._queries, look, seen.last)
+        return mended
+
 
 def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
-    """What is stored of a new attempt, checked, in the order in which a single one is given to its statement."""
+    """What is stored of a new attempt, checked."""
     if new.attempt_id is not None and not is_key(check_key("attempt_id", new.attempt_id)):
         raise ConfigurationError(
             f"attempt_id is {new.attempt_id!r}: expected none with U+FFFD, which stands for what could not be read"
@@ -478,6 +529,7 @@ def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
         "priority": check_count("priority", new.priority, least=-(2**31)),
         "payload_json": to_json("payload", new.payload),
         "max_attempts": check_count("max_attempts", new.max_attempts),
+        "headers_json": to_json("headers", new.headers),
     }
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import time
@@ -23,7 +22,9 @@ from runtime_repo.errors import (
 )
 from runtime_repo.fencing import check_lease, ended_by, holding, lost, repeated
 from runtime_repo.keeping import MIN_PATIENCE, Keeper, proved_until
+from runtime_repo.mending import look_through, mend
 from runtime_repo.outages import Outages
+from runtime_repo.queries import bounded
 from runtime_repo.records import (
     DEFAULT_QUEUE,
     Attempt,
@@ -44,7 +45,6 @@ from runtime_repo.values import (
     from_ms,
     instant_ms,
     new_id,
-    new_ids,
     queue_names,
     skipped,
     span_ms,
@@ -79,6 +79,8 @@ class Leases:
         self._queries = queries
         # The attempts of which it was logged that the sweep is refused.
         self._refused: set[str] = set()
+        # Behind which attempt the sweep looks on for those that are not found as what they are.
+        self._looked_through: object = None
 
     async def claim(
         self,
@@ -102,14 +104,15 @@ class Leases:
         A caller that is cancelled owns nothing: what was claimed is given back before the cancellation goes on.
         """
         check_id("worker_id", worker_id)
-        names = queue_names(queues)
-        query, wanted = "leases.claim", names[0]
-        if len(names) > 1:
-            query, wanted = "leases.claim_from_several", json.dumps(names)
-        length = span_ms("ttl", ttl, positive=True)
-        ids = json.dumps(list(itertools.islice(new_ids(), check_count("limit", limit, most=MAX_CLAIM))))
-        given = (wanted, worker_id, length, ids, instant_ms("now", now))
-        return await self._claim(query, given, ids)
+        given = (
+            json.dumps(queue_names(queues)),
+            worker_id,
+            span_ms("ttl", ttl, positive=True),
+            claim_id := new_id(),
+            at := instant_ms("now", now),
+            check_count("limit", limit, most=MAX_CLAIM),
+        )
+        return await self._claim(bounded("leases.claim", limit), given, claim_id, at)
 
     async def claim_attempt(
         self, attempt_id: str, worker_id: str, *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None
@@ -122,21 +125,20 @@ class Leases:
         Raises:
             UnreadableRowError: It cannot be read; it is parked as by ``claim``.
         """
-        lease_id = new_id()
         given = (
             check_key("attempt_id", attempt_id),
             check_id("worker_id", worker_id),
             span_ms("ttl", ttl, positive=True),
-            lease_id,
-            instant_ms("now", now),
+            lease_id := new_id(),
+            at := instant_ms("now", now),
         )
-        leases = await self._claim("leases.claim_attempt", given, json.dumps([lease_id]))
+        leases = await self._claim("leases.claim_attempt", given, lease_id, at)
         if leases.unreadable:
             raise leases.unreadable[0]
         return leases[0] if leases else None
 
-    async def _claim(self, query: str, given: Sequence[object], ids: str) -> Page[Lease]:
-        """What was claimed under the lease *ids*. What cannot be read would come first again, and end every worker."""
+    async def _claim(self, query: str, given: Sequence[object], claim_id: str, at: int | None) -> Page[Lease]:
+        """What was claimed. What cannot be read would come first again, and end every worker."""
         asked_at = time.monotonic()
         leases: Page[Lease] = Page()
         try:
@@ -145,9 +147,9 @@ class Leases:
                     leases.append(_below_the_last(lease_from_row(row, asked_at=asked_at)))
                 except UnreadableRowError as error:
                     leases.unreadable += (error,)
-                    await self._park(row["lease_id"], error, given[-1])
+                    await self._park(row["lease_id"], error, at)
         except (asyncio.CancelledError, OverloadedError):
-            await finish(self._give_back(ids), within=_GIVE_BACK)
+            await finish(self._give_back(claim_id), within=_GIVE_BACK)
             raise
         return leases
 
@@ -161,10 +163,10 @@ class Leases:
         except RuntimeRepoError as failure:
             _log.error("an attempt could not be parked, its lease will expire: %s", failure)
 
-    async def _give_back(self, ids: str) -> None:
-        """Give back what a cancelled caller may have claimed."""
+    async def _give_back(self, claim_id: str) -> None:
+        """Give back what a cancelled caller may have claimed: a lease of this id, or all whose ids begin with it."""
         try:
-            rows = await self._queries.fetch("leases.give_back", ids)
+            rows = await self._queries.fetch("leases.give_back", claim_id)
             self._queries.tell({row["queue"] for row in rows})
         except RuntimeRepoError as error:
             # Whoever claims again hears of the outage, too.
@@ -353,8 +355,10 @@ class Leases:
         Returns the attempts whose lease had expired more than *grace* ago, at most *limit*: each is ``queued`` with
         the lost try counted or, after try number ``max_attempts``, ``failed``. Repeat it until it returns fewer than
         *limit*. One that cannot be read is requeued as well, and told in the page's ``unreadable``; a lease whose
-        attempt is gone is deleted. So are the attempts that another program left held without a lease, or under one
-        whose end is no time or lies a thousand years ahead.
+        attempt is gone is deleted. So are the attempts that another program left under a lease whose end is no time or
+        lies a thousand years ahead, and those that it left held without a lease, of which each call looks through the
+        next thousand attempts, and finds again what a status that was changed by hand has hidden (see
+        ``attempts.reindex``).
 
         Where the database refuses one, the others are taken all the same, and that one is logged, once. Within a
         ``transaction()`` it is an error, as where all are refused.
@@ -371,9 +375,24 @@ class Leases:
             rows = await self._sweep_one_by_one(given, error)
         else:
             self._refused.clear()
-        attempts = readable(rows, attempt_from_row)
+        attempts = readable([*rows, *await self._sweep_the_stranded(given, len(rows))], attempt_from_row)
         self._queries.tell({attempt.queue for attempt in attempts if attempt.status is AttemptStatus.QUEUED})
         return attempts
+
+    async def _sweep_the_stranded(self, given: tuple[int, int | None, int], swept: int) -> Sequence[Row]:
+        """Look through the next attempts for what is held under no lease, or not found as what it is."""
+        limit, now_ms, grace = given
+        rows: list[Row] = []
+        if swept >= limit:
+            return rows
+        seen = await look_through(self._queries, "attempts.look_through", self._looked_through)
+        await mend(self._queries, "attempts.mend", seen)
+        for attempt_id in seen.stranded[: limit - swept]:
+            rows += await self._queries.fetch("leases.requeue_expired", 1, now_ms, grace, attempt_id)
+        # Those that were too many are seen again.
+        if len(seen.stranded) <= limit - swept:
+            self._looked_through = seen.last
+        return rows
 
     async def _sweep_one_by_one(self, given: tuple[int, int | None, int], refusal: RefusedError) -> Sequence[Row]:
         """

@@ -86,6 +86,8 @@ class Attempt:
     The verb that took the attempt from its last holder or has decided on it since: complete, fail, release, cancel,
     retry, expire, give_back, or park for one that could not be read. None while it is held, and before the first claim.
     """
+    headers: Any = None
+    """What the application lets travel beside the payload, such as the context of a trace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class NewAttempt:
     payload: Any = None
     not_before: datetime | None = None
     max_attempts: int = DEFAULT_MAX_ATTEMPTS
+    headers: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,7 @@ def attempt_from_row(row: Row) -> Attempt:
             row["error"],
             row["lease_id"],
             row["ended_by"],
+            from_json(row["headers_json"]),
         )
     except UNREADABLE as error:
         raise unreadable("runtime_attempts", row["attempt_id"], error) from None

@@ -350,7 +350,10 @@ def test_postgres_keeps_its_promises(postgres_url: str, postgres_schema: str) ->
 
         @asynccontextmanager
         async def emptied() -> AsyncIterator[RuntimeRepository]:
-            await admin.execute(f"truncate {postgres_schema}.runtime_attempts, {postgres_schema}.runtime_leases")
+            tables = ", ".join(
+                f"{postgres_schema}.runtime_{name}" for name in ("attempts", "queue", "leases", "finished")
+            )
+            await admin.execute(f"truncate {tables}")
             yield repo
 
         try:

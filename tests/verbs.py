@@ -51,6 +51,7 @@ CALLS: dict[str, Write] = {
     "attempts.cancel": lambda repo, lease, now: repo.attempts.cancel(lease.attempt_id, now=now),
     "attempts.retry": lambda repo, *_: repo.attempts.retry("failed"),
     "attempts.prune": lambda repo, _, now: repo.attempts.prune(older_than=timedelta(0), now=now),
+    "attempts.reindex": lambda repo, *_: repo.attempts.reindex(),
     "leases.claim": lambda repo, _, now: repo.leases.claim("worker", now=now),
     "leases.claim_attempt": lambda repo, _, now: repo.leases.claim_attempt("failed", "worker", now=now),
     "leases.heartbeat": WRITES["heartbeat"],

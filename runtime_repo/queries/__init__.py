@@ -5,8 +5,16 @@ A statement stands under ``-- name: verb``; where the databases truly differ, ea
 ``-- name: verb @sqlite`` and ``-- name: verb @postgres``. A query may be several statements on SQLite, which has no
 data-modifying common table expressions; they run in one transaction and the last one's rows are the answer.
 
-The tokens in a statement: ``{schema}`` and ``{now_ms}`` are the database's; ``{attempt}``, ``{attempt_of_a}`` and
-``{lease}`` are the columns that a row of each has, named once, here; ``{skipped}`` is what a statement that must fail
+The columns of a row are named once, in the head of a file: ``-- columns job: thread_id, status``. Statements of every
+file refer to them as ``{job}``, and as ``{job_of_x}`` where a table's alias goes before each; so may other such lines.
+
+A statement under ``-- name: verb 1 10 100`` is there once for each number, as ``verb 10``, with the number in the place
+of ``{most}``: ``bounded`` says which of them serves. PostgreSQL keeps one plan for all values of a parameter, and plans
+anew each time where it takes that one to be dear; a number in the text it knows.
+
+What stands under ``-- part: name`` is no statement but what several have in common: ``{name}``.
+
+The other tokens: ``{schema}`` and ``{now_ms}`` are the database's; ``{skipped}`` is what a statement that must fail
 says, and ``{too_long}`` what no lease lasts; the rest is what one dialect says and the other need not.
 """
 
@@ -17,36 +25,33 @@ from importlib.resources import files
 
 from runtime_repo.errors import ConfigurationError
 
-__all__ = ["SKIPPED", "fill", "load_queries", "split_statements"]
+__all__ = ["SKIPPED", "bounded", "fill", "load_queries", "split_statements"]
 
 SKIPPED = "rows were skipped"
 """What a statement that wrote less than it had to fails with, so that all of it is rolled back: ``{skipped}``."""
 
 _TOKEN = re.compile(r"\{(\w*)\}|[{}]")
-_HEADER = re.compile(r"^-- name: (?P<name>\w+)(?: @(?P<backend>sqlite|postgres))?$", re.MULTILINE)
+_HEADER = re.compile(r"^-- (name|part): (\w+)((?: \d+)*)(?: @(sqlite|postgres))?$", re.MULTILINE)
+_ROW = re.compile(r"^-- columns (\w+): (.*(?:\n--  .*)*)", re.MULTILINE)
 
-_ATTEMPT = (
-    "attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version, worker_id, "
-    "enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error, lease_id, ended_by"
-)
-_ATTEMPT_OF_A = ", ".join(f"a.{column}" for column in _ATTEMPT.split(", "))
-_COLUMNS = {
+_WORDS = {
     "skipped": SKIPPED,
     # Milliseconds; longer than any lease that is asked for.
     "too_long": str(1001 * 366 * 86_400_000),
-    "attempt": _ATTEMPT,
-    "attempt_of_a": _ATTEMPT_OF_A,
-    # Of a lease that holds, its attempt's lease_id is its own.
-    "lease": "l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms, "
-    + _ATTEMPT_OF_A.replace("a.lease_id, ", ""),
 }
 _DIALECTS = {
     # A row that is locked is a write: its commit waits for the standbys, as that of the write does which it stands for.
     # SQLite's have nobody to wait for.
     # A name that is not qualified may be another user's: of functions PostgreSQL takes the one that matches best, in
     # whichever schema of the search path it is.
-    "sqlite": {"durably": "", "pg_catalog": ""},
-    "postgres": {"durably": "for no key update", "pg_catalog": "pg_catalog."},
+    # Where a row stands and is found again: SQLite may hold a key that no text names.
+    "sqlite": {"durably": "", "pg_catalog": "", "place": "rowid", "before_all": "-9223372036854775808"},
+    "postgres": {
+        "durably": "for no key update",
+        "pg_catalog": "pg_catalog.",
+        "place": "attempt_id",
+        "before_all": "''",
+    },
 }
 
 
@@ -54,8 +59,9 @@ def fill(text: str, tokens: Mapping[str, str]) -> str:
     """Replace each ``{token}``, exactly; any other brace is a mistake in the file and fails."""
 
     def value(match: re.Match[str]) -> str:
+        name, of, alias = (match[1] or "").partition("_of_")
         try:
-            return tokens[match[1]]
+            return f"{alias}." + tokens[name].replace(", ", f", {alias}.") if of else tokens[name]
         except KeyError:
             raise ConfigurationError(f"unexpected {match[0]!r} in SQL; the tokens are {', '.join(tokens)}") from None
 
@@ -71,7 +77,9 @@ def load_queries(backend: str, *, schema: str, now_ms: str) -> Mapping[str, str]
     """
     text = schema.replace("\\", "\\\\").replace("'", "\\'")
     tokens = {"schema": schema, "schema_text": text, "now_ms": now_ms}
-    return _Filled(_TEXTS[backend], tokens | _COLUMNS | _DIALECTS[backend])
+    tokens |= _WORDS | _DIALECTS[backend]
+    tokens |= {name: fill(columns, _ROWS) for name, columns in _ROWS.items()}
+    return _Filled(_TEXTS[backend], tokens | {name: fill(part, tokens) for name, part in _PARTS.items()})
 
 
 class _Filled(Mapping[str, str]):
@@ -92,20 +100,42 @@ class _Filled(Mapping[str, str]):
         return len(self._texts)
 
 
-def _texts(backend: str) -> Mapping[str, str]:
-    texts: dict[str, str] = {}
-    for file in files(__name__).iterdir():
-        if file.name.endswith(".sql"):
-            noun = file.name.removesuffix(".sql")
-            parts = _HEADER.split(file.read_text(encoding="utf-8"))[1:]
-            for name, only, text in zip(parts[0::3], parts[1::3], parts[2::3], strict=True):
+def bounded(query: str, count: int) -> str:
+    """The *query* for at least *count* rows, of those that differ in how many they are made for."""
+    return f"{query} {next(bound for bound in _BOUNDS[query] if count <= bound)}"
+
+
+def _read() -> None:
+    """Take the files apart."""
+    for noun, file in _FILES.items():
+        _, *parts = _HEADER.split(file)
+        for kind, name, bounds, only, text in zip(*(parts[n::5] for n in range(5)), strict=True):
+            if kind == "part":
+                _PARTS[name] = re.sub(r"^--.*\n", "", text.strip(), flags=re.MULTILINE)
+                continue
+            query = f"{noun}.{name}"
+            _BOUNDS[query] = [int(bound) for bound in bounds.split()]
+            for backend, texts in _TEXTS.items():
                 if only in (None, backend):
-                    texts[f"{noun}.{name}"] = text.strip()
-    return texts
+                    texts |= {f"{query} {bound}": text.strip().replace("{most}", bound) for bound in bounds.split()}
+                    if not bounds:
+                        texts[query] = text.strip()
+        for name, columns in _ROW.findall(file):
+            _ROWS[name] = " ".join(columns.replace("--", "").split())
 
 
-_TEXTS = {backend: _texts(backend) for backend in ("sqlite", "postgres")}
+_FILES = {
+    file.name.removesuffix(".sql"): file.read_text(encoding="utf-8")
+    for file in files(__name__).iterdir()
+    if file.name.endswith(".sql")
+}
 """Read at import: constructing a repository does no I/O."""
+
+_TEXTS: dict[str, dict[str, str]] = {"sqlite": {}, "postgres": {}}
+_BOUNDS: dict[str, list[int]] = {}
+_PARTS: dict[str, str] = {}
+_ROWS: dict[str, str] = {}
+_read()
 
 
 def split_statements(script: str) -> Iterator[str]:

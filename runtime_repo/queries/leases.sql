@@ -1,328 +1,266 @@
--- Leases: who owns which attempt, and until when. Every statement locks attempts first, then leases.
+-- Leases: who owns which attempt, and until when. The order of locks and the few rows to expect: see attempts.sql.
+-- columns lease: l.lease_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms, {tried_of_a}
+-- columns held: lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms
 
--- name: claim @postgres
--- Take up to as many attempts of one queue ($1) as there are lease ids ($4, a JSON array): the first among those that
--- are ready and those that are due, skipping what a rival is claiming at this instant. What is due and not taken is
--- promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no claim more
--- than that, and shrinks with each. Which lease id is whose is looked up in one object: what is chosen is thought to be
--- one row, and joined to the attempts it would be read anew for each. A token stops at the last one that there is, where
--- another program has put it there: what gets that one is parked. What is chosen is leased, or all of it fails, where a limit is
--- computed even if there is no row: a trigger that skips the lease's would leave the attempt to nobody.
-with moment as (
-    select coalesce($5, {now_ms}) as at
-), ready as (
-    select attempt_id, priority, enqueued_at_ms
-      from {schema}.runtime_attempts
-     where queue = $1
-       and status = 'queued'
-       and retry_at_ms is null
-     order by priority desc, enqueued_at_ms, attempt_id
-     limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
-       for update skip locked
-), due as (
-    select attempt_id, priority, enqueued_at_ms
-      from {schema}.runtime_attempts
-     where queue = $1
-       and status in ('queued', 'retry_backoff')
-       and retry_at_ms is not null
-       and retry_at_ms <= coalesce($5, {now_ms})
-     order by retry_at_ms, attempt_id
-     limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
-       for update skip locked
-), chosen as (
-    select attempt_id, pg_catalog.row_number() over () as n
-      from (select attempt_id
-              from (select attempt_id, priority, enqueued_at_ms from ready
-                     union all
-                    select attempt_id, priority, enqueued_at_ms from due) as candidates
-             order by priority desc, enqueued_at_ms, attempt_id
-             limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)) as first
-), claimed as (
-    update {schema}.runtime_attempts
-       set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
-           worker_id = $2, ended_by = null,
-           lease_id = (select pg_catalog.jsonb_object_agg(chosen.attempt_id, given.lease_id)
-                         from chosen
-                         join pg_catalog.json_array_elements_text($4::pg_catalog.text::pg_catalog.json) with ordinality
-                                  as given (lease_id, n) on given.n = chosen.n) ->> attempt_id
-     where attempt_id = any (array(select attempt_id from chosen))
-    returning {attempt}
-), promoted as (
-    update {schema}.runtime_attempts
-       set status = 'queued', retry_at_ms = null
-     where attempt_id = any (array(select attempt_id from due except select attempt_id from chosen))
-), leased as (
-    insert into {schema}.runtime_leases as l
-           (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select lease_id, attempt_id, $2, (select at from moment) + $3::bigint, (select at from moment), lease_version,
-           (select at from moment)
-      from claimed
-        on conflict (attempt_id) do update
+-- part: leased_anew
+-- There may be a lease that a cancel did not see, or one of version 1's.
+do update
        set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
+
+-- name: claim 1 10 100 1000 10000 @postgres
+-- Take up to so many attempts ($6) of the queues ($1, a JSON array): the first among those that are ready and those that
+-- are due, skipping what a rival is claiming at this instant. So many of each queue are locked in its index's order,
+-- then the first of those are taken; an array compared with the queue would sort all that is ready. What is due and not
+-- taken is promoted to ready. Of what is due the longest due are looked at, as many as are wanted: a backlog costs no
+-- claim more than that, and shrinks with each.
+-- Each lease's id is the claim's ($4) and the place of the attempt's row: two of one claim have never the same. A token
+-- stops at the last one that there is, where another program has put it there: what gets that one is parked.
+-- What does not wait any more was left behind, and is taken away. What does is leased, or all of it fails, where a limit
+-- is computed even if there is no row: a trigger that skips the lease's would leave the attempt to nobody.
+with moment as (
+    select coalesce($5::bigint, {now_ms}) as at
+), ready as (
+    select found.place, found.attempt_id, found.priority, found.enqueued_at_ms
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
+     cross join lateral (
+               select place, attempt_id, priority, enqueued_at_ms
+                 from (select ctid as place, attempt_id, priority, enqueued_at_ms
+                         from {schema}.runtime_queue
+                        where queue = named.queue
+                          and retry_at_ms is null
+                        order by priority desc, enqueued_at_ms, attempt_id
+                        limit {most}
+                          for update skip locked) as first
+                limit $6) as found
+), due as (
+    select found.place, found.attempt_id, found.priority, found.enqueued_at_ms
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
+     cross join lateral (
+               select place, attempt_id, priority, enqueued_at_ms
+                 from (select ctid as place, attempt_id, priority, enqueued_at_ms
+                         from {schema}.runtime_queue
+                        where queue = named.queue
+                          and retry_at_ms is not null
+                          and retry_at_ms <= coalesce($5::bigint, {now_ms})
+                        order by retry_at_ms, attempt_id
+                        limit {most}
+                          for update skip locked) as first
+                limit $6) as found
+), chosen as (
+    select place, attempt_id
+      from (select place, attempt_id
+              from (select place, attempt_id, priority, enqueued_at_ms from ready
+                     union all
+                    select place, attempt_id, priority, enqueued_at_ms from due) as candidates
+             order by priority desc, enqueued_at_ms, attempt_id
+             limit $6) as first
+     where attempt_id = attempt_id || ''
+       and attempt_id || '' = attempt_id
+), taken as (
+    delete from {schema}.runtime_queue as w
+     using chosen
+     where w.ctid = chosen.place
+    returning w.attempt_id
+), claimed as (
+    update {schema}.runtime_attempts as a
+       set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
+           worker_id = $2, ended_by = null,
+           lease_id = $4 || pg_catalog.translate(a.ctid::pg_catalog.text, '(,)', '-.')
+      from taken
+     where a.attempt_id = taken.attempt_id
+       and case when a.status in ('queued', 'retry_backoff') then 1 end is not null
+    returning {attempt_of_a}
+), left_over as (
+    select place, attempt_id
+      from (select place, attempt_id from due
+            except
+            select place, attempt_id from chosen) as waiting
+     where attempt_id = attempt_id || ''
+       and attempt_id || '' = attempt_id
+), promoted as (
+    update {schema}.runtime_queue as w
+       set retry_at_ms = null
+      from left_over
+     where w.ctid = left_over.place
+    returning w.attempt_id
+), ready_now as (
+    update {schema}.runtime_attempts as a
+       set status = 'queued', retry_at_ms = null
+      from promoted
+     where a.attempt_id = promoted.attempt_id
+       and case when a.status in ('queued', 'retry_backoff') then 1 end is not null
+), leased as (
+    insert into {schema}.runtime_leases ({held})
+    select lease_id, attempt_id, $2, (select at from moment) + $3::bigint, (select at from moment), lease_version,
+           (select at from moment)
+      from claimed
+        on conflict (attempt_id) {leased_anew}
     returning 1
 )
 select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
        (select at from moment) as claimed_at_ms, {attempt}
   from claimed
  order by priority desc, enqueued_at_ms, attempt_id
- limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from chosen)
-            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen)::pg_catalog.text)::bigint end;
+ limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from claimed)
+              or (select pg_catalog.count(*) from claimed) < (select pg_catalog.count(*) from taken)
+                 and exists (
+                         select 1
+                           from taken
+                           join {schema}.runtime_attempts as a on a.attempt_id = taken.attempt_id
+                          where case when a.status in ('queued', 'retry_backoff') then 1 end is not null
+                            and a.attempt_id <> all (array(select attempt_id from claimed)))
+            then ('{skipped}: ' || (select pg_catalog.count(*) from taken)::pg_catalog.text)::bigint end;
 
--- name: claim @sqlite
--- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
--- what is due is promoted first. A file of version 1 may hold a key that is NULL, which nothing can be done with. All
--- of it fails if a lease has no attempt, or if less is leased than is wanted and some is still ready: a trigger skipped it.
-update {schema}.runtime_attempts
-   set status = 'queued', retry_at_ms = null
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where queue = $1
-              and status in ('queued', 'retry_backoff')
-              and retry_at_ms is not null
-              and retry_at_ms <= coalesce($5, {now_ms})
-            order by retry_at_ms, attempt_id
-            limit json_array_length($4));
-insert into {schema}.runtime_leases
-       (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
-       min(ready.lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
-  from (select attempt_id, lease_version, row_number() over () - 1 as n
-          from (select attempt_id, lease_version
-                  from {schema}.runtime_attempts
-                 where queue = $1
-                   and status = 'queued'
-                   and retry_at_ms is null
-                   and attempt_id is not null
-                 order by priority desc, enqueued_at_ms, attempt_id
-                 limit json_array_length($4))) as ready
-  join json_each($4) as given on given.key = ready.n
- where true
-    on conflict (attempt_id) do update
-   set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
-       lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
-       claimed_at_ms = excluded.claimed_at_ms;
-update {schema}.runtime_attempts
-   set status = 'leased', lease_version = min(lease_version, 9223372036854775806) + 1, worker_id = $2, ended_by = null,
-       lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
- where attempt_id in (
-           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
-select json_extract('[]', case when changes() < leased.n then '{skipped}'
-                               when leased.n = json_array_length($4) then '$'
-                               when (select attempt_id
-                                       from {schema}.runtime_attempts
-                                      where queue = $1
-                                        and status = 'queued'
-                                        and retry_at_ms is null
-                                        and attempt_id is not null
-                                      order by priority desc, enqueued_at_ms, attempt_id
-                                      limit 1) is null then '$'
-                               else '{skipped}' end)
-  from (select count(*) as n from {schema}.runtime_leases where lease_id in (select value from json_each($4))) as leased;
-select {lease}
-  from {schema}.runtime_leases as l
-  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
- where l.lease_id in (select value from json_each($4))
-   and a.lease_id = l.lease_id
- order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
-
--- name: claim_from_several @postgres
--- As above, from several queues ($1, a JSON array): so many of each in its index's order, then the first of those. An
--- array compared with the queue would sort all that is ready.
-with moment as (
-    select coalesce($5, {now_ms}) as at
-), ready as (
-    select found.attempt_id, found.priority, found.enqueued_at_ms
-      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
-     cross join lateral (
-               select attempt_id, priority, enqueued_at_ms
-                 from {schema}.runtime_attempts
-                where queue = named.queue
-                  and status = 'queued'
-                  and retry_at_ms is null
-                order by priority desc, enqueued_at_ms, attempt_id
-                limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
-                  for update skip locked) as found
-), due as (
-    select found.attempt_id, found.priority, found.enqueued_at_ms
-      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
-     cross join lateral (
-               select attempt_id, priority, enqueued_at_ms
-                 from {schema}.runtime_attempts
-                where queue = named.queue
-                  and status in ('queued', 'retry_backoff')
-                  and retry_at_ms is not null
-                  and retry_at_ms <= coalesce($5, {now_ms})
-                order by retry_at_ms, attempt_id
-                limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)
-                  for update skip locked) as found
-), chosen as (
-    select attempt_id, pg_catalog.row_number() over () as n
-      from (select attempt_id
-              from (select attempt_id, priority, enqueued_at_ms from ready
-                     union all
-                    select attempt_id, priority, enqueued_at_ms from due) as candidates
-             order by priority desc, enqueued_at_ms, attempt_id
-             limit pg_catalog.json_array_length($4::pg_catalog.text::pg_catalog.json)) as first
-), claimed as (
-    update {schema}.runtime_attempts
-       set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
-           worker_id = $2, ended_by = null,
-           lease_id = (select pg_catalog.jsonb_object_agg(chosen.attempt_id, given.lease_id)
-                         from chosen
-                         join pg_catalog.json_array_elements_text($4::pg_catalog.text::pg_catalog.json) with ordinality
-                                  as given (lease_id, n) on given.n = chosen.n) ->> attempt_id
-     where attempt_id = any (array(select attempt_id from chosen))
-    returning {attempt}
-), promoted as (
-    update {schema}.runtime_attempts
-       set status = 'queued', retry_at_ms = null
-     where attempt_id = any (array(select attempt_id from due except select attempt_id from chosen))
-), leased as (
-    insert into {schema}.runtime_leases as l
-           (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-    select lease_id, attempt_id, $2, (select at from moment) + $3::bigint, (select at from moment), lease_version,
-           (select at from moment)
-      from claimed
-        on conflict (attempt_id) do update
-       set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
-           lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
-           claimed_at_ms = excluded.claimed_at_ms
-    returning 1
-)
-select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
-       (select at from moment) as claimed_at_ms, {attempt}
-  from claimed
- order by priority desc, enqueued_at_ms, attempt_id
- limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from chosen)
-            then ('{skipped}: ' || (select pg_catalog.count(*) from chosen)::pg_catalog.text)::bigint end;
-
--- name: claim_from_several @sqlite
--- As above. SQLite has no lateral join; a correlated IN does the same, behind a cross join: that is never turned round,
--- as SQLite would once it has statistics, to ask for every attempt.
-update {schema}.runtime_attempts
-   set status = 'queued', retry_at_ms = null
- where attempt_id in (
-           select a.attempt_id
+-- part: first_waiting
+-- On SQLite, what a claim takes of what is ready in several queues.
+(
+           select w.rowid as place, w.attempt_id
              from json_each($1) as named
-            cross join {schema}.runtime_attempts as a
-            where a.attempt_id in (
-                      select attempt_id
-                        from {schema}.runtime_attempts
+            cross join {schema}.runtime_queue as w
+            where w.rowid in (
+                      select rowid
+                        from {schema}.runtime_queue
                        where queue = named.value
-                         and status in ('queued', 'retry_backoff')
+                         and retry_at_ms is null
+                       order by priority desc, enqueued_at_ms, attempt_id
+                       limit $6)
+            order by w.priority desc, w.enqueued_at_ms, w.attempt_id
+            limit $6)
+
+-- name: claim 1 10 100 1000 10000 @sqlite
+-- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
+-- what is due is promoted first. SQLite has no lateral join; a correlated IN does the same, behind a cross join: that is
+-- never turned round. All of it fails if what is leased is not all that was chosen, unless the rest was left behind.
+update {schema}.runtime_attempts
+   set status = 'queued', retry_at_ms = null
+ where attempt_id in (
+           select w.attempt_id
+             from json_each($1) as named
+            cross join {schema}.runtime_queue as w
+            where w.rowid in (
+                      select rowid
+                        from {schema}.runtime_queue
+                       where queue = named.value
                          and retry_at_ms is not null
                          and retry_at_ms <= coalesce($5, {now_ms})
                        order by retry_at_ms, attempt_id
-                       limit json_array_length($4)));
-insert into {schema}.runtime_leases
-       (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-select given.value, ready.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
-       min(ready.lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
-  from (select attempt_id, lease_version, row_number() over () - 1 as n
-          from (select attempt_id, lease_version
-                  from (select a.attempt_id, a.lease_version, a.priority, a.enqueued_at_ms
-                          from json_each($1) as named
-                         cross join {schema}.runtime_attempts as a
-                         where a.attempt_id in (
-                                   select attempt_id
-                                     from {schema}.runtime_attempts
-                                    where queue = named.value
-                                      and status = 'queued'
-                                      and retry_at_ms is null
-                                      and attempt_id is not null
-                                    order by priority desc, enqueued_at_ms, attempt_id
-                                    limit json_array_length($4))) as candidates
-                 order by priority desc, enqueued_at_ms, attempt_id
-                 limit json_array_length($4))) as ready
-  join json_each($4) as given on given.key = ready.n
- where true
-    on conflict (attempt_id) do update
-   set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
-       lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
-       claimed_at_ms = excluded.claimed_at_ms;
+                       limit $6))
+   and status in ('queued', 'retry_backoff');
+update {schema}.runtime_queue
+   set retry_at_ms = null
+ where changes() > 0
+   and rowid in (
+           select w.rowid
+             from json_each($1) as named
+            cross join {schema}.runtime_queue as w
+            where w.rowid in (
+                      select rowid
+                        from {schema}.runtime_queue
+                       where queue = named.value
+                         and retry_at_ms is not null
+                         and retry_at_ms <= coalesce($5, {now_ms})
+                       order by retry_at_ms, attempt_id
+                       limit $6));
+insert into {schema}.runtime_leases ({held})
+select $4 || '-' || a.rowid, a.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
+       min(a.lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
+  from {first_waiting} as first
+ cross join {schema}.runtime_attempts as a
+ where a.attempt_id = first.attempt_id
+   and a.status in ('queued', 'retry_backoff')
+    on conflict (attempt_id) {leased_anew};
 update {schema}.runtime_attempts
    set status = 'leased', lease_version = min(lease_version, 9223372036854775806) + 1, worker_id = $2, ended_by = null,
-       lease_id = (select lease_id from {schema}.runtime_leases as l where l.attempt_id = runtime_attempts.attempt_id)
+       lease_id = $4 || '-' || rowid
  where attempt_id in (
-           select attempt_id from {schema}.runtime_leases where lease_id in (select value from json_each($4)));
+           select attempt_id from {schema}.runtime_leases where lease_id > $4 || '-' and lease_id < $4 || '.');
 select json_extract('[]', case when changes() < leased.n then '{skipped}'
-                               when leased.n = json_array_length($4) then '$'
-                               when not exists (
-                                        select 1
-                                          from json_each($1) as named
-                                         where (select attempt_id
-                                                  from {schema}.runtime_attempts
-                                                 where queue = named.value
-                                                   and status = 'queued'
-                                                   and retry_at_ms is null
-                                                   and attempt_id is not null
-                                                 order by priority desc, enqueued_at_ms, attempt_id
-                                                 limit 1) is not null) then '$'
+                               when leased.n = (select count(*) from {first_waiting} as first) then '$'
+                               when leased.n = (
+                                        select count(*)
+                                          from {first_waiting} as first
+                                         cross join {schema}.runtime_attempts as a
+                                         where a.attempt_id = first.attempt_id
+                                           and (a.status in ('queued', 'retry_backoff')
+                                                or a.lease_id > $4 || '-' and a.lease_id < $4 || '.')) then '$'
                                else '{skipped}' end)
-  from (select count(*) as n from {schema}.runtime_leases where lease_id in (select value from json_each($4))) as leased;
+  from (select count(*) as n
+          from {schema}.runtime_leases
+         where lease_id > $4 || '-'
+           and lease_id < $4 || '.') as leased;
+delete from {schema}.runtime_queue
+ where rowid in (select place from {first_waiting} as first);
 select {lease}
   from {schema}.runtime_leases as l
-  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
- where l.lease_id in (select value from json_each($4))
-   and a.lease_id = l.lease_id
+ cross join {schema}.runtime_attempts as a
+ where l.lease_id > $4 || '-'
+   and l.lease_id < $4 || '.'
+   and a.attempt_id = l.attempt_id
+   and a.lease_id   = l.lease_id
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim_attempt @postgres
 -- Take this attempt ($1), if it is ready or due, under the lease id $4.
-with claimed as (
+with taken as (
+    delete from {schema}.runtime_queue
+     where attempt_id = $1
+       and (retry_at_ms is null or retry_at_ms <= coalesce($5, {now_ms}))
+    returning attempt_id
+), claimed as (
     update {schema}.runtime_attempts
        set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
-           worker_id = $2,
-           lease_id = $4, ended_by = null
-     where attempt_id = $1
+           worker_id = $2, lease_id = $4, ended_by = null
+     where attempt_id = (select attempt_id from taken)
        and status in ('queued', 'retry_backoff')
-       and (retry_at_ms is null or retry_at_ms <= coalesce($5, {now_ms}))
     returning {attempt}
 ), leased as (
-    insert into {schema}.runtime_leases as l
-           (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
+    insert into {schema}.runtime_leases as l ({held})
     select lease_id, attempt_id, $2, coalesce($5, {now_ms}) + $3::bigint, coalesce($5, {now_ms}), lease_version,
            coalesce($5, {now_ms})
       from claimed
-        on conflict (attempt_id) do update
-       set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
-           lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
-           claimed_at_ms = excluded.claimed_at_ms
+        on conflict (attempt_id) {leased_anew}
     returning l.lease_id, l.attempt_id, l.lease_expires_at_ms, l.heartbeat_at_ms, l.claimed_at_ms
 )
 select {lease}
   from leased as l
   join claimed as a on a.attempt_id = l.attempt_id
  limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from claimed)
-            then ('{skipped}: ' || (select pg_catalog.count(*) from claimed)::pg_catalog.text)::bigint end;
+              or (select pg_catalog.count(*) from claimed) < (select pg_catalog.count(*) from taken)
+                 and exists (
+                         select 1
+                           from {schema}.runtime_attempts
+                          where attempt_id = $1
+                            and status in ('queued', 'retry_backoff'))
+            then ('{skipped}: ' || (select pg_catalog.count(*) from taken)::pg_catalog.text)::bigint end;
 
 -- name: claim_attempt @sqlite
 -- As above, in statements of one transaction.
-insert into {schema}.runtime_leases
-       (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version, claimed_at_ms)
-select $4, attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
-       min(lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
-  from {schema}.runtime_attempts
- where attempt_id = $1
-   and status in ('queued', 'retry_backoff')
-   and (retry_at_ms is null or retry_at_ms <= coalesce($5, {now_ms}))
-    on conflict (attempt_id) do update
-   set lease_id = excluded.lease_id, worker_id = excluded.worker_id, version = excluded.version,
-       lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
-       claimed_at_ms = excluded.claimed_at_ms;
+insert into {schema}.runtime_leases ({held})
+select $4, a.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
+       min(a.lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
+  from {schema}.runtime_queue as w
+ cross join {schema}.runtime_attempts as a
+ where w.attempt_id = $1
+   and (w.retry_at_ms is null or w.retry_at_ms <= coalesce($5, {now_ms}))
+   and a.attempt_id = w.attempt_id
+   and a.status in ('queued', 'retry_backoff')
+    on conflict (attempt_id) {leased_anew};
 update {schema}.runtime_attempts
    set status = 'leased', retry_at_ms = null, lease_version = min(lease_version, 9223372036854775806) + 1,
        worker_id = $2, lease_id = $4, ended_by = null
  where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $4);
 select json_extract('[]', '{skipped}')
-  from {schema}.runtime_attempts
- where attempt_id = $1
+  from {schema}.runtime_attempts as a
+  join {schema}.runtime_queue as w on w.attempt_id = a.attempt_id
+ where a.attempt_id = $1
    and changes() = 0
-   and (status in ('queued', 'retry_backoff') and retry_at_ms is null
-        or exists (select 1 from {schema}.runtime_leases where lease_id = $4));
+   and a.status in ('queued', 'retry_backoff')
+   and (w.retry_at_ms is null or exists (select 1 from {schema}.runtime_leases where lease_id = $4));
+delete from {schema}.runtime_queue
+ where attempt_id = $1
+   and exists (select 1 from {schema}.runtime_leases where lease_id = $4);
 select {lease}
   from {schema}.runtime_leases as l
   join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
@@ -330,43 +268,63 @@ select {lease}
    and a.lease_id = l.lease_id;
 
 -- name: give_back @postgres
--- Undo a claim whose caller was cancelled: the attempts are ready again and the try does not count. Returns their queues.
+-- Undo a claim ($1) whose caller was cancelled: the attempts are ready again and the try does not count. Returns their
+-- queues. It reads all that is held.
 with mine as (
-    select attempt_id
-      from {schema}.runtime_attempts
-     where attempt_id in (
-               select attempt_id from {schema}.runtime_leases
-                where lease_id in (
-                          select value
-                            from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json)))
-     order by attempt_id
-       for update
+    select a.attempt_id, l.lease_id
+      from (select attempt_id, lease_id
+              from {schema}.runtime_leases
+             where lease_id = $1
+                or pg_catalog.left(lease_id, pg_catalog.length($1) + 1) = $1 || '-') as l
+      join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
+     where l.attempt_id = l.attempt_id || ''
+     order by a.attempt_id
+       for update of a
 ), ended as (
-    delete from {schema}.runtime_leases
-     where lease_id in (select value from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json))
-       and attempt_id in (select attempt_id from mine)
-    returning attempt_id, version, lease_id
+    delete from {schema}.runtime_leases as l
+     using mine
+     where l.attempt_id = mine.attempt_id
+       and l.lease_id   = mine.lease_id
+    returning l.attempt_id, l.version, l.lease_id
+), freed as (
+    update {schema}.runtime_attempts as a
+       set status = 'queued', retry_at_ms = null, ended_by = 'give_back'
+      from ended
+     where a.attempt_id    = ended.attempt_id
+       and a.lease_version = ended.version
+       and a.lease_id      = ended.lease_id
+       and a.status in ('leased', 'running')
+    returning {waiting_of_a}
+), queued as (
+    insert into {schema}.runtime_queue ({waiting})
+    select {waiting} from freed
+        on conflict (attempt_id) {replaced}
 )
-update {schema}.runtime_attempts as a
-   set status = 'queued', retry_at_ms = null, ended_by = 'give_back'
-  from ended
- where a.attempt_id    = ended.attempt_id
-   and a.lease_version = ended.version
-   and a.lease_id      = ended.lease_id
-   and a.status in ('leased', 'running')
-returning a.queue;
+select queue from freed;
 
 -- name: give_back @sqlite
--- As above, in two statements of one transaction.
+-- As above, in statements of one transaction.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null, ended_by = 'give_back'
  where status in ('leased', 'running')
    and (attempt_id, lease_version, lease_id) in (
            select attempt_id, version, lease_id from {schema}.runtime_leases
-            where lease_id in (select value from json_each($1)))
+            where lease_id = $1
+               or lease_id > $1 || '-' and lease_id < $1 || '.')
 returning queue;
+insert into {schema}.runtime_queue ({waiting})
+select {waiting}
+  from {schema}.runtime_attempts
+ where status = 'queued'
+   and ended_by = 'give_back'
+   and (attempt_id, lease_version, lease_id) in (
+           select attempt_id, version, lease_id from {schema}.runtime_leases
+            where lease_id = $1
+               or lease_id > $1 || '-' and lease_id < $1 || '.')
+    on conflict (attempt_id) {replaced};
 delete from {schema}.runtime_leases
- where lease_id in (select value from json_each($1));
+ where lease_id = $1
+    or lease_id > $1 || '-' and lease_id < $1 || '.';
 
 -- name: heartbeat
 -- Keep a lease, while it is still this token's and has not run out. Fenced on the lease's own row, and it looks at the
@@ -394,11 +352,13 @@ with given as (
     select lease_id, attempt_id, token
       from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
                lease_id pg_catalog.text, attempt_id pg_catalog.text, token bigint)
+     where attempt_id = attempt_id || ''
 ), locked as (
-    select given.lease_id, given.token
-      from {schema}.runtime_attempts as a
-      join given on given.attempt_id = a.attempt_id and given.token = a.lease_version and given.lease_id = a.lease_id
-     where a.attempt_id = any (array(select attempt_id from given))
+    select a.attempt_id, given.lease_id, given.token
+      from given
+      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
+     where a.lease_version = given.token
+       and a.lease_id      = given.lease_id
        and a.status in ('leased', 'running')
      order by a.attempt_id
        for update of a
@@ -407,8 +367,9 @@ update {schema}.runtime_leases as l
    set heartbeat_at_ms     = coalesce($3, {now_ms}),
        lease_expires_at_ms = coalesce($3, {now_ms}) + $2::bigint
   from locked
- where l.lease_id = locked.lease_id
-   and l.version  = locked.token
+ where l.attempt_id = locked.attempt_id
+   and l.lease_id   = locked.lease_id
+   and l.version    = locked.token
    and l.lease_expires_at_ms > coalesce($3, {now_ms})
 returning l.lease_id, l.heartbeat_at_ms, l.lease_expires_at_ms;
 
@@ -424,7 +385,7 @@ update {schema}.runtime_leases
                on a.attempt_id    = json_extract(given.value, '$.attempt_id')
               and a.lease_version = json_extract(given.value, '$.token')
               and a.lease_id      = json_extract(given.value, '$.lease_id')
-            where +a.status in ('leased', 'running'))
+            where a.status in ('leased', 'running'))
    and lease_expires_at_ms > coalesce($3, {now_ms})
 returning lease_id, heartbeat_at_ms, lease_expires_at_ms;
 
@@ -440,13 +401,17 @@ with released as (
     returning {attempt}
 ), ended as (
     delete from {schema}.runtime_leases
-     where attempt_id in (select attempt_id from released)
+     where attempt_id = (select attempt_id from released)
+), queued as (
+    insert into {schema}.runtime_queue ({waiting})
+    select {waiting} from released
+        on conflict (attempt_id) {replaced}
 )
 select {attempt}
   from released;
 
 -- name: release @sqlite
--- As above, in two statements of one transaction.
+-- As above, in statements of one transaction.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = coalesce($4, {now_ms}) + $3, ended_by = 'release'
  where attempt_id    = $1
@@ -454,30 +419,59 @@ update {schema}.runtime_attempts
    and lease_id      = $5
    and status in ('leased', 'running')
 returning {attempt};
+insert into {schema}.runtime_queue ({waiting})
+select {waiting}
+  from {schema}.runtime_attempts
+ where attempt_id = $1
+   and changes() > 0
+    on conflict (attempt_id) {replaced};
 delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id
-             from {schema}.runtime_attempts
-            where attempt_id = $1
-              and lease_id   = $5
-              and ended_by   = 'release');
+ where attempt_id = $1
+   and changes() > 0;
 
--- name: list
+-- name: list @postgres
 -- One page of all leases, in the order of their ids, after the last id of the page before.
 select {lease}
   from {schema}.runtime_leases as l
-  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
+ cross join lateral (
+           select {attempt}
+             from {schema}.runtime_attempts
+            where attempt_id = l.attempt_id
+            limit 1) as a
  where l.lease_id > $1
  order by l.lease_id
  limit $2;
 
--- name: list_by_worker
--- As above, of one worker.
+-- name: list @sqlite
 select {lease}
   from {schema}.runtime_leases as l
-  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
+ cross join {schema}.runtime_attempts as a
+ where l.lease_id > $1
+   and a.attempt_id = l.attempt_id
+ order by l.lease_id
+ limit $2;
+
+-- name: list_by_worker @postgres
+-- As above, of one worker, past those of others.
+select {lease}
+  from {schema}.runtime_leases as l
+ cross join lateral (
+           select {attempt}
+             from {schema}.runtime_attempts
+            where attempt_id = l.attempt_id
+            limit 1) as a
+ where case when l.worker_id = $1 then 1 end is not null
+   and l.lease_id > $2
+ order by l.lease_id
+ limit $3;
+
+-- name: list_by_worker @sqlite
+select {lease}
+  from {schema}.runtime_leases as l
+ cross join {schema}.runtime_attempts as a
  where l.worker_id = $1
    and l.lease_id > $2
+   and a.attempt_id = l.attempt_id
  order by l.lease_id
  limit $3;
 
@@ -517,22 +511,31 @@ select a.attempt_id, a.lease_version, a.lease_id
 with parked as (
     update {schema}.runtime_attempts
        set status = 'failed', retry_at_ms = null, error = $2, finished_at_ms = coalesce($3, {now_ms}), ended_by = 'park'
-     where attempt_id = any (array(select attempt_id from {schema}.runtime_leases where lease_id = $1))
+     where attempt_id = (select attempt_id from {schema}.runtime_leases where lease_id = $1)
        and lease_id = $1
        and status in ('leased', 'running')
-    returning attempt_id
+    returning {finished}
+), listed as (
+    insert into {schema}.runtime_finished ({finished})
+    select {finished} from parked
+        on conflict do nothing
 )
 delete from {schema}.runtime_leases
  where lease_id = $1
-   and attempt_id in (select attempt_id from parked);
+   and attempt_id = (select attempt_id from parked);
 
 -- name: park @sqlite
--- As above, in two statements of one transaction.
+-- As above, in statements of one transaction.
 update {schema}.runtime_attempts
    set status = 'failed', retry_at_ms = null, error = $2, finished_at_ms = coalesce($3, {now_ms}), ended_by = 'park'
  where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $1)
    and lease_id = $1
-   and +status in ('leased', 'running');
+   and status in ('leased', 'running');
+insert or replace into {schema}.runtime_finished ({finished})
+select {finished}
+  from {schema}.runtime_attempts
+ where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $1)
+   and changes() > 0;
 delete from {schema}.runtime_leases
  where lease_id = $1;
 
@@ -540,13 +543,12 @@ delete from {schema}.runtime_leases
 -- Take attempts from workers that fell silent. The attempt is locked first, skipping those that are being written, then
 -- the lease is deleted only if it still is expired (a heartbeat may have come in between), and only what was deleted
 -- is requeued. The lost try counts, so an attempt that kills its workers ends as failed.
--- A lease that lasts for more than a thousand years is another program's mistake, and so is an attempt that is held under
--- no lease: it is taken if it still has the token and the id under which it was seen to have none, for whoever claims it
--- meanwhile gives it others.
+-- A lease that lasts for more than a thousand years is another program's mistake.
 -- A lease whose attempt is gone, or is nobody's to hold, is deleted with them: as many as are looked at, skipping what
 -- a claim is writing anew. None keeps the sweep from those behind it.
--- With an attempt's id ($4) it is done for this one alone.
-with late as (
+-- With an attempt's id ($4) it is done for this one alone, also where it is held under no lease: it is taken if it still
+-- has the token and the id under which it was seen to have none, for whoever claims it meanwhile gives it others.
+with late as materialized (
     (select l.attempt_id
        from {schema}.runtime_leases as l
       where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
@@ -567,11 +569,13 @@ with late as (
       order by l.lease_expires_at_ms
       limit $1)
 ), expired as (
-    select attempt_id
-      from {schema}.runtime_attempts
-     where attempt_id = any (array(select attempt_id from late limit $1))
-     order by attempt_id
-       for update skip locked
+    select a.attempt_id
+      from (select attempt_id from late limit $1) as l
+      join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
+     where l.attempt_id = l.attempt_id || ''
+       and l.attempt_id || '' = l.attempt_id
+     order by a.attempt_id
+       for update of a skip locked
 ), ended as (
     delete from {schema}.runtime_leases as l
      using expired
@@ -582,64 +586,103 @@ with late as (
 ), stranded as (
     select held.attempt_id, held.lease_version, held.lease_id
       from {schema}.runtime_attempts as held
-     where held.status in ('leased', 'running')
-       and ($4::pg_catalog.text is null or held.attempt_id = $4)
+     where held.attempt_id = $4
+       and held.status in ('leased', 'running')
        and not exists (select 1 from {schema}.runtime_leases as l where l.attempt_id = held.attempt_id)
-     limit $1
 ), taken as (
     select a.attempt_id, a.worker_id
-      from {schema}.runtime_attempts as a
-      join stranded on stranded.attempt_id = a.attempt_id and stranded.lease_version = a.lease_version
-     where a.attempt_id = any (array(select attempt_id from stranded))
-       and a.lease_id is not distinct from stranded.lease_id
+      from stranded
+      join {schema}.runtime_attempts as a
+        on a.attempt_id = stranded.attempt_id and a.lease_version = stranded.lease_version
+     where a.lease_id is not distinct from stranded.lease_id
        and a.status in ('leased', 'running')
-     order by a.attempt_id
-     limit $1 - (select pg_catalog.count(*) from ended)
        for update of a skip locked
+), idle as materialized (
+    (select lease_id
+       from {schema}.runtime_leases
+      where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+      order by lease_expires_at_ms
+      limit $1)
+     union all
+    (select lease_id
+       from {schema}.runtime_leases
+      where lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
+      order by lease_expires_at_ms
+      limit $1)
+), nobodys as (
+    select l.lease_id
+      from idle
+      join {schema}.runtime_leases as l on l.lease_id = idle.lease_id
+     where idle.lease_id = idle.lease_id || ''
+       and idle.lease_id || '' = idle.lease_id
+       and case when l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+                  or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long} then 1 end is not null
+       and $4::pg_catalog.text is null
+       and (select 1
+              from {schema}.runtime_attempts as a
+             where a.attempt_id = l.attempt_id
+               and a.status in ('leased', 'running')) is null
+       for update of l skip locked
 ), orphans as (
-    delete from {schema}.runtime_leases
-     where lease_id = any (array(
-               select l.lease_id
-                 from {schema}.runtime_leases as l
-                where l.lease_id = any (array(
-                          (select lease_id
-                             from {schema}.runtime_leases
-                            where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
-                            order by lease_expires_at_ms
-                            limit $1)
-                           union all
-                          (select lease_id
-                             from {schema}.runtime_leases
-                            where lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
-                            order by lease_expires_at_ms
-                            limit $1)))
-                  and (l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
-                       or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long})
-                  and $4::pg_catalog.text is null
-                  and not exists (
-                          select 1
-                            from {schema}.runtime_attempts as a
-                           where a.attempt_id = l.attempt_id
-                             and a.status in ('leased', 'running'))
-                  for update of l skip locked))
+    delete from {schema}.runtime_leases as l
+     using nobodys
+     where l.lease_id = nobodys.lease_id
+), silent as materialized (
+    select attempt_id, worker_id, ' expired' as fate from ended
+     union all
+    select attempt_id, worker_id, ' is gone' as fate from taken
+), freed as (
+    update {schema}.runtime_attempts as a
+       set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
+           attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
+           retry_at_ms    = null,
+           finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
+           error          = 'the lease of worker ' || coalesce(silent.worker_id, 'unknown') || silent.fate,
+           ended_by       = 'expire'
+      from silent
+     where silent.attempt_id = silent.attempt_id || ''
+       and a.attempt_id = silent.attempt_id
+       and case when a.status in ('leased', 'running') then 1 end is not null
+    returning {attempt_of_a}
+), queued as (
+    insert into {schema}.runtime_queue ({waiting})
+    select {waiting} from freed where status = 'queued'
+        on conflict (attempt_id) {replaced}
+), listed as (
+    insert into {schema}.runtime_finished ({finished})
+    select {finished} from freed where status = 'failed'
+        on conflict do nothing
 )
-update {schema}.runtime_attempts as a
-   set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
-       attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
-       retry_at_ms    = null,
-       finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
-       error          = 'the lease of worker ' || coalesce(silent.worker_id, 'unknown') || silent.fate,
-       ended_by       = 'expire'
-  from (select attempt_id, worker_id, ' expired' as fate from ended
+select {attempt}
+  from freed;
+
+-- part: just_requeued
+-- On SQLite, what the first statement of the sweep has taken.
+(
+        select attempt_id
+          from (select l.attempt_id
+                  from {schema}.runtime_leases as l
+                 where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
+                   and (select a.ended_by = 'expire' and a.lease_id = l.lease_id
+                          from {schema}.runtime_attempts as a
+                         where a.attempt_id = l.attempt_id)
+                 order by l.lease_expires_at_ms
+                 limit $1)
          union all
-        select attempt_id, worker_id, ' is gone' as fate from taken) as silent
- where a.attempt_id = silent.attempt_id
-   and a.status in ('leased', 'running')
-returning {attempt_of_a};
+        select attempt_id
+          from (select l.attempt_id
+                  from {schema}.runtime_leases as l
+                 where l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
+                   and (select a.ended_by = 'expire' and a.lease_id = l.lease_id
+                          from {schema}.runtime_attempts as a
+                         where a.attempt_id = l.attempt_id)
+                 limit $1)
+         union all
+        select $4)
 
 -- name: requeue_expired @sqlite
--- As above, in statements of one transaction. The clock moves between them, so each deletes only the leases of what is
--- not held. By their rowid: a key may be NULL. A time that is text or bytes is beyond all numbers.
+-- As above, in statements of one transaction. The clock moves between them, so each goes by what the first one wrote. By
+-- their rowid: a key may be NULL. A time that is text or bytes is beyond all numbers.
 update {schema}.runtime_attempts
    set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
        attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
@@ -652,7 +695,7 @@ update {schema}.runtime_attempts
                                               where l.attempt_id = runtime_attempts.attempt_id)
                                     then ' expired' else ' is gone' end,
        ended_by       = 'expire'
- where +status in ('leased', 'running')
+ where status in ('leased', 'running')
    and attempt_id in (
            select attempt_id
              from (select attempt_id
@@ -678,12 +721,27 @@ update {schema}.runtime_attempts
                     union all
                    select a.attempt_id
                      from {schema}.runtime_attempts as a
-                    where a.status in ('leased', 'running')
-                      and ($4 is null or a.attempt_id = $4)
+                    where a.attempt_id = $4
+                      and a.status in ('leased', 'running')
                       and not exists (select 1 from {schema}.runtime_leases as l where l.attempt_id = a.attempt_id))
                        as silent
             limit $1)
 returning {attempt};
+insert into {schema}.runtime_queue ({waiting})
+select {waiting_of_a}
+  from {just_requeued} as silent
+ cross join {schema}.runtime_attempts as a
+ where a.attempt_id = silent.attempt_id
+   and a.status     = 'queued'
+   and a.ended_by   = 'expire'
+    on conflict (attempt_id) {replaced};
+insert or replace into {schema}.runtime_finished ({finished})
+select {finished_of_a}
+  from {just_requeued} as silent
+ cross join {schema}.runtime_attempts as a
+ where a.attempt_id = silent.attempt_id
+   and a.status     = 'failed'
+   and a.ended_by   = 'expire';
 delete from {schema}.runtime_leases
  where rowid in (
            select l.rowid
@@ -714,13 +772,12 @@ select attempt_id
   from (select l.attempt_id
           from {schema}.runtime_leases as l
          where l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
-            or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
          order by l.lease_expires_at_ms
          limit $1) as expired
  union all
 select attempt_id
-  from (select a.attempt_id
-          from {schema}.runtime_attempts as a
-         where a.status in ('leased', 'running')
-           and not exists (select 1 from {schema}.runtime_leases as l where l.attempt_id = a.attempt_id)
-         limit $1) as stranded;
+  from (select l.attempt_id
+          from {schema}.runtime_leases as l
+         where l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
+         order by l.lease_expires_at_ms
+         limit $1) as endless;

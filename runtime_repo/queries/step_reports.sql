@@ -1,4 +1,6 @@
 -- Step reports: what the holder of a lease did, each stored once. They are never changed.
+-- columns report: report_id, worker_id, attempt_id, action_id, status, dedupe_token, payload_json, lease_version,
+--  created_at_ms
 
 -- name: record @postgres
 -- Store a report, once, while the attempt is this token's: the same dedupe token again changes nothing and returns no
@@ -19,7 +21,7 @@ insert into {schema}.runtime_step_reports
 select $3, attempt_id, $4, $5, $6, $7, lease_version, coalesce($8, {now_ms})
   from held
     on conflict (attempt_id, dedupe_token) do nothing
-returning report_id, worker_id, attempt_id, action_id, status, dedupe_token, payload_json, lease_version, created_at_ms;
+returning {report};
 
 -- name: record @sqlite
 -- As above: here nobody else is writing.
@@ -32,7 +34,7 @@ select $3, attempt_id, $4, $5, $6, $7, lease_version, coalesce($8, {now_ms})
    and lease_id      = $9
    and status in ('leased', 'running')
     on conflict (attempt_id, dedupe_token) do nothing
-returning report_id, worker_id, attempt_id, action_id, status, dedupe_token, payload_json, lease_version, created_at_ms;
+returning {report};
 
 -- name: recorded
 -- The report that is stored under a dedupe token ($3), for the lease that stored it or that holds the attempt now. What
@@ -44,8 +46,7 @@ with attempt as (
      where attempt_id = $1
        {durably}
 )
-select r.report_id, r.worker_id, r.attempt_id, r.action_id, r.status, r.dedupe_token, r.payload_json, r.lease_version,
-       r.created_at_ms
+select {report_of_r}
   from {schema}.runtime_step_reports as r
   left join attempt as a on a.attempt_id = r.attempt_id
  where r.attempt_id   = $1
@@ -56,7 +57,7 @@ select r.report_id, r.worker_id, r.attempt_id, r.action_id, r.status, r.dedupe_t
 -- name: list
 -- One page of an attempt's reports, in the order of their numbers, after the last number of the page before. Ordered by
 -- an expression, for in the order of the primary key PostgreSQL's generic plan reads the reports of all attempts.
-select report_id, worker_id, attempt_id, action_id, status, dedupe_token, payload_json, lease_version, created_at_ms
+select {report}
   from {schema}.runtime_step_reports
  where attempt_id = $1
    and report_id + 0 > $2

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asyncpg
 
+from runtime_repo.queries import bounded
+
 from .contenders import QUEUE, TTL_MS, WORKER, on_postgres, on_sqlite
 from .race import Limit, Line, race
 
@@ -55,6 +57,12 @@ select '{queue}-{kind}-' || cast(10000000 + n as text), 'run-' || cast(n / 100 a
        '{{"n":1}}', 10, {now_ms} - 86400000 + n / 10
   from series
 """
+_LIST = """
+insert into {schema}.runtime_queue (attempt_id, queue, priority, enqueued_at_ms, retry_at_ms)
+select attempt_id, queue, priority, enqueued_at_ms, retry_at_ms
+  from {schema}.runtime_attempts
+ where attempt_id like '{queue}-{kind}-%'
+"""
 _KINDS = {"ready": "null", "delayed": "{now_ms} + 86400000 + n", "due": "{now_ms} - 3600000 + n / 10"}
 
 
@@ -85,6 +93,7 @@ class Tables:
         for queue in queues:
             given = {"count": count // len(queues), "kind": kind, "queue": queue, "retry_at": retry_at}
             await self.execute(_FILL.format(**given, **self._tokens))
+            await self.execute(_LIST.format(**given, **self._tokens))
 
     async def execute(self, statement: str) -> None:
         raise NotImplementedError
@@ -166,10 +175,7 @@ class SqliteTables(Tables):
 
 def _claim(queues: Sequence[str], size: int) -> tuple[Any, ...]:
     """The named query of a claim, and its arguments."""
-    ids = json.dumps([f"lease-{number}" for number in range(size)])
-    if len(queues) == 1:
-        return "leases.claim", queues[0], WORKER, TTL_MS, ids, None
-    return "leases.claim_from_several", json.dumps(queues), WORKER, TTL_MS, ids, None
+    return bounded("leases.claim", size), json.dumps(queues), WORKER, TTL_MS, "claim", None, size
 
 
 def _nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -361,5 +367,5 @@ async def _pass_through(ours: Ours, count: int) -> None:
 
 async def _vacuum(*tables: PostgresTables) -> None:
     for each in tables:
-        for name in ("runtime_attempts", "runtime_leases"):
+        for name in ("runtime_attempts", "runtime_queue", "runtime_leases", "runtime_finished"):
             await each.execute(f"vacuum {each.schema}.{name}")

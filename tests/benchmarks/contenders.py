@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import asyncpg
 
 from runtime_repo import NewAttempt, PostgresRuntimeRepository, SqliteRuntimeRepository
-from runtime_repo.queries import load_queries, split_statements
+from runtime_repo.queries import bounded, load_queries, split_statements
 from runtime_repo.sqlite.database import _TOKENS as SQLITE_TOKENS
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 TTL_MS = 30_000
 QUEUE = "default"
+QUEUES = json.dumps([QUEUE])
 RUN = "run-1"
 WORKER = "worker-1"
 _PER_FILL = 1000
@@ -94,8 +95,7 @@ class Bare:
 
     async def work(self, count: int, size: int) -> None:
         for _ in range(count // size):
-            ids = json.dumps([self.new_id() for _ in range(size)])
-            rows = await self.fetch("leases.claim", QUEUE, WORKER, TTL_MS, ids, None)
+            rows = await self.fetch(bounded("leases.claim", size), QUEUES, WORKER, TTL_MS, self.new_id(), None, size)
             assert len(rows) == size
             if size == 1:
                 (row,) = rows
@@ -148,12 +148,17 @@ class PostgresBare(Bare):
 
 
 _BULK = """
-insert into {schema}.runtime_attempts
-       (attempt_id, run_id, attempt_no, status, retry_at_ms,
-        queue, priority, payload_json, max_attempts, enqueued_at_ms)
-select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts, {now_ms}
-  from unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::int[], $6::text[], $7::int[])
-       as given (attempt_id, run_id, retry_at_ms, queue, priority, payload_json, max_attempts)
+with stored as (
+    insert into {schema}.runtime_attempts
+           (attempt_id, run_id, attempt_no, status, retry_at_ms,
+            queue, priority, payload_json, max_attempts, enqueued_at_ms)
+    select attempt_id, run_id, 1, 'queued', retry_at_ms, queue, priority, payload_json, max_attempts, {now_ms}
+      from unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::int[], $6::text[], $7::int[])
+           as given (attempt_id, run_id, retry_at_ms, queue, priority, payload_json, max_attempts)
+    returning attempt_id, queue, priority, enqueued_at_ms, retry_at_ms
+)
+insert into {schema}.runtime_queue (attempt_id, queue, priority, enqueued_at_ms, retry_at_ms)
+select attempt_id, queue, priority, enqueued_at_ms, retry_at_ms from stored
 """
 
 

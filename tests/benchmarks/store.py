@@ -100,7 +100,7 @@ async def limits_on_postgres(url: str, effort: Effort) -> list[Line]:
     async with own_database(url, "limits") as own, on_postgres(own) as (ours, bare):
 
         async def clear() -> None:
-            await bare.connection.execute("truncate runtime.runtime_attempts")
+            await bare.connection.execute("truncate runtime.runtime_attempts, runtime.runtime_queue")
 
         new = [NewAttempt(RUN, payload=payload) for payload in _PAYLOADS]
         given = [replace(attempt, attempt_id=f"{number:036}") for number, attempt in enumerate(new)]

@@ -110,6 +110,7 @@ NEW: dict[str, Sequence[Any]] = {
     "queue": IDS,
     "priority": NUMBERS,
     "payload": PAYLOADS,
+    "headers": PAYLOADS,
     "not_before": INSTANTS,
     "max_attempts": COUNTS,
 }
@@ -223,6 +224,7 @@ VERBS: dict[str, tuple[Callable[[str], Call], Mapping[str, Sequence[Any]]]] = {
 NEVER_REFUSED = {
     "leases.hold": "it is a block; its arguments are tested with it",
     "api_keys.authenticate": "what no key can be is a stranger's mistake, not the caller's",
+    "attempts.reindex": "it has no argument",
     "api_keys.any": "it has no argument",
 }
 ELSEWHERE = {"lease", "leases", "attempts", "results"}

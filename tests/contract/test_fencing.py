@@ -62,6 +62,7 @@ async def forgotten(repo: RuntimeRepository, lease: Lease) -> Lease:
         repo,
         "update {schema}.runtime_attempts set status = 'queued', lease_version = 0, lease_id = null, worker_id = null",
     )
+    await repo.attempts.reindex()
     rival = await repo.leases.claim_attempt(lease.attempt_id, "rival", ttl=MINUTE, now=lease.claimed_at)
     assert rival is not None
     assert (rival.version, rival.attempt.attempt_no) == (lease.version, lease.attempt.attempt_no)

@@ -59,6 +59,7 @@ poisoned = pytest.mark.parametrize(
 async def spoil(repo: RuntimeRepository, poison: str, names: str = "'bad'") -> None:
     """Write it as another program would."""
     await execute(repo, f"update {{schema}}.runtime_attempts set {poison} where attempt_id in ({names})")
+    await repo.attempts.reindex()
 
 
 async def stored(repo: RuntimeRepository, columns: str) -> list[dict[str, Any]]:

@@ -181,7 +181,7 @@ async def test_a_look_that_nobody_answers_is_noticed(
     monkeypatch.setattr(attempts, "_LONGEST_LOOK", 0.2)
     async with postgres_factory() as repo:
         async with repo.transaction() as transaction:
-            await transaction.connection.execute(f"lock table {runtime_schema(repo)}.runtime_attempts")
+            await transaction.connection.execute(f"lock table {runtime_schema(repo)}.runtime_queue")
             with pytest.raises(DatabaseUnavailableError, match="no answer within"):
                 async with asyncio.timeout(10):
                     await asyncio.create_task(repo.attempts.wait())

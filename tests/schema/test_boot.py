@@ -17,29 +17,40 @@ VERSION_2 = {
     LEDGER: ("version name applied_at_ms", {}),
     "runtime_attempts": (
         "attempt_id run_id attempt_no status retry_at_ms queue priority payload_json max_attempts lease_version "
-        "worker_id enqueued_at_ms started_at_ms finished_at_ms result_json error lease_id ended_by",
+        "worker_id enqueued_at_ms started_at_ms finished_at_ms result_json error lease_id ended_by headers_json",
         {
-            "idx_runtime_attempts_ready": "(queue, priority desc, enqueued_at_ms, attempt_id)",
-            "idx_runtime_attempts_due": "(queue, retry_at_ms, attempt_id)",
-            "idx_runtime_attempts_final": "(finished_at_ms, attempt_id)",
             "idx_runtime_attempts_run": "(run_id, attempt_id)",
-            "idx_runtime_attempts_status": "(status, attempt_id)",
+        },
+    ),
+    "runtime_queue": (
+        "attempt_id queue priority enqueued_at_ms retry_at_ms",
+        {
+            "idx_runtime_queue_ready": "(queue, priority desc, enqueued_at_ms, attempt_id)",
+            "idx_runtime_queue_due": "(queue, retry_at_ms, attempt_id)",
+        },
+    ),
+    "runtime_finished": (
+        "finished_at_ms attempt_id status",
+        {
+            "idx_runtime_finished_status": "(status, attempt_id)",
         },
     ),
     "runtime_leases": (
         "lease_id attempt_id worker_id lease_expires_at_ms heartbeat_at_ms version claimed_at_ms",
         {
             "idx_runtime_leases_expiry": "(lease_expires_at_ms)",
-            "idx_runtime_leases_worker": "(worker_id, lease_id)",
             "": "unique (attempt_id)",
         },
     ),
-    "runtime_jobs": ("thread_id status created_at_ms updated_at_ms", {"idx_runtime_jobs_status": "(status)"}),
+    "runtime_jobs": (
+        "thread_id status created_at_ms updated_at_ms",
+        {"idx_runtime_jobs_status": "(status, thread_id)"},
+    ),
     "runtime_interrupts": (
         "interrupt_id thread_id run_id attempt_id value_json status created_at_ms resume_payload_json "
         "resume_payload_hash resumed_at_ms",
         {
-            "idx_runtime_interrupts_status": "(status)",
+            "idx_runtime_interrupts_status": "(status, interrupt_id)",
             "idx_runtime_interrupts_thread": "(thread_id)",
             "idx_runtime_interrupts_attempt": "(attempt_id)",
         },
@@ -56,7 +67,7 @@ VERSION_2 = {
         "created_at_ms",
         {
             "idx_runtime_audit_logs_created": "(created_at_ms desc)",
-            "idx_runtime_audit_logs_request": "(request_id)",
+            "idx_runtime_audit_logs_request": "(request_id, audit_id)",
             "idx_runtime_audit_logs_action": "(action, created_at_ms desc)",
         },
     ),
@@ -97,7 +108,7 @@ async def test_a_clean_start_makes_the_documented_schema(lab: Lab) -> None:
     }
     assert found == VERSION_2
     partial = {i for table in catalog.tables.values() for i, line in table.indexes.items() if " where " in line}
-    assert partial == {f"idx_runtime_attempts_{name}" for name in ("ready", "due", "final")}
+    assert partial == {f"idx_runtime_{name}" for name in ("queue_ready", "queue_due", "finished_status")}
 
 
 async def test_a_fresh_schema_is_usable_at_once(lab: Lab) -> None:

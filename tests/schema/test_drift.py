@@ -13,12 +13,12 @@ from tests.lab import LEDGER, Change, Lab, PostgresLab, Rebuild, Words, changes,
 from tests.versions import HISTORY, NEWEST, NEXT, RECORDED
 
 AUDIT_ROLE = "column runtime_audit_logs.actor_role"
-JOBS_INDEX = "index idx_runtime_jobs_status on runtime_jobs"
+KEYS_INDEX = "index idx_runtime_api_keys_status on runtime_api_keys"
 JOBS_STATUS = "column runtime_jobs.status"
 ATTEMPT_NO = "column runtime_attempts.attempt_no"
 REPORT_ID = "column runtime_step_reports.report_id"
 WITH_DEFAULT = "none, or one with a default"
-READY = "index idx_runtime_attempts_ready on runtime_attempts"
+READY = "index idx_runtime_queue_ready on runtime_queue"
 UNIQUE_REPORT = Difference("unique constraint on runtime_step_reports", "unique (attempt_id, dedupe_token)", None)
 UNIQUE_LEASE = Difference("unique constraint on runtime_leases", "unique (attempt_id)", None)
 
@@ -35,7 +35,7 @@ WITHOUT_DEFAULT = (
     " where name = 'runtime_jobs';"
     "pragma writable_schema = reset;"
 )
-NEW_JOBS_INDEX = "drop index idx_runtime_jobs_status; create {} idx_runtime_jobs_status on runtime_jobs {}"
+NEW_KEYS_INDEX = "drop index idx_runtime_api_keys_status; create {} idx_runtime_api_keys_status on runtime_api_keys {}"
 
 
 def schema_of(lab: Lab) -> str:
@@ -72,7 +72,7 @@ def rebuilt(table: str, old: str, new: str, postgres: str | None, then: str = ""
 
 def jobs_index(key: str, found: str, kind: str = "index") -> Drift:
     """The index of our name with another definition."""
-    return drift(NEW_JOBS_INDEX.format(kind, key), JOBS_INDEX, "(status)", found)
+    return drift(NEW_KEYS_INDEX.format(kind, key), KEYS_INDEX, "(status)", found)
 
 
 DRIFT = {
@@ -90,11 +90,11 @@ DRIFT = {
         ),
     ),
     "indexed column renamed": Drift(
-        "alter table runtime_jobs rename column status to state",
+        "alter table runtime_api_keys rename column status to state",
         (
-            Difference(JOBS_STATUS, "text not null", None),
-            Difference("column runtime_jobs.state", WITH_DEFAULT, "text not null"),
-            Difference(JOBS_INDEX, "(status)", "(state)"),
+            Difference("column runtime_api_keys.status", "text not null", None),
+            Difference("column runtime_api_keys.state", WITH_DEFAULT, "text not null"),
+            Difference(KEYS_INDEX, "(status)", "(state)"),
         ),
     ),
     "not null added": drift(
@@ -168,16 +168,16 @@ DRIFT = {
         ),
         lambda lab: (Difference(REPORT_ID, f"{lab.milliseconds} not null auto", f"{lab.milliseconds} not null"),),
     ),
-    "index dropped": drift("drop index idx_runtime_jobs_status", JOBS_INDEX, "(status)", None),
+    "index dropped": drift("drop index idx_runtime_api_keys_status", KEYS_INDEX, "(status)", None),
     "index on another column": jobs_index("(updated_at_ms)", "(updated_at_ms)"),
     "index on one more column": jobs_index("(status, updated_at_ms)", "(status, updated_at_ms)"),
     "index descending": jobs_index("(status desc)", "(status desc)"),
     "index unique": jobs_index("(status)", "unique (status)", "unique index"),
     "index partial": Drift(
-        NEW_JOBS_INDEX.format("index", "(status) where status is not null"),
+        NEW_KEYS_INDEX.format("index", "(status) where status is not null"),
         lambda lab: (
             Difference(
-                JOBS_INDEX,
+                KEYS_INDEX,
                 "(status)",
                 "(status) where " + ("(status IS NOT NULL)" if lab.backend == "postgres" else "status is not null"),
             ),
@@ -200,9 +200,9 @@ DRIFT = {
     "index invalid": drift(
         Words(
             None,
-            "update pg_index set indisvalid = false where indexrelid = 'idx_runtime_jobs_status'::regclass",
+            "update pg_index set indisvalid = false where indexrelid = 'idx_runtime_api_keys_status'::regclass",
         ),
-        JOBS_INDEX,
+        KEYS_INDEX,
         "(status)",
         "(status) invalid",
     ),
@@ -336,8 +336,8 @@ DRIFT = {
         ),
     ),
     "collation by which two ids are equal": drift(
-        rebuilt("runtime_jobs", "thread_id TEXT CONSTRAINT", "thread_id TEXT COLLATE NOCASE CONSTRAINT", None),
-        "column runtime_jobs.thread_id",
+        rebuilt("runtime_interrupts", "run_id TEXT NOT NULL", "run_id TEXT COLLATE NOCASE NOT NULL", None),
+        "column runtime_interrupts.run_id",
         "text not null",
         "text collate nocase not null",
     ),
@@ -364,12 +364,12 @@ DRIFT = {
     "table renamed": drift("alter table runtime_jobs rename to jobs", "table runtime_jobs", "a table", None),
     "table dropped": drift("drop table runtime_leases", "table runtime_leases", "a table", None),
     "several": Drift(
-        "drop table runtime_leases; drop index idx_runtime_jobs_status;"
+        "drop table runtime_leases; drop index idx_runtime_interrupts_thread;"
         "drop index idx_runtime_api_keys_status; alter table runtime_audit_logs drop column resource_id",
         (
             Difference("column runtime_audit_logs.resource_id", "text", None),
             Difference("index idx_runtime_api_keys_status on runtime_api_keys", "(status)", None),
-            Difference(JOBS_INDEX, "(status)", None),
+            Difference("index idx_runtime_interrupts_thread on runtime_interrupts", "(thread_id)", None),
             Difference("table runtime_leases", "a table", None),
         ),
     ),
@@ -382,12 +382,12 @@ POSTGRES_DRIFT = {
         REPORT_ID,
     ),
     "varchar": ("alter table runtime_jobs alter column status type varchar(40)", JOBS_STATUS),
-    "index with an operator class": (NEW_JOBS_INDEX.format("index", "(status text_pattern_ops)"), JOBS_INDEX),
-    "index with a collation": (NEW_JOBS_INDEX.format("index", '(status collate "POSIX")'), JOBS_INDEX),
-    "index of another method": (NEW_JOBS_INDEX.format("index", "using hash (status)"), JOBS_INDEX),
-    "index with nulls first": (NEW_JOBS_INDEX.format("index", "(status nulls first)"), JOBS_INDEX),
-    "index including a column": (NEW_JOBS_INDEX.format("index", "(status) include (updated_at_ms)"), JOBS_INDEX),
-    "index on an expression": (NEW_JOBS_INDEX.format("index", "(lower(status))"), JOBS_INDEX),
+    "index with an operator class": (NEW_KEYS_INDEX.format("index", "(status text_pattern_ops)"), KEYS_INDEX),
+    "index with a collation": (NEW_KEYS_INDEX.format("index", '(status collate "POSIX")'), KEYS_INDEX),
+    "index of another method": (NEW_KEYS_INDEX.format("index", "using hash (status)"), KEYS_INDEX),
+    "index with nulls first": (NEW_KEYS_INDEX.format("index", "(status nulls first)"), KEYS_INDEX),
+    "index including a column": (NEW_KEYS_INDEX.format("index", "(status) include (updated_at_ms)"), KEYS_INDEX),
+    "index on an expression": (NEW_KEYS_INDEX.format("index", "(lower(status))"), KEYS_INDEX),
 }
 
 # Of what only version 2 has.
@@ -425,18 +425,18 @@ DRIFT_OF_2 = {
     ),
     "table of version 2 dropped": drift("drop table runtime_control", "table runtime_control", "a table", None),
     "index of version 2 dropped": drift(
-        "drop index idx_runtime_leases_worker",
-        "index idx_runtime_leases_worker on runtime_leases",
-        "(worker_id, lease_id)",
+        "drop index idx_runtime_attempts_run",
+        "index idx_runtime_attempts_run on runtime_attempts",
+        "(run_id, attempt_id)",
         None,
     ),
     "predicate dropped": Drift(
-        "drop index idx_runtime_attempts_ready; create index idx_runtime_attempts_ready"
-        " on runtime_attempts (queue, priority desc, enqueued_at_ms, attempt_id)",
+        "drop index idx_runtime_queue_ready; create index idx_runtime_queue_ready"
+        " on runtime_queue (queue, priority desc, enqueued_at_ms, attempt_id)",
         lambda lab: (
             Difference(
                 READY,
-                lab.migrations[1].catalog.tables["runtime_attempts"].indexes["idx_runtime_attempts_ready"],
+                lab.migrations[1].catalog.tables["runtime_queue"].indexes["idx_runtime_queue_ready"],
                 "(queue, priority desc, enqueued_at_ms, attempt_id)",
             ),
         ),
@@ -512,7 +512,7 @@ async def test_a_warned_boot_serves_and_tells(
 async def test_a_warned_boot_upgrades_all_the_same(lab: Lab) -> None:
     """Drift that the migration does not stumble over is tolerated before and after it."""
     await lab.reach(1)
-    await lab.execute("drop index idx_runtime_jobs_status")
+    await lab.execute("drop index idx_runtime_api_keys_status")
     report = await lab.boot(on_drift="warn")
     assert (report.from_version, report.to_version) == (1, NEWEST)
     assert report.tolerated == DRIFT["index dropped"].expected(lab)
@@ -643,9 +643,9 @@ EXTRA = {
         (Difference("storage without rowid on runtime_jobs", None, "the primary key is the table"),),
     ),
     "equal index under another name": Extra(
-        "drop index idx_runtime_jobs_status; create index operators_own on runtime_jobs (status)"
+        "drop index idx_runtime_api_keys_status; create index operators_own on runtime_api_keys (status)"
     ),
-    "equal index under two names": Extra("create index operators_own on runtime_jobs (status)"),
+    "equal index under two names": Extra("create index operators_own on runtime_api_keys (status)"),
     "unique index instead of a constraint": Extra(
         rebuilt(
             "runtime_step_reports",

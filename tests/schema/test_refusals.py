@@ -173,7 +173,7 @@ TAKEN = {
         "create table jobs (x text); create index idx_runtime_jobs_status on jobs (x)", ("idx_runtime_jobs_status",)
     ),
     "a table under an index's name": Foreign(
-        "create table idx_runtime_attempts_due (x text)", ("idx_runtime_attempts_due",), 1
+        "create table idx_runtime_queue_due (x text)", ("idx_runtime_queue_due",), 1
     ),
     "an index built in advance": Foreign(
         "create index idx_runtime_attempts_run on runtime_attempts (run_id, attempt_id)",
@@ -189,9 +189,9 @@ TAKEN = {
         1,
     ),
     "an index and a column": Foreign(
-        "create index idx_runtime_leases_worker on runtime_jobs (status);"
+        "create index idx_runtime_queue_ready on runtime_jobs (status);"
         "alter table runtime_attempts add column priority integer",
-        ("column runtime_attempts.priority", "idx_runtime_leases_worker"),
+        ("column runtime_attempts.priority", "idx_runtime_queue_ready"),
         1,
     ),
 }

@@ -28,6 +28,7 @@ ADDED: Mapping[str, Row] = {
         "error": None,
         "lease_id": None,
         "ended_by": None,
+        "headers_json": None,
     },
     "runtime_leases": {"claimed_at_ms": 0},
     "runtime_jobs": {},

@@ -1,5 +1,9 @@
 -- Queues, priorities, payloads, results and fencing for attempts; answers for interrupts; roles for API keys.
 -- Every NOT NULL column has a constant default: rows stay where they are and the statement stays cheap.
+--
+-- An attempt's row is the truth. What waits, what is held and what has ended is found by narrow tables beside it, so
+-- that no column which a claim or a completion changes in it is indexed, and each page has room for the next version of
+-- its rows: such an update writes to no index.
 
 alter table {schema}.runtime_attempts
     add column queue text not null default 'default',
@@ -14,7 +18,11 @@ alter table {schema}.runtime_attempts
     add column result_json text,
     add column error text,
     add column lease_id text,
-    add column ended_by text;
+    add column ended_by text,
+    add column headers_json text;
+
+-- Room for the next versions of a page's rows.
+alter table {schema}.runtime_attempts set (fillfactor = 50);
 
 alter table {schema}.runtime_leases
     add column claimed_at_ms bigint not null default 0;
@@ -40,6 +48,11 @@ create table {schema}.runtime_control (
 
 -- It would cost a third of the claims.
 drop index if exists {schema}.idx_runtime_attempts_status_retry;
+
+-- Made anew, below, with what a page is ordered by.
+drop index if exists {schema}.idx_runtime_interrupts_status;
+drop index if exists {schema}.idx_runtime_jobs_status;
+drop index if exists {schema}.idx_runtime_audit_logs_request;
 
 -- What version 1 left ambiguous. Tokens go on from the lease that lives, so that no token is given out twice.
 update {schema}.runtime_attempts
@@ -74,13 +87,59 @@ update {schema}.runtime_attempts
    set finished_at_ms = {now_ms}
  where status in ('completed', 'failed', 'cancelled');
 
-create index idx_runtime_attempts_ready on {schema}.runtime_attempts (queue, priority desc, enqueued_at_ms, attempt_id)
- where status = 'queued' and retry_at_ms is null;
-create index idx_runtime_attempts_due on {schema}.runtime_attempts (queue, retry_at_ms, attempt_id)
- where status in ('queued', 'retry_backoff') and retry_at_ms is not null;
-create index idx_runtime_attempts_final on {schema}.runtime_attempts (finished_at_ms, attempt_id)
- where finished_at_ms is not null;
+-- What waits: one row for each attempt that is queued or in backoff, with what a claim chooses by. A claim deletes it.
+create table {schema}.runtime_queue (
+    attempt_id     text not null,
+    queue          text not null,
+    priority       integer not null,
+    enqueued_at_ms bigint not null,
+    retry_at_ms    bigint
+);
+
+insert into {schema}.runtime_queue (attempt_id, queue, priority, enqueued_at_ms, retry_at_ms)
+select attempt_id, queue, priority, enqueued_at_ms, retry_at_ms
+  from {schema}.runtime_attempts
+ where status in ('queued', 'retry_backoff')
+ order by attempt_id;
+
+-- What has ended: a row is added for each attempt that does, and deleted with it.
+create table {schema}.runtime_finished (
+    finished_at_ms bigint not null,
+    attempt_id     text not null,
+    status         text not null
+);
+
+insert into {schema}.runtime_finished (finished_at_ms, attempt_id, status)
+select finished_at_ms, attempt_id, status
+  from {schema}.runtime_attempts
+ where status in ('completed', 'failed', 'cancelled');
+
+alter table {schema}.runtime_queue add primary key (attempt_id);
+alter table {schema}.runtime_finished add primary key (finished_at_ms, attempt_id);
+create index idx_runtime_queue_ready on {schema}.runtime_queue (queue, priority desc, enqueued_at_ms, attempt_id)
+ where retry_at_ms is null;
+create index idx_runtime_queue_due on {schema}.runtime_queue (queue, retry_at_ms, attempt_id)
+ where retry_at_ms is not null;
+create index idx_runtime_finished_status on {schema}.runtime_finished (status, attempt_id)
+ where status <> 'completed';
 create index idx_runtime_attempts_run on {schema}.runtime_attempts (run_id, attempt_id);
-create index idx_runtime_attempts_status on {schema}.runtime_attempts (status, attempt_id);
+create index idx_runtime_jobs_status on {schema}.runtime_jobs (status, thread_id);
+create index idx_runtime_interrupts_status on {schema}.runtime_interrupts (status, interrupt_id);
 create index idx_runtime_interrupts_attempt on {schema}.runtime_interrupts (attempt_id);
-create index idx_runtime_leases_worker on {schema}.runtime_leases (worker_id, lease_id);
+create index idx_runtime_audit_logs_request on {schema}.runtime_audit_logs (request_id, audit_id);
+
+-- How PostgreSQL keeps them. Every claim leaves a dead row in the narrow tables, which the next ones read past: those
+-- are cleaned after so many, not after a share of a large table, and without a pause. Before that they are neither
+-- vacuumed nor analyzed, and later never made shorter: a plan that was made for an almost empty file reads the table
+-- from end to end, and is kept when it is large.
+alter table {schema}.runtime_attempts set (
+    autovacuum_vacuum_threshold = 5000, autovacuum_analyze_threshold = 5000, autovacuum_vacuum_insert_threshold = 5000);
+alter table {schema}.runtime_queue set (
+    vacuum_truncate = off, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_scale_factor = 0.02,
+    autovacuum_analyze_threshold = 5000, autovacuum_vacuum_insert_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
+alter table {schema}.runtime_leases set (
+    fillfactor = 70, vacuum_truncate = off, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_scale_factor = 0.02,
+    autovacuum_analyze_threshold = 5000, autovacuum_vacuum_insert_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
+alter table {schema}.runtime_finished set (
+    vacuum_truncate = off, autovacuum_vacuum_threshold = 5000, autovacuum_analyze_threshold = 5000,
+    autovacuum_vacuum_insert_threshold = 5000);

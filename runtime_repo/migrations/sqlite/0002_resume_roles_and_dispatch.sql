@@ -1,5 +1,8 @@
 -- Queues, priorities, payloads, results and fencing for attempts; answers for interrupts; roles for API keys.
 -- Every NOT NULL column has a constant default: rows stay where they are and the statement stays cheap.
+--
+-- An attempt's row is the truth. What waits, what is held and what has ended is found by narrow tables beside it, so
+-- that no column which a claim or a completion changes in it is indexed.
 
 alter table {schema}.runtime_attempts add column queue text not null default 'default';
 alter table {schema}.runtime_attempts add column priority integer not null default 0;
@@ -14,6 +17,7 @@ alter table {schema}.runtime_attempts add column result_json text;
 alter table {schema}.runtime_attempts add column error text;
 alter table {schema}.runtime_attempts add column lease_id text;
 alter table {schema}.runtime_attempts add column ended_by text;
+alter table {schema}.runtime_attempts add column headers_json text;
 
 alter table {schema}.runtime_leases add column claimed_at_ms integer not null default 0;
 
@@ -35,6 +39,11 @@ create table {schema}.runtime_control (
 
 -- It would cost a third of the claims.
 drop index if exists {schema}.idx_runtime_attempts_status_retry;
+
+-- Made anew, below, with what a page is ordered by.
+drop index if exists {schema}.idx_runtime_interrupts_status;
+drop index if exists {schema}.idx_runtime_jobs_status;
+drop index if exists {schema}.idx_runtime_audit_logs_request;
 
 -- SQLite accepts a NULL in a text primary key, and no verb could name such a row: it gets an id that nothing else has.
 update {schema}.runtime_attempts set attempt_id = 'without-id-' || lower(hex(randomblob(16))) where attempt_id is null;
@@ -76,13 +85,42 @@ update {schema}.runtime_attempts
    set finished_at_ms = {now_ms}
  where status in ('completed', 'failed', 'cancelled');
 
-create index {schema}.idx_runtime_attempts_ready on runtime_attempts (queue, priority desc, enqueued_at_ms, attempt_id)
- where status = 'queued' and retry_at_ms is null;
-create index {schema}.idx_runtime_attempts_due on runtime_attempts (queue, retry_at_ms, attempt_id)
- where status in ('queued', 'retry_backoff') and retry_at_ms is not null;
-create index {schema}.idx_runtime_attempts_final on runtime_attempts (finished_at_ms, attempt_id)
- where finished_at_ms is not null;
+-- What waits: one row for each attempt that is queued or in backoff, with what a claim chooses by. A claim deletes it.
+create table {schema}.runtime_queue (
+    attempt_id     text not null primary key,
+    queue          text not null,
+    priority       integer not null,
+    enqueued_at_ms integer not null,
+    retry_at_ms    integer
+);
+
+insert into {schema}.runtime_queue (attempt_id, queue, priority, enqueued_at_ms, retry_at_ms)
+select attempt_id, queue, priority, enqueued_at_ms, retry_at_ms
+  from {schema}.runtime_attempts
+ where status in ('queued', 'retry_backoff')
+ order by attempt_id;
+
+-- What has ended: a row is added for each attempt that does, and deleted with it.
+create table {schema}.runtime_finished (
+    finished_at_ms integer not null,
+    attempt_id     text not null,
+    status         text not null,
+    primary key (finished_at_ms, attempt_id)
+);
+
+insert into {schema}.runtime_finished (finished_at_ms, attempt_id, status)
+select finished_at_ms, attempt_id, status
+  from {schema}.runtime_attempts
+ where status in ('completed', 'failed', 'cancelled');
+
+create index {schema}.idx_runtime_queue_ready on runtime_queue (queue, priority desc, enqueued_at_ms, attempt_id)
+ where retry_at_ms is null;
+create index {schema}.idx_runtime_queue_due on runtime_queue (queue, retry_at_ms, attempt_id)
+ where retry_at_ms is not null;
+create index {schema}.idx_runtime_finished_status on runtime_finished (status, attempt_id)
+ where status <> 'completed';
 create index {schema}.idx_runtime_attempts_run on runtime_attempts (run_id, attempt_id);
-create index {schema}.idx_runtime_attempts_status on runtime_attempts (status, attempt_id);
+create index {schema}.idx_runtime_jobs_status on runtime_jobs (status, thread_id);
+create index {schema}.idx_runtime_interrupts_status on runtime_interrupts (status, interrupt_id);
 create index {schema}.idx_runtime_interrupts_attempt on runtime_interrupts (attempt_id);
-create index {schema}.idx_runtime_leases_worker on runtime_leases (worker_id, lease_id);
+create index {schema}.idx_runtime_audit_logs_request on runtime_audit_logs (request_id, audit_id);
