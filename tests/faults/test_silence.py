@@ -643,7 +643,7 @@ async def test_heartbeats_do_not_wait_behind_transactions(
         kept = leases(await repo._database.heartbeats())
         await stack.enter_async_context(busy(repo, 9 if given else 10))
         for _ in range(10):
-            with within(0.5):
+            with within(2):
                 lease = await kept.heartbeat(lease)
 
 
@@ -720,7 +720,7 @@ async def test_a_heartbeat_that_was_just_answered_is_not_given_up_for_another_co
     assert beats._connection is before
     beats._answered_at -= 60
     repo._database._fell_silent()
-    with within(0.5):
+    with within(2):
         await kept.heartbeat(lease)
 
 
@@ -734,7 +734,7 @@ async def test_a_look_is_repeated_when_another_connection_was_silent(relay: Rela
     look = asyncio.ensure_future(repo._database.glance("attempts.next", '["default"]', within=3))
     await asyncio.sleep(0.1)
     repo._database._fell_silent()
-    with within(0.5):
+    with within(2):
         assert await look
 
 
@@ -763,7 +763,7 @@ async def test_who_gives_up_while_connecting_leaves_nothing_to_the_log(
     for _ in range(steps):
         await asyncio.sleep(0)
     connecting.cancel()
-    with within(0.04), pytest.raises(asyncio.CancelledError):
+    with within(1), pytest.raises(asyncio.CancelledError):
         await connecting
     await target.close(1)
     await asyncio.sleep(0)
