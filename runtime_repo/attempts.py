@@ -60,8 +60,8 @@ __all__ = ["Attempts"]
 
 MAX_ERROR_LENGTH = 1024 * 1024
 
-_LONGEST_LOOK = 3.0
-"""Seconds that one look of ``wait`` may take, before it is known that the database has fallen silent."""
+_LONGEST_POLL = 3.0
+"""Seconds that one poll of ``wait`` may take, before it is known that the database has fallen silent."""
 
 _Token = tuple[str, int, str]
 """What a lease is known by: its attempt, its fencing token and its id."""
@@ -263,8 +263,8 @@ class Attempts:
         Wait until something in one or several queues can be claimed: True at that, False after *timeout*.
 
         Nothing is reserved, so a rival may be faster. On PostgreSQL the server tells what comes (LISTEN), and every few
-        seconds, or every second where nobody can listen, the queues are looked at all the same; on SQLite the file is
-        looked at 30 times a second. Delayed attempts are known beforehand. A waiting caller holds no lock and no
+        seconds, or every second where nobody can listen, the queues are polled all the same; on SQLite the file is
+        polled 30 times a second. Delayed attempts are known beforehand. A waiting caller holds no lock and no
         connection of the pool. While transactions of this process's hold all that there are, it waits for
         them, which may take 3 s beyond *timeout*. *now* is the instant at which the wait begins.
 
@@ -277,7 +277,7 @@ class Attempts:
         begun_ms = instant_ms("now", now)
         async with self._queries.watch(names) as watch:
             while True:
-                row = await self._look(names)
+                row = await self._poll(names)
                 if row is None:
                     # All connections are in transactions of this process's: nothing is known, and nothing is wrong.
                     if time.monotonic() >= deadline:
@@ -294,7 +294,7 @@ class Attempts:
                     return False
                 await watch.change(min(left, due))
 
-    async def _look(self, queues: Sequence[str]) -> Row | None:
+    async def _poll(self, queues: Sequence[str]) -> Row | None:
         """
         When something can be claimed; None if there was nothing to ask with for so long.
 
@@ -302,10 +302,10 @@ class Attempts:
             DatabaseUnavailableError: Nobody answers, which a wait must notice.
         """
         try:
-            rows = await self._queries.glance("attempts.next", json.dumps(queues), within=_LONGEST_LOOK)
+            rows = await self._queries.glance("attempts.next", json.dumps(queues), within=_LONGEST_POLL)
         except TimeoutError:
             raise DatabaseUnavailableError(
-                f"the database gave no answer within {_LONGEST_LOOK} s: check that it runs and can be reached from here"
+                f"the database gave no answer within {_LONGEST_POLL} s: check that it runs and can be reached from here"
             ) from None
         return None if rows is None else written(rows, "the look at the queues")
 

@@ -152,7 +152,7 @@ class Watch(Protocol):
     """What notices changes: sometimes in vain, and within a few seconds even where it was told of none."""
 
     async def change(self, within: float) -> None:
-        """Return when something may have changed since the last look, after *within* seconds at the latest."""
+        """Return when something may have changed since the last poll, after *within* seconds at the latest."""
         ...
 
 

@@ -26,8 +26,8 @@ def clock() -> Clock:
 @pytest.fixture(autouse=True)
 def only_hints(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits does not look by himself."""
-    monkeypatch.setattr(notifications, "_LOOK_LISTENING", 1000.0)
-    monkeypatch.setattr(notifications, "_LOOK_DEAF", 1000.0)
+    monkeypatch.setattr(notifications, "_POLL_LISTENING", 1000.0)
+    monkeypatch.setattr(notifications, "_POLL_DEAF", 1000.0)
     monkeypatch.setattr(notifications, "_PAUSE_FIRST", 0.01)
 
 
@@ -101,11 +101,11 @@ async def test_an_error_of_the_applications_own_does_not_end_the_listening(
 
 
 @pytest.mark.parametrize("kind", ["listen=False", "a pool of two"])
-async def test_who_may_not_listen_looks(
+async def test_who_may_not_listen_polls(
     postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """For pgbouncer, and where the pool that was given has no connection to spare: one is for heartbeats."""
-    monkeypatch.setattr(notifications, "_LOOK_DEAF", 0.05)
+    monkeypatch.setattr(notifications, "_POLL_DEAF", 0.05)
     async with asyncio.timeout(20), asyncpg.create_pool(postgres_url, min_size=2, max_size=2) as pool:
         repo = (
             PostgresRuntimeRepository(postgres_url, schema=postgres_schema, listen=False)
@@ -208,7 +208,7 @@ async def test_closing_tells_what_is_untold(
         assert await task
 
 
-async def test_hints_that_find_nothing_cost_a_process_few_looks(
+async def test_hints_that_find_nothing_cost_a_process_few_polls(
     postgres_url: str, postgres_schema: str, postgres: asyncpg.Connection
 ) -> None:
     """Any login can send them. Those that find work are not held up, however many have found nothing before."""

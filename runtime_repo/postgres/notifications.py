@@ -1,7 +1,7 @@
 """
 NOTIFY and LISTEN on PostgreSQL: who brings work tells, and one connection hears it for all who wait.
 
-A notification is a hint and never the only way to learn: whoever waits looks again by itself now and then, more often
+A notification is a hint and never the only way to learn: whoever waits polls by itself now and then, more often
 while nothing is heard. So a connection that is lost, a process that dies before it tells, or a server that lets nobody
 listen costs time and nothing else. It is sent when the work is committed, not with it: PostgreSQL lets only one
 transaction that notifies commit at a time, and would not flush several of them together.
@@ -24,9 +24,9 @@ _log = logging.getLogger("runtime_repo")
 Hear = Callable[[str], None]
 """Is given the name of a queue."""
 
-_LOOK_LISTENING = 5.0
-_LOOK_DEAF = 1.0
-"""Seconds after which whoever waits looks again, hint or not."""
+_POLL_LISTENING = 5.0
+_POLL_DEAF = 1.0
+"""Seconds after which whoever waits polls, hint or not."""
 
 _PAUSE_FIRST = 0.1
 _PAUSE_LAST = 15.0
@@ -35,8 +35,8 @@ _PAUSE_LAST = 15.0
 _GAP = 0.005
 """Seconds in which what is to be told is gathered, after something was told."""
 
-_VAIN_LOOKS = 8
-"""How many looks of one process may have been for nothing within any second, after hints."""
+_VAIN_POLLS = 8
+"""How many polls of one process may have found nothing within any second, after hints."""
 
 
 class Deaf(Exception):  # noqa: N818 - between the listener and its database; it never leaves the package
@@ -61,7 +61,7 @@ class Listener:
         self._task: asyncio.Task[None] | None = None
         self.is_listening = False
         # Any login to the database can send hints, as many as it likes.
-        self._looks = asyncio.Semaphore(_VAIN_LOOKS)
+        self._polls = asyncio.Semaphore(_VAIN_POLLS)
 
     @contextlib.asynccontextmanager
     async def watch(self, queues: Collection[str]) -> AsyncIterator["Watch"]:
@@ -74,25 +74,25 @@ class Listener:
             yield watch
         finally:
             self._waiting.discard(watch)
-            # Whoever does not look again has found something, or has gone.
-            if watch.looks_at_hint:
-                self._looks.release()
+            # Whoever does not poll again has found something, or has gone.
+            if watch.polls_at_hint:
+                self._polls.release()
 
-    async def may_look(self) -> None:
-        """Wait until one more look after a hint is allowed: those that find work are, as many as there are."""
-        await self._looks.acquire()
+    async def may_poll(self) -> None:
+        """Wait until one more poll after a hint is allowed: those that find work are, as many as there are."""
+        await self._polls.acquire()
 
-    def looked_in_vain(self) -> None:
-        """Count a look that was allowed and found nothing, for a second."""
-        asyncio.get_running_loop().call_later(1.0, self._looks.release)
+    def polled_in_vain(self) -> None:
+        """Count a poll that was allowed and found nothing, for a second."""
+        asyncio.get_running_loop().call_later(1.0, self._polls.release)
 
     async def close(self) -> None:
         """Leave no connection and no task. May be repeated."""
         task, self._task = self._task, None
         self._wake()
         for _ in self._waiting:
-            # Nobody waits any more until he may look: he learns that it is closed.
-            self._looks.release()
+            # Nobody waits any more until he may poll: he learns that it is closed.
+            self._polls.release()
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
@@ -127,12 +127,12 @@ class Listener:
                     self._wake()
                     await lost()
             except Deaf as error:
-                _log.warning("waiting workers look once a second: %s", error)
+                _log.warning("waiting workers poll once a second: %s", error)
                 return
             except Exception as error:  # noqa: BLE001 - also what the application's own connect or init raises
                 # Once for each outage, however often it is tried.
                 level = logging.DEBUG if is_down else logging.WARNING
-                _log.log(level, "not listening, waiting workers look once a second instead: %s", _words(error))
+                _log.log(level, "not listening, waiting workers poll once a second instead: %s", _words(error))
                 is_down = True
             finally:
                 self.is_listening = False
@@ -147,21 +147,21 @@ class Watch:
         self._listener = listener
         self.queues = frozenset(queues)
         self.hint = asyncio.Event()
-        self.looks_at_hint = False
+        self.polls_at_hint = False
 
     async def change(self, within: float) -> None:
-        """Return at a hint, and without one when it is time to look again, after *within* seconds at most."""
-        if self.looks_at_hint:
-            self.looks_at_hint = False
-            self._listener.looked_in_vain()
-        look_again = _LOOK_LISTENING if self._listener.is_listening else _LOOK_DEAF
-        # Of random length, so that those who wait do not all look at once.
-        patience = min(within, look_again * random.uniform(0.9, 1.3))  # noqa: S311
+        """Return at a hint, and without one when it is time to poll, after *within* seconds at most."""
+        if self.polls_at_hint:
+            self.polls_at_hint = False
+            self._listener.polled_in_vain()
+        poll_after = _POLL_LISTENING if self._listener.is_listening else _POLL_DEAF
+        # Of random length, so that those who wait do not all poll at once.
+        patience = min(within, poll_after * random.uniform(0.9, 1.3))  # noqa: S311
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self.hint.wait()
-                await self._listener.may_look()
-                self.looks_at_hint = True
+                await self._listener.may_poll()
+                self.polls_at_hint = True
         self.hint.clear()
 
 

@@ -42,7 +42,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
             until then the database is unavailable. None is no limit.
         listen: Whether ``attempts.wait`` and ``Worker`` are told of new work by the server, on one connection of their
             own from the first wait on (of a pool that is given, one of its connections, if it may have more than two:
-            one is for heartbeats). False looks once a second instead: behind a transaction-pooling pgbouncer nobody can
+            one is for heartbeats). False polls once a second instead: behind a transaction-pooling pgbouncer nobody can
             listen, which is found out otherwise, with a warning.
         pool_options: Passed to ``asyncpg.create_pool``. ``min_size`` is 0 unless given.
 

@@ -53,10 +53,10 @@ _TOKENS = {"schema": "main", "now_ms": "cast(round((julianday('now') - 2440587.5
 _BUSY_TIMEOUT = 0.05
 """Seconds that a hop may block its thread. Longer waits repeat the hop, so that a cancelled caller is heard."""
 
-_LOOK = 0.03
-"""Seconds between two looks of a caller that waits, whether anybody has committed: 0.1 ms of the processor each."""
+_POLL = 0.03
+"""Seconds between two polls of a caller that waits, whether anybody has committed: 0.1 ms of the processor each."""
 
-_LOOK_AGAIN = 5.0
+_LONGEST_QUIET = 5.0
 """Seconds after which it is taken for a change that there was none: some things fall due without a commit."""
 
 
@@ -341,13 +341,13 @@ class SqliteDatabase(Unique):
     @contextlib.asynccontextmanager
     async def watch(self, queues: Collection[str]) -> AsyncIterator["_Watch"]:  # noqa: ARG002 - any commit is a hint
         # What is not known at once is taken to have changed.
-        yield _Watch(self, await self.stamp(within=_LOOK))
+        yield _Watch(self, await self.stamp(within=_POLL))
 
     async def heartbeats(self) -> Heartbeats:
         return _Heartbeats(self)
 
     def tell(self, queues: Iterable[str]) -> None:
-        """Nobody needs to be told: who waits looks whether anybody has committed."""
+        """Nobody needs to be told: who waits polls whether anybody has committed."""
 
     async def stamp(self, *, within: float) -> tuple[int, int] | None:
         """
@@ -630,10 +630,10 @@ class _Watch:
         self._stamp = stamp
 
     async def change(self, within: float) -> None:
-        # Of random length, so that those who wait do not all look at once.
-        deadline = time.monotonic() + min(within, _LOOK_AGAIN * random.uniform(0.9, 1.3))  # noqa: S311
+        # Of random length, so that those who wait do not all poll at once.
+        deadline = time.monotonic() + min(within, _LONGEST_QUIET * random.uniform(0.9, 1.3))  # noqa: S311
         while (left := deadline - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, _LOOK))
+            await asyncio.sleep(min(left, _POLL))
             stamp = await self._database.stamp(within=max(deadline - time.monotonic(), 0.001))
             if stamp not in (None, self._stamp):
                 self._stamp = stamp

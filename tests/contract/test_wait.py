@@ -178,7 +178,7 @@ async def test_a_look_that_nobody_answers_is_noticed(
     postgres_factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wait without a time-out is not for ever when the server falls silent, and goes on when it speaks again."""
-    monkeypatch.setattr(attempts, "_LONGEST_LOOK", 0.2)
+    monkeypatch.setattr(attempts, "_LONGEST_POLL", 0.2)
     async with postgres_factory() as repo:
         async with repo.transaction() as transaction:
             await transaction.connection.execute(f"lock table {runtime_schema(repo)}.runtime_queue")
@@ -196,7 +196,7 @@ async def test_a_transaction_of_ones_own_is_no_silence(
     Whoever waits while it holds the only connection, be it for longer than a verb may take, waits on: to the end of the
     time-out or of that.
     """
-    monkeypatch.setattr(attempts, "_LONGEST_LOOK", 0.1)
+    monkeypatch.setattr(attempts, "_LONGEST_POLL", 0.1)
     repository: RuntimeRepository = SqliteRuntimeRepository(tmp_path / "runtime.db", verb_timeout=1)
     if backend == "postgres":
         repository = PostgresRuntimeRepository(postgres_url, schema=postgres_schema, max_size=1, verb_timeout=1)

@@ -160,7 +160,7 @@ async def test_a_pooler_behind_which_nobody_can_listen_is_found_out(
 ) -> None:
     """What is told does not arrive: one warning, no connection held for it, and who waits looks by himself."""
     monkeypatch.setattr(database, "_OWN_VOICE", 0.3)
-    monkeypatch.setattr(notifications, "_LOOK_DEAF", 0.2)
+    monkeypatch.setattr(notifications, "_POLL_DEAF", 0.2)
     monkeypatch.setattr(notifications, "_PAUSE_FIRST", 0.01)
     repository = PostgresRuntimeRepository(pgbouncer, schema=lab.place.schema, statement_cache_size=0)
     async with asyncio.timeout(20), repository:

@@ -271,7 +271,7 @@ async def leased(repo: RuntimeRepository) -> Lease:
 
 async def test_whoever_waits_looks_now_and_then(lab: SqliteLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although nobody has committed: what has become due needs no commit, and a hint may be lost."""
-    monkeypatch.setattr(database_module, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(database_module, "_LONGEST_QUIET", 0.05)
     async with SqliteRuntimeRepository(lab.path) as repo, repo._gate.watch(["default"]) as watch, in_time():
         await watch.change(60)
 
@@ -314,7 +314,7 @@ async def test_a_transaction_whose_file_goes_away_is_not_committed(
 def test_a_file_is_looked_after_every_few_seconds() -> None:
     """What the tests above do not wait for."""
     assert 0 < connection_module._PROVED_FOR <= 3
-    assert 3 <= database_module._LOOK_AGAIN <= 6
+    assert 3 <= database_module._LONGEST_QUIET <= 6
 
 
 async def test_a_database_in_memory_cannot_go_away(monkeypatch: pytest.MonkeyPatch) -> None:
