@@ -114,10 +114,21 @@ class Attempts:
         """
         Store a unit of work, once.
 
-        Repeating the call with the same *attempt_id* returns the attempt that is stored, as it is by now. Without an
-        id a time-ordered one is made, and every call is another attempt. The attempt can be claimed at once, or from
-        *not_before* on. *headers* are JSON that travels beside the payload, such as the context of a trace; they are no
-        part of what makes it the same attempt, and of a repeated call those of the first one stay.
+        Repeating the call with the same *attempt_id* returns the attempt that is stored, as it is by now.
+
+        Args:
+            run_id: What the work belongs to, in the application's own terms: any number of attempts may be of one run,
+                and ``list`` finds them by it.
+            attempt_id: Makes the call safe to repeat. Without one a time-ordered id is made, and every call is another
+                attempt.
+            queue: Which workers may take it: those that claim from a queue of this name, which need not be made.
+            priority: Higher goes first, within a queue and across the queues of one claim; of equal ones the oldest.
+            payload: Any JSON, for whoever does the work.
+            not_before: When it can be claimed; at once without one.
+            max_attempts: How often it is tried. A try that failed and is to be repeated, and one whose lease ran out,
+                count; one that was released does not.
+            headers: JSON that travels beside the payload, such as the context of a trace; no part of what makes it the
+                same attempt, so that of a repeated call those of the first one stay.
 
         Raises:
             PayloadMismatchError: The id is stored already with another run, queue or payload.

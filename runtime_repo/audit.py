@@ -62,6 +62,17 @@ class Audit:
         Repeating the call adds a second entry: a call that was cancelled or timed out may have happened, and a log
         rather holds an act twice than not at all. Entries of one act have its *request_id* in common. In a
         ``repo.transaction()`` the entry is stored if, and only if, what it tells of is.
+
+        Args:
+            actor_type: What kind of actor it was, such as ``user`` or ``worker``.
+            action: What was done, such as ``attempt.cancel``.
+            resource_type: To what kind of thing.
+            result: How it went, such as ``ok`` or ``denied``.
+            request_id: What the entries of one act have in common; ``list`` finds them by it.
+            actor_id: Which actor.
+            actor_role: In which role.
+            resource_id: Which thing.
+            details: Whatever else there is to know: any JSON.
         """
         rows = await self._queries.fetch(
             "audit.append",

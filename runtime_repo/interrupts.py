@@ -85,11 +85,19 @@ class Interrupts:
         now: datetime | None = None,
     ) -> Interrupt:
         """
-        Ask a question, once: *value* is any JSON, None included.
+        Ask a question, once.
 
-        Repeating the call with the same *interrupt_id* returns the interrupt that is stored, as it is by now. Without
-        an id a time-ordered one is made, and every call is another interrupt. Neither the thread nor the attempt need
-        be stored here.
+        Repeating the call with the same *interrupt_id* returns the interrupt that is stored, as it is by now. Neither
+        the thread nor the attempt need be stored here.
+
+        Args:
+            thread_id: The conversation or process that waits for the answer, in the application's own terms; ``list``
+                finds its questions.
+            run_id: The run whose work stands still until there is one: whoever answers enqueues its next attempt.
+            attempt_id: The attempt that asks.
+            value: What is asked: any JSON, None included.
+            interrupt_id: Makes the call safe to repeat. Without one a time-ordered id is made, and every call is
+                another interrupt.
 
         Raises:
             PayloadMismatchError: The id is stored already with another thread, run, attempt or value.

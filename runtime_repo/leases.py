@@ -102,6 +102,14 @@ class Leases:
         error.
 
         A caller that is cancelled owns nothing: what was claimed is given back before the cancellation goes on.
+
+        Args:
+            worker_id: Who takes them, for people to read in a list or an error: a worker's own name, any text. It need
+                not be unique, for ownership is told by the lease.
+            limit: How many at most.
+            queues: From which, by name; one or several.
+            ttl: How long the leases hold unless they are renewed by ``heartbeat`` or ``hold``. When it has passed, by
+                the database's clock, a sweep gives the attempt to another worker, and the try counts as lost.
         """
         check_id("worker_id", worker_id)
         given = (
