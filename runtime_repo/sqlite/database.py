@@ -195,16 +195,19 @@ class SqliteDatabase(Unique):
             for part in parts:
                 part.undo()
         for part in parts:
-            if part.is_done and not part.answer.done():
+            if part.is_done:
                 self._answer(part)
         turn.put_back([part for part in parts if not part.answer.done()])
         turn.give_soon()
 
     def _answer(self, part: "Part[Any]") -> None:
-        if part.error is None:
+        # What it failed with leads back to it, and to what the driver has open.
+        cause, part.error = part.error, None
+        if part.answer.done():
+            return
+        if cause is None:
             part.answer.set_result(part.rows)
             return
-        cause, part.error = part.error, None
         error = translated(cause, self._path)
         if error is not cause:
             error.__cause__ = cause
