@@ -504,6 +504,20 @@ class Attempts:
         )
         return len(rows)
 
+    async def vacuum(self) -> None:
+        """
+        On PostgreSQL take away the dead rows that claims and completions have left behind; on SQLite there are none.
+
+        The next claims read past them until that is done, and autovacuum comes once a minute at most. A Worker does it
+        for what it has claimed itself; a loop of your own should after some 20,000 claims. It takes no lock that a verb
+        waits for, skips a table that somebody else is vacuuming, and does nothing, silently, under a role that neither
+        owns the tables nor has MAINTAIN on them (PostgreSQL 17; https://www.postgresql.org/docs/current/sql-vacuum.html).
+
+        Raises:
+            ConfigurationError: It is called within a transaction.
+        """
+        await self._queries.vacuum()
+
     async def reindex(self) -> int:
         """
         Let every attempt be found as what its row says that it is, and return how many were not.

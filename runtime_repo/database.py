@@ -104,6 +104,15 @@ class Source(Queries, Protocol):
         """Notice from now on when something of *queues* may have become claimable, whoever brought it."""
         ...
 
+    async def vacuum(self) -> None:
+        """
+        Take away what claims and completions leave behind, outside of any transaction; SQLite leaves nothing.
+
+        Raises:
+            ConfigurationError: It is a transaction.
+        """
+        ...
+
     async def heartbeats(self) -> "Heartbeats":
         """
         What to renew leases by: it does not wait behind the work of this process, however many transactions are open.

@@ -428,6 +428,9 @@ class _Gate(Unique):
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:
         return self._opened().watch(queues)
 
+    async def vacuum(self) -> None:
+        await self._opened().vacuum()
+
     async def heartbeats(self) -> Heartbeats:
         return await self._opened().heartbeats()
 
@@ -547,6 +550,9 @@ class _OneByOne:
 
     def watch(self, queues: Collection[str]) -> AbstractAsyncContextManager[Watch]:  # noqa: ARG002
         raise ConfigurationError("a transaction cannot wait for work, it sees none that comes: wait outside of it")
+
+    async def vacuum(self) -> None:
+        raise ConfigurationError("a transaction cannot vacuum: do it outside of it")
 
     async def heartbeats(self) -> Heartbeats:
         raise ConfigurationError("a transaction cannot hold a lease, it commits too late: hold it outside of it")

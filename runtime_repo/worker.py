@@ -59,6 +59,8 @@ _MOST_PATIENCE = 5.0
 Seconds within which the database has to answer a call of the worker's own, and at most where it is known to be slow;
 then another connection is tried.
 """
+_WORN = 20_000
+"""Claims after which what they have left behind slows the next ones on PostgreSQL."""
 _ERROR_LENGTH = 4000
 _UNSTORABLE = "the database refused to store how this try ended; the worker's log has more"
 
@@ -142,6 +144,8 @@ class Worker:
         self._sweeping = _Patience(_PATIENCE)
         self._outages = Outages(f"worker {self.worker_id}", ttl=ttl.total_seconds())
         self._room = asyncio.Semaphore(self._concurrency)
+        self._claimed = 0
+        self._is_worn = asyncio.Event()
         self._told_to_stop = asyncio.Event()
         self._running: anyio.CancelScope | None = None
         self._searching: anyio.CancelScope | None = None
@@ -188,6 +192,7 @@ class Worker:
                 return
             async with anyio.create_task_group() as sweeping:
                 sweeping.start_soon(self._sweep)
+                sweeping.start_soon(self._vacuum)
                 try:
                     await self._reserve()
                     await self._claim(handlers)
@@ -218,6 +223,9 @@ class Worker:
                 self._outages.failed("claim", "claim", error, began=began)
             else:
                 self._outages.succeeded("claim")
+                self._claimed += len(leases)
+                if self._claimed >= _WORN:
+                    self._is_worn.set()
                 for lease in leases:
                     handlers.start_soon(self._work, lease)
                 if len(leases) == wanted or await self._has_waited() or leases:
@@ -273,6 +281,21 @@ class Worker:
                 self._outages.succeeded("sweep")
                 # Of random length, so that many workers share the task instead of all doing it at once.
                 await anyio.sleep(self._sweep_every * random.uniform(0.5, 1.5))  # noqa: S311
+
+    async def _vacuum(self) -> None:
+        """Take away what the claims have left behind, as often as that costs a tenth of the time at most."""
+        while True:
+            await self._is_worn.wait()
+            self._claimed = 0
+            self._is_worn.clear()
+            began = time.monotonic()
+            try:
+                await self._repo.attempts.vacuum()
+            except (ConfigurationError, RepositoryClosedError):
+                return  # A claim says so, too.
+            except Exception as error:  # noqa: BLE001 - it is for speed only
+                _log.debug("worker %s cannot vacuum: %s", self.worker_id, error)
+            await anyio.sleep(10 * (time.monotonic() - began))
 
     async def _work(self, lease: Lease) -> None:
         is_held = False

@@ -52,6 +52,7 @@ CALLS: dict[str, Write] = {
     "attempts.retry": lambda repo, *_: repo.attempts.retry("failed"),
     "attempts.prune": lambda repo, _, now: repo.attempts.prune(older_than=timedelta(0), now=now),
     "attempts.reindex": lambda repo, *_: repo.attempts.reindex(),
+    "attempts.vacuum": lambda repo, *_: repo.attempts.vacuum(),
     "leases.claim": lambda repo, _, now: repo.leases.claim("worker", now=now),
     "leases.claim_attempt": lambda repo, _, now: repo.leases.claim_attempt("failed", "worker", now=now),
     "leases.heartbeat": WRITES["heartbeat"],

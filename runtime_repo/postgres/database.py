@@ -578,6 +578,10 @@ class PostgresDatabase(Unique):
             if untold:
                 await statements.fetch("schema.tell", self._channel, json.dumps(list(untold)))
 
+    async def vacuum(self) -> None:
+        async with self._acquired() as connection:
+            await self.answer(connection, connection.execute, self.queries["attempts.vacuum"])
+
     async def heartbeats(self) -> Heartbeats:
         await self._heartbeats.reserve()
         return self._heartbeats

@@ -346,6 +346,9 @@ class SqliteDatabase(Unique):
         # What is not known at once is taken to have changed.
         yield _Watch(self, await self.stamp(within=_POLL))
 
+    async def vacuum(self) -> None:
+        """What is deleted leaves room in its page, and no dead row."""
+
     async def heartbeats(self) -> Heartbeats:
         return _Heartbeats(self)
 

@@ -225,6 +225,7 @@ NEVER_REFUSED = {
     "leases.hold": "it is a block; its arguments are tested with it",
     "api_keys.authenticate": "what no key can be is a stranger's mistake, not the caller's",
     "attempts.reindex": "it has no argument",
+    "attempts.vacuum": "it has no argument",
     "api_keys.any": "it has no argument",
 }
 ELSEWHERE = {"lease", "leases", "attempts", "results"}

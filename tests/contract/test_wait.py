@@ -103,7 +103,7 @@ async def test_whoever_brings_work_wakes_those_who_wait(factory: Factory, clock:
 
 async def test_no_other_verb_brings_work(repo: RuntimeRepository, clock: Clock) -> None:
     """Of any noun: what makes something ready is in the table above, and wakes whoever waits."""
-    for name in CALLS.keys() - BRINGS.keys() - {"attempts.wait", "leases.hold"}:
+    for name in CALLS.keys() - BRINGS.keys() - {"attempts.wait", "attempts.vacuum", "leases.hold"}:
         with contextlib.suppress(ZeroDivisionError):
             async with repo.transaction() as transaction:
                 lease = await prepare(transaction, clock.now)
