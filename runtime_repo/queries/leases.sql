@@ -488,13 +488,14 @@ select a.status, a.lease_version, a.lease_id, l.worker_id,
 -- name: held_many @postgres
 -- Which of the attempts of a JSON array are held, under which token, by a lease that has not run out.
 select a.attempt_id, a.lease_version, a.lease_id
-  from {schema}.runtime_attempts as a
+  from (select value
+          from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as x (value)
+         where value = value || '') as given
+  join {schema}.runtime_attempts as a on a.attempt_id = given.value
   join {schema}.runtime_leases as l
     on l.attempt_id = a.attempt_id and l.lease_id = a.lease_id and l.version = a.lease_version
- where a.attempt_id = any (array(
-           select value from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json)))
-   and a.status in ('leased', 'running')
-   and l.lease_expires_at_ms > coalesce($2, {now_ms});
+ where case when a.status in ('leased', 'running') then 1 end is not null
+   and case when l.lease_expires_at_ms > coalesce($2, {now_ms}) then 1 end is not null;
 
 -- name: held_many @sqlite
 select a.attempt_id, a.lease_version, a.lease_id
@@ -502,7 +503,7 @@ select a.attempt_id, a.lease_version, a.lease_id
   join {schema}.runtime_leases as l
     on l.attempt_id = a.attempt_id and l.lease_id = a.lease_id and l.version = a.lease_version
  where a.attempt_id in (select value from json_each($1))
-   and +a.status in ('leased', 'running')
+   and a.status in ('leased', 'running')
    and l.lease_expires_at_ms > coalesce($2, {now_ms});
 
 -- name: park @postgres
