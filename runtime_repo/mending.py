@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from runtime_repo.database import Queries
+from runtime_repo.queries import bounded
 
 __all__ = ["STEP", "Seen", "look_through", "mend"]
 
@@ -34,7 +35,7 @@ class Seen(NamedTuple):
 
 async def look_through(queries: Queries, query: str, after: object) -> Seen:
     """Look at the next rows behind a place; None is before all."""
-    rows = await queries.fetch(query, after, STEP)
+    rows = await queries.fetch(bounded(query, STEP), after, STEP)
     return Seen(
         [row["place"] for row in rows if row["kind"] in ("waiting", "finished")],
         [row["attempt_id"] for row in rows if row["kind"] == "held"],

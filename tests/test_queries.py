@@ -232,7 +232,7 @@ GIVEN = {
     "leases.claim_attempt": ("a2", "w", 1000, "claim", 9000),
     "leases.heartbeat": ("l4", 1, 1000, 0, "a4"),
     "leases.heartbeat_many": ('[{"lease_id": "l4", "attempt_id": "a4", "token": 1}]', 1000, 0),
-    "leases.held_many": ('["a1", "a2", "a3"]', 9000),
+    "leases.held_many": ('["a1", "a2", "a4"]', 9000),
     "leases.holder": ("a4", 9000),
     "leases.list": ("", 100),
     "leases.list_by_worker": ("w", "", 100),

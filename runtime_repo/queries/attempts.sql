@@ -778,7 +778,7 @@ select queue, {pg_catalog}count(case when kind = 'ready' then 1 end) as ready,
  group by queue
  order by queue;
 
--- name: look_through
+-- name: look_through 1000
 -- Of the next attempts ($2) behind a place ($1) those that the narrow tables do not have as they are, each with what it
 -- is to be found under; and the last one of all, as '', if there are any.
 select place, attempt_id, kind
@@ -802,25 +802,29 @@ select place, attempt_id, kind
                                  and f.attempt_id     = here.attempt_id
                                  and f.status         = here.status) is null
                     then 'finished' end as kind
-          from (select {place} as place, attempt_id, status, queue, priority, enqueued_at_ms, retry_at_ms,
-                       finished_at_ms
-                  from {schema}.runtime_attempts
-                 where {place} > coalesce($1, {before_all})
-                 order by {place}
-                 limit $2) as here) as seen
+          from (select place, attempt_id, status, queue, priority, enqueued_at_ms, retry_at_ms, finished_at_ms
+                  from (select {place} as place, attempt_id, status, queue, priority, enqueued_at_ms, retry_at_ms,
+                               finished_at_ms
+                          from {schema}.runtime_attempts
+                         where {place} > coalesce($1, {before_all})
+                         order by {place}
+                         limit {most}) as first
+                  limit $2) as here) as seen
  where kind is not null
  union all
 select place, attempt_id, kind
   from (select place, attempt_id, '' as kind
-          from (select {place} as place, attempt_id
-                  from {schema}.runtime_attempts
-                 where {place} > coalesce($1, {before_all})
-                 order by {place}
-                 limit $2) as here
+          from (select place, attempt_id
+                  from (select {place} as place, attempt_id
+                          from {schema}.runtime_attempts
+                         where {place} > coalesce($1, {before_all})
+                         order by {place}
+                         limit {most}) as first
+                  limit $2) as here
          order by place desc
          limit 1) as last;
 
--- name: look_through_queue
+-- name: look_through_queue 1000
 -- Of the next rows ($2) behind a place ($1) of what waits those whose attempt does not; and the last one of all, as ''.
 select place, attempt_id, kind
   from (select here.place, here.attempt_id,
@@ -828,20 +832,24 @@ select place, attempt_id, kind
                             from {schema}.runtime_attempts as a
                            where a.attempt_id = here.attempt_id) in ('queued', 'retry_backoff')
                     then null else 'waiting' end as kind
-          from (select {place} as place, attempt_id
-                  from {schema}.runtime_queue
-                 where {place} > coalesce($1, {before_all})
-                 order by {place}
-                 limit $2) as here) as seen
+          from (select place, attempt_id
+                  from (select {place} as place, attempt_id
+                          from {schema}.runtime_queue
+                         where {place} > coalesce($1, {before_all})
+                         order by {place}
+                         limit {most}) as first
+                  limit $2) as here) as seen
  where kind is not null
  union all
 select place, attempt_id, kind
   from (select place, attempt_id, '' as kind
-          from (select {place} as place, attempt_id
-                  from {schema}.runtime_queue
-                 where {place} > coalesce($1, {before_all})
-                 order by {place}
-                 limit $2) as here
+          from (select place, attempt_id
+                  from (select {place} as place, attempt_id
+                          from {schema}.runtime_queue
+                         where {place} > coalesce($1, {before_all})
+                         order by {place}
+                         limit {most}) as first
+                  limit $2) as here
          order by place desc
          limit 1) as last;
 

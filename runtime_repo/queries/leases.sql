@@ -171,34 +171,33 @@ select $4 || '-' || a.rowid, a.attempt_id, $2, coalesce($5, {now_ms}) + $3, coal
  where a.attempt_id = first.attempt_id
    and a.status in ('queued', 'retry_backoff')
     on conflict (attempt_id) {leased_anew};
+delete from {schema}.runtime_queue
+ where rowid in (select place from {first_waiting} as first)
+   and json_extract('[]', case when changes() = (select count(*) from {first_waiting} as first) then '$'
+                               when changes() = (
+                                        select count(*)
+                                          from {first_waiting} as first
+                                         cross join {schema}.runtime_attempts as a
+                                         where a.attempt_id = first.attempt_id
+                                           and a.status in ('queued', 'retry_backoff')) then '$'
+                               else '{skipped}' end) is not null;
 update {schema}.runtime_attempts
    set status = 'leased', lease_version = min(lease_version, 9223372036854775806) + 1, worker_id = $2, ended_by = null,
        lease_id = $4 || '-' || rowid
  where attempt_id in (
            select attempt_id from {schema}.runtime_leases where lease_id > $4 || '-' and lease_id < $4 || '.');
-select json_extract('[]', case when changes() < leased.n then '{skipped}'
-                               when leased.n = (select count(*) from {first_waiting} as first) then '$'
-                               when leased.n = (
-                                        select count(*)
-                                          from {first_waiting} as first
-                                         cross join {schema}.runtime_attempts as a
-                                         where a.attempt_id = first.attempt_id
-                                           and (a.status in ('queued', 'retry_backoff')
-                                                or a.lease_id > $4 || '-' and a.lease_id < $4 || '.')) then '$'
-                               else '{skipped}' end)
-  from (select count(*) as n
-          from {schema}.runtime_leases
-         where lease_id > $4 || '-'
-           and lease_id < $4 || '.') as leased;
-delete from {schema}.runtime_queue
- where rowid in (select place from {first_waiting} as first);
 select {lease}
   from {schema}.runtime_leases as l
  cross join {schema}.runtime_attempts as a
  where l.lease_id > $4 || '-'
    and l.lease_id < $4 || '.'
    and a.attempt_id = l.attempt_id
-   and a.lease_id   = l.lease_id
+   and json_extract('[]', case when changes() = (
+                                        select count(*)
+                                          from {schema}.runtime_leases
+                                         where lease_id > $4 || '-'
+                                           and lease_id < $4 || '.') then '$'
+                               else '{skipped}' end) is not null
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim_attempt @postgres
@@ -494,8 +493,8 @@ select a.attempt_id, a.lease_version, a.lease_id
   join {schema}.runtime_attempts as a on a.attempt_id = given.value
   join {schema}.runtime_leases as l
     on l.attempt_id = a.attempt_id and l.lease_id = a.lease_id and l.version = a.lease_version
- where a.status in ('leased', 'running')
-   and l.lease_expires_at_ms > coalesce($2, {now_ms});
+ where case when a.status in ('leased', 'running') then 1 end is not null
+   and case when l.lease_expires_at_ms > coalesce($2, {now_ms}) then 1 end is not null;
 
 -- name: held_many @sqlite
 select a.attempt_id, a.lease_version, a.lease_id

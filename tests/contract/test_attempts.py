@@ -493,3 +493,23 @@ async def test_what_was_said_and_asked_in_an_attempt_goes_with_it(repo: RuntimeR
     await repo.attempts.enqueue("run", attempt_id="a")
     lease = await repo.leases.claim_attempt("a", "worker")  # type: ignore[assignment]
     assert not (await repo.step_reports.record(lease, "pay", "done", "t")).is_duplicate
+
+
+async def test_headers_travel_beside_the_payload(repo: RuntimeRepository) -> None:
+    """They are stored with the attempt and handed out with it, and are no part of what makes it the same."""
+    headers = {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "n": [1, None]}
+    attempt = await repo.attempts.enqueue("run", attempt_id="a", payload=1, headers=headers)
+    assert attempt.headers == headers
+    again = await repo.attempts.enqueue("run", attempt_id="a", payload=1, headers="others")
+    assert again == attempt
+    await repo.attempts.enqueue_many(
+        [NewAttempt("run", "a", payload=1), NewAttempt("run", "b", headers=headers), NewAttempt("run", "c")]
+    )
+    assert [found.headers for found in await repo.attempts.list()] == [headers, headers, None]
+    assert {lease.attempt_id: lease.attempt.headers for lease in await repo.leases.claim("worker", limit=3)} == {
+        "a": headers,
+        "b": headers,
+        "c": None,
+    }
+    [new] = await repo.attempts.enqueue_many([NewAttempt("run", headers={"made": "id"})])
+    assert (await repo.attempts.get(new)).headers == {"made": "id"}

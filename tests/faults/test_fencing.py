@@ -158,6 +158,23 @@ async def test_a_lease_that_was_renewed_at_the_last_moment_is_not_taken(
     assert await repo.attempts.get(lease.attempt_id) == lease.attempt
 
 
+async def test_a_cancel_that_waits_for_a_requeue_leaves_nothing_to_claim(
+    lab: Lab, repo: RuntimeRepository, rival: RuntimeRepository
+) -> None:
+    """It may not see that the attempt waits by now, and leave that behind: the next claim takes it away."""
+    (lease,) = await leased(repo)
+    async with rival.transaction() as transaction:
+        await transaction.leases.requeue_expired(now=lease.expires_at)
+        cancelling = asyncio.ensure_future(repo.attempts.cancel(lease.attempt_id, now=NOW))
+        await waits(lab, cancelling)
+    assert (await cancelling).status is AttemptStatus.CANCELLED
+    for _ in range(2):
+        assert await repo.leases.claim("rival", limit=2, now=NOW) == []
+        assert not await repo.attempts.wait(timeout=timedelta(0))
+    assert (await repo.attempts.get(lease.attempt_id)).status is AttemptStatus.CANCELLED
+    assert await repo.leases.list() == []
+
+
 # --- no deadlock ---
 
 Many = Callable[[RuntimeRepository, Sequence[Lease]], Awaitable[object]]

@@ -77,7 +77,7 @@ select distinct d.refobjid::regoperator::text as name
 KEYWORDS = """
 all and any array as asc by case cast check coalesce conflict desc distinct else end except exists extract filter from
 greatest grouping having in index into is key lateral least limit not null nullif offset on operator or order over
-partition returning row select set table then union unique using values when where with within
+partition returning row select set table then union unique using vacuum values when where with within
 """
 """What may stand before a parenthesis without being a function."""
 

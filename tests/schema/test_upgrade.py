@@ -71,6 +71,21 @@ async def test_every_row_of_version_1_survives_the_upgrade(lab: Lab) -> None:
         assert rows == [old | ADDED[table] | held.get(old.get("attempt_id", ""), {}) for old in before[table]]
 
 
+async def test_what_waits_and_what_has_ended_is_listed(lab: Lab) -> None:
+    """Each attempt is found as what its row says that it is: nothing is left to put right."""
+    await lab.reach(1)
+    await lab.boot()
+    assert await lab.all("runtime_queue") == [
+        {"attempt_id": name, "queue": "default", "priority": 0, "enqueued_at_ms": 0, "retry_at_ms": at}
+        for name, at in (("backoff", SOON), ("delayed", SOON), ("queued", None))
+    ]
+    ended = {row["attempt_id"]: (row["status"], row["finished_at_ms"]) for row in await lab.all("runtime_finished")}
+    attempts = {row["attempt_id"]: (row["status"], row["finished_at_ms"]) for row in await lab.all("runtime_attempts")}
+    assert ended == {name: attempts[name] for name in FINAL}
+    async with lab.repository() as repo:
+        assert await repo.attempts.reindex() == 0
+
+
 async def test_a_row_written_as_by_version_1_gets_the_defaults(lab: Lab) -> None:
     """Whoever names only the old columns still can: the new ones have defaults, and numbers go on where they were."""
     await lab.reach(2)
