@@ -444,7 +444,8 @@ delete from {schema}.runtime_leases
 
 -- name: complete_many @postgres
 -- As complete, for each lease of a JSON array; returns those that were still their token's to finish. One after the other
--- in the order of ids, or two such calls could wait for each other.
+-- in the order of ids, or two such calls could wait for each other. The leases are found by an array: joined, they would be
+-- compared one by one with all that is done, where a vacuum has found their table empty.
 with given as materialized (
     select attempt_id, token, lease_id, result_json
       from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
@@ -466,9 +467,8 @@ with given as materialized (
        and case when a.status in ('leased', 'running') then 1 end is not null
     returning a.finished_at_ms, a.attempt_id, a.status, a.lease_version, a.lease_id
 ), ended as (
-    delete from {schema}.runtime_leases as l
-     using done
-     where l.attempt_id = done.attempt_id
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from done))
 ), listed as (
     insert into {schema}.runtime_finished ({finished})
     select {finished} from done

@@ -346,14 +346,14 @@ returning heartbeat_at_ms, lease_expires_at_ms;
 
 -- name: heartbeat_many @postgres
 -- As heartbeat, for each lease of a JSON array. The attempts are locked first, in the order of ids, as by everybody who
--- writes several leases.
+-- writes several leases. These are found by arrays, as in attempts.complete_many; a lease's id has one token only.
 with given as (
     select lease_id, attempt_id, token
       from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
                lease_id pg_catalog.text, attempt_id pg_catalog.text, token bigint)
      where attempt_id = attempt_id || ''
 ), locked as (
-    select a.attempt_id, given.lease_id, given.token
+    select a.attempt_id, a.lease_id
       from given
       join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
      where a.lease_version = given.token
@@ -362,15 +362,13 @@ with given as (
      order by a.attempt_id
        for update of a
 )
-update {schema}.runtime_leases as l
+update {schema}.runtime_leases
    set heartbeat_at_ms     = coalesce($3, {now_ms}),
        lease_expires_at_ms = coalesce($3, {now_ms}) + $2::bigint
-  from locked
- where l.attempt_id = locked.attempt_id
-   and l.lease_id   = locked.lease_id
-   and l.version    = locked.token
-   and l.lease_expires_at_ms > coalesce($3, {now_ms})
-returning l.lease_id, l.heartbeat_at_ms, l.lease_expires_at_ms;
+ where attempt_id = any (array(select attempt_id from locked))
+   and lease_id = any (array(select lease_id from locked))
+   and lease_expires_at_ms > coalesce($3, {now_ms})
+returning lease_id, heartbeat_at_ms, lease_expires_at_ms;
 
 -- name: heartbeat_many @sqlite
 -- As above: here nobody else is writing.
