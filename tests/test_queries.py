@@ -325,17 +325,19 @@ async def test_postgres_compares_no_two_lists_row_by_row(
         await postgres.execute(f"delete from {postgres_schema}.runtime_attempts")
         await postgres.execute(f"delete from {postgres_schema}.runtime_leases")
         await postgres.execute(f"vacuum analyze {tables}")
-        await repo.attempts.enqueue_many([NewAttempt("run") for _ in range(1000)])
+        await repo.attempts.enqueue_many([NewAttempt("run") for _ in range(2000)])
     await postgres.execute(f"set plan_cache_mode = {mode}")
     await postgres.execute(f"prepare take as {queries['leases.claim 1000']}")
     await postgres.execute(f"prepare keep as {queries['leases.heartbeat_many']}")
+    await postgres.execute(f"prepare sweep as {queries['leases.requeue_expired']}")
     await postgres.execute(f"prepare finish as {queries['attempts.complete_many']}")
 
     async def compared_in_vain(execute: str) -> int:
         plan = "\n".join(row[0] for row in await postgres.fetch(f"explain (analyze, timing off) execute {execute}"))
         return sum(map(int, re.findall(r"Rows Removed by Join Filter: (\d+)", plan)))
 
-    assert await compared_in_vain("""take ('["default"]', 'w', 1000, 'claim', null, 1000)""") < 10_000
+    take = """take ('["default"]', 'w', 1000, '{}', null, 1000)"""
+    assert await compared_in_vain(take.format("one")) < 10_000
     given = await postgres.fetchval(
         "select json_agg(json_build_object('attempt_id', attempt_id, 'token', version, 'lease_id', lease_id))::text"
         f" from {postgres_schema}.runtime_leases"
@@ -343,6 +345,9 @@ async def test_postgres_compares_no_two_lists_row_by_row(
     assert given.count("token") == 1000
     assert await compared_in_vain(f"keep ('{given}', 1000, null)") < 10_000
     assert await compared_in_vain(f"finish ('{given}', null)") < 10_000
+    assert await compared_in_vain(take.format("two")) < 10_000
+    assert await compared_in_vain("sweep (1000, 100000, 0, null)") < 10_000
+    assert await postgres.fetchval(f"select count(*) from {postgres_schema}.runtime_queue") == 1000
 
 
 def test_every_query_on_attempts_is_looked_at() -> None:

@@ -575,12 +575,11 @@ with late as materialized (
      order by a.attempt_id
        for update of a skip locked
 ), ended as (
-    delete from {schema}.runtime_leases as l
-     using expired
-     where l.attempt_id = expired.attempt_id
-       and (l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
-            or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long})
-    returning l.attempt_id, l.worker_id
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from expired))
+       and (lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
+            or lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long})
+    returning attempt_id, worker_id
 ), stranded as (
     select held.attempt_id, held.lease_version, held.lease_id
       from {schema}.runtime_attempts as held
@@ -609,10 +608,8 @@ with late as materialized (
       limit $1)
 ), nobodys as (
     select l.lease_id
-      from idle
-      join {schema}.runtime_leases as l on l.lease_id = idle.lease_id
-     where idle.lease_id = idle.lease_id || ''
-       and idle.lease_id || '' = idle.lease_id
+      from {schema}.runtime_leases as l
+     where l.lease_id = any (array(select lease_id from idle))
        and case when l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
                   or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long} then 1 end is not null
        and $4::pg_catalog.text is null
@@ -622,9 +619,8 @@ with late as materialized (
                and a.status in ('leased', 'running')) is null
        for update of l skip locked
 ), orphans as (
-    delete from {schema}.runtime_leases as l
-     using nobodys
-     where l.lease_id = nobodys.lease_id
+    delete from {schema}.runtime_leases
+     where lease_id = any (array(select lease_id from nobodys))
 ), silent as materialized (
     select attempt_id, worker_id, ' expired' as fate from ended
      union all
