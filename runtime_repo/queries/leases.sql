@@ -175,11 +175,11 @@ delete from {schema}.runtime_queue
  where rowid in (select place from {first_waiting} as first)
    and json_extract('[]', case when changes() = (select count(*) from {first_waiting} as first) then '$'
                                when changes() = (
-                                        select count(*)
-                                          from {first_waiting} as first
-                                         cross join {schema}.runtime_attempts as a
-                                         where a.attempt_id = first.attempt_id
-                                           and a.status in ('queued', 'retry_backoff')) then '$'
+                                        select count((select 1
+                                                        from {schema}.runtime_attempts as a
+                                                       where a.attempt_id = first.attempt_id
+                                                         and a.status in ('queued', 'retry_backoff')))
+                                          from {first_waiting} as first) then '$'
                                else '{skipped}' end) is not null;
 update {schema}.runtime_attempts
    set status = 'leased', lease_version = min(lease_version, 9223372036854775806) + 1, worker_id = $2, ended_by = null,

@@ -162,8 +162,10 @@ class SqliteTables(Tables):
 
         connection.execute("begin immediate")
         try:
+            # All before the first one runs: to explain one would change what the next is told by changes().
             for statement in self._bare.queries[query]:
                 plan += [row["detail"] for row in connection.execute(f"explain query plan {statement}", given)]
+            for statement in self._bare.queries[query]:
                 connection.set_progress_handler(step, 1)
                 connection.execute(statement, given).fetchall()
                 connection.set_progress_handler(None, 1)
