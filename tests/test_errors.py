@@ -245,7 +245,9 @@ async def test_a_drivers_exception_leaves_a_verb_only_as_a_cause(
         now = datetime.now(UTC)
         lease = await prepare(repo, now)
         await break_it()
-        for verb in CALLS.keys() - {"leases.hold"}:
+        # SQLite has nothing to vacuum.
+        idle = {"leases.hold", *(["attempts.vacuum"] if driver is sqlite3.Error else [])}
+        for verb in CALLS.keys() - idle:
             with pytest.raises((DatabaseUnavailableError, RefusedError)) as caught:
                 await CALLS[verb](repo, lease, now)
             assert isinstance(caught.value.__cause__, driver)
