@@ -257,13 +257,16 @@ def _foreign(look: Look, recorded: Migration | None, newest: Migration) -> list[
 
 def _taken(look: Look, recorded: Migration | None, pending: Sequence[Migration]) -> list[str]:
     """The names of what the pending migrations create, where something has them already: they would fail half-way."""
+    if not look.names:
+        return []
     tables = dict(recorded.catalog.tables) if recorded else {}
     taken: set[str] = set()
     for migration in pending:
+        words = set(re.findall(r"\w+", migration.sql))
         for name, table in migration.catalog.tables.items():
             before = tables.get(name, Table({}))
             # An index whose name the migration leaves to the database gets one that is free.
-            indexes = {index for index in table.indexes if re.search(rf"\b{index}\b", migration.sql)}
+            indexes = words & table.indexes.keys()
             created = {name} - tables.keys() | indexes - before.indexes.keys()
             taken |= created & look.names
             live = look.catalog.tables[name].columns if name in tables and name in look.catalog.tables else ()

@@ -223,13 +223,10 @@ class BootTransaction:
         self._translated = translated
         self._look_timeout = look_timeout
         self._connection = connection
-        self._has_recorded = False
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         with self._translated():
-            rows = await self._connection.fetch(self._looks.queries[query], *args, timeout=NO_LIMIT)
-        self._has_recorded |= query == "schema.record"
-        return rows
+            return await self._connection.fetch(self._looks.queries[query], *args, timeout=NO_LIMIT)
 
     async def execute(self, query: str) -> None:
         # Not prepared: one round trip instead of two.
@@ -255,8 +252,7 @@ class BootTransaction:
                 return await self._look(shipped)
 
     async def _look(self, shipped: Sequence[Catalog]) -> Look:
-        # A ledger that took a row is there, and may be named without risk to the transaction.
-        if self._has_recorded and (look := await self._looks.recognize(self._connection, shipped)):
+        if look := await self._looks.recognize(self._connection, shipped):
             return look
         around, is_readable = await self._looks.look_around(self._connection, shipped)
         if around.problems or not around.names:

@@ -27,6 +27,7 @@ __all__ = ["Copy", "name_what_is_pending", "remove_what_was_left"]
 
 _PARTIAL = ".partial"
 _PENDING = ".pending"
+_LEFT = re.compile(r"(\d+)-\d{8}T\d{12}Z\.backup\.(pending|partial(-wal|-shm)?)")
 
 
 class Copy:
@@ -127,9 +128,9 @@ def _name(pending: Path, target: Path) -> None:
 
 def _left(source: Path) -> list[tuple[Path, int]]:
     """Copies of *source* that have no name of their own yet, and what belongs to them, each with its version."""
-    ours = re.compile(re.escape(source.name) + r"\.v(\d+)-\d{8}T\d{12}Z\.backup\.(pending|partial(-wal|-shm)?)")
+    start = f"{source.name}.v"
     with os.scandir(source.parent) as entries:
-        found = [(entry, ours.fullmatch(entry.name)) for entry in entries]
+        found = [(entry, _LEFT.fullmatch(entry.name, len(start))) for entry in entries if entry.name.startswith(start)]
     return [(Path(entry.path), int(match[1])) for entry, match in found if match]
 
 

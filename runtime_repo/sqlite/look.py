@@ -17,7 +17,6 @@ def looking(queries: Mapping[str, Sequence[str]], shipped: Sequence[Catalog]) ->
     newest = shipped[-1].tables
     ours = [LEDGER, *newest]
     span = {"1": min(ours), "2": max(ours)}
-    every = {"1": json.dumps([*ours, *(index for table in newest.values() for index in table.indexes)])}
     known: dict[str | None, Catalog] = {catalog.fingerprint: catalog for catalog in shipped if catalog.fingerprint}
 
     def glance(connection: Connection) -> Look:
@@ -39,6 +38,7 @@ def looking(queries: Mapping[str, Sequence[str]], shipped: Sequence[Catalog]) ->
             return look
         # Several statements must see one state, or a migration that commits between them would look like drift.
         names = {"1": json.dumps(ours)}
+        every = {"1": json.dumps([*ours, *(index for table in newest.values() for index in table.indexes)])}
         own = not connection.in_transaction
         if own:
             connection.execute("begin")
