@@ -14,6 +14,7 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,7 +43,7 @@ _STEP = 1000
 _SNAPSHOT_CLAIM = 100
 
 LATENCY = Limit(2.5, at_most=True)
-ENDURANCE = Limit(0.8)
+ENDURANCE, EVEN = Limit(0.8), Limit(0.5)
 RECOVERY = Limit(1.5, at_most=True)
 
 # Both engines understand it. A third of everything has each priority; ids and ages go up together, as in life.
@@ -301,25 +302,24 @@ def _shown(looks: Sequence[Look]) -> str:
     return f"{' or '.join(f'{count:,}' for count in counts)} {looks[0].what}"
 
 
-async def endurance(backend: Backend, old: Ours, new: Ours, scale: Scale) -> Line:
-    """Let the last tenth of many attempts through an old store, in turns with the first tenth through a new one."""
+async def endurance(backend: Backend, old: Ours, new: Ours, scale: Scale) -> list[Line]:
+    """
+    Let the last tenth of many attempts through an old store, in turns with the first tenth through a new one; and see
+    how much slower the slowest step of all was than the usual one.
+    """
     rounds = max(scale.through // _STEP // 10, scale.claims)
     await old.fill(_STEP)
-    await _pass_through(old, scale.through - rounds * _STEP)
+    steps = [await _pass_through(old) for _ in range(scale.through // _STEP - rounds)]
     await new.fill(_STEP)
-
-    def passing(ours: Ours) -> Turn:
-        async def turn() -> float:
-            start = time.perf_counter()
-            await _pass_through(ours, _STEP)
-            return _STEP / (time.perf_counter() - start)
-
-        return turn
-
-    figures = await race({"old": passing(old), "new": passing(new)}, rounds)
-    last, first = median(figures["old"]), median(figures["new"])
+    figures = await race({"old": partial(_pass_through, old), "new": partial(_pass_through, new)}, rounds)
+    steps += figures["old"]
+    last, first, slowest, usual = median(figures["old"]), median(figures["new"]), min(steps), median(steps)
     work = f"enqueue, claim, complete: the last of {scale.through:,}"
-    return Line(work, backend, "the first", f"{last:,.0f}/s", f"{first:,.0f}/s", last / first, ENDURANCE, rounds)
+    even = f"enqueue, claim, complete {scale.through:,}: the slowest {_STEP:,}"
+    return [
+        Line(work, backend, "the first", f"{last:,.0f}/s", f"{first:,.0f}/s", last / first, ENDURANCE, rounds),
+        Line(even, backend, "the median", f"{slowest:,.0f}/s", f"{usual:,.0f}/s", slowest / usual, EVEN, len(steps)),
+    ]
 
 
 async def behind_a_snapshot(url: str, scale: Scale) -> list[Line]:
@@ -340,14 +340,16 @@ async def behind_a_snapshot(url: str, scale: Scale) -> list[Line]:
 
         for ours, _ in (busy, calm):
             await ours.fill(_STEP)
-            await _pass_through(ours, scale.behind_snapshot)
+            for _ in range(scale.behind_snapshot // _STEP):
+                await _pass_through(ours)
         await _vacuum(*tables.values())
         before, before_shown = await cost()
         other = await asyncpg.connect(url)
         try:
             async with other.transaction(isolation="repeatable_read"):
                 await other.fetchval("select count(*) from busy.runtime_leases")
-                await _pass_through(busy[0], scale.behind_snapshot)
+                for _ in range(scale.behind_snapshot // _STEP):
+                    await _pass_through(busy[0])
                 during, during_shown = await cost()
         finally:
             await other.close()
@@ -361,10 +363,12 @@ async def behind_a_snapshot(url: str, scale: Scale) -> list[Line]:
     ]
 
 
-async def _pass_through(ours: Ours, count: int) -> None:
-    for _ in range(count // _STEP):
-        await ours.fill(_STEP)
-        await ours.work(_STEP, 100)
+async def _pass_through(ours: Ours) -> float:
+    """How many are enqueued, claimed and completed in a second."""
+    start = time.perf_counter()
+    await ours.fill(_STEP)
+    await ours.work(_STEP, 100)
+    return _STEP / (time.perf_counter() - start)
 
 
 async def _vacuum(*tables: PostgresTables) -> None:

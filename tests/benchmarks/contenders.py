@@ -36,6 +36,7 @@ QUEUES = json.dumps([QUEUE])
 RUN = "run-1"
 WORKER = "worker-1"
 _PER_FILL = 1000
+_WORN = 20_000
 
 
 class Store(Protocol):
@@ -49,10 +50,14 @@ class Store(Protocol):
 
 
 class Ours:
-    """The library's verbs, as in its README: one claim, then one `complete_many`, or one `complete` of a single one."""
+    """
+    The library's verbs, as in its README: one claim, then one `complete_many`, or one `complete` of a single one, and a
+    vacuum after 20,000 claims.
+    """
 
     def __init__(self, repo: RuntimeRepository) -> None:
         self.repo = repo
+        self._claimed = 0
 
     async def enqueue(self, attempts: Sequence[NewAttempt]) -> None:
         await self.repo.attempts.enqueue_many(attempts)
@@ -70,6 +75,10 @@ class Ours:
                 await repo.attempts.complete(leases[0])
             else:
                 await repo.attempts.complete_many([(lease, None) for lease in leases])
+        self._claimed += count
+        if self._claimed >= _WORN:
+            self._claimed = 0
+            await repo.attempts.vacuum()
 
     async def work_in_tasks(self, count: int, tasks: int) -> None:
         """Claim and complete so many one by one, in so many tasks at once."""
