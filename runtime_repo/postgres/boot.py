@@ -39,6 +39,7 @@ class Looks:
         self._schema = schema
         self.tokens = tokens
         self.queries = queries
+        self._has_found_nothing = False
 
     async def look(self, connection: "Connection", shipped: Sequence[Catalog]) -> Look:
         if problem := _encoding_problem(connection):
@@ -64,9 +65,16 @@ class Looks:
 
         Where strangers own what is all as we made it, one more tells who they are.
         """
+        nothing = Look(None, Catalog(), namespace=False)
+        if (
+            self._has_found_nothing
+            and await connection.execute(self.queries["schema.is_nothing"], timeout=NO_LIMIT) == "SELECT 1"
+        ):
+            return nothing
         text = await self._text(connection, shipped)
+        self._has_found_nothing = text.is_nothing
         if text.is_nothing:
-            return Look(None, Catalog(), namespace=False)
+            return nothing
         if text.fingerprint != shipped[-1].fingerprint:
             return None
         look = Look(None, shipped[-1])

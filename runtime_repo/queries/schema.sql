@@ -70,6 +70,11 @@ select t.name as "table", i.name, i."unique", i.origin, i.partial, k.name as "co
    and k.key
  order by t.name, i.name, k.seqno;
 
+-- name: is_nothing @postgres
+-- Whether there still is no runtime schema, where there was none before: one row or none, unprepared. Those who wait for
+-- another's migration look again and again, and this costs a small part of the look.
+select where pg_catalog.to_regnamespace(e'{schema_text}') is null;
+
 -- name: surroundings @postgres
 -- What stands around: whether the schema is there ($1, its quoted name), its owner if that is a stranger, which of $2, all
 -- qualified, are taken in it, the stranger who owns each of them, what row security hides from this role, the session's
