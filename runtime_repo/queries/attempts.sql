@@ -181,19 +181,23 @@ select {attempt}
  order by attempt_id
  limit $3;
 
--- name: list_waiting @postgres
--- One page of a status of what waits, as above; of one queue ($4) if it is given.
-select {attempt_of_found}
-  from {schema}.runtime_queue as w
- cross join lateral (
+-- part: of_status
+-- On PostgreSQL, the attempt itself where it has the status $1, and is of the queue $4 if that is given.
+cross join lateral (
            select {attempt}
              from {schema}.runtime_attempts
-            where attempt_id = w.attempt_id
+            where attempt_id = here.attempt_id
               and status = $1
               and ($4::pg_catalog.text is null or queue = $4)
             limit 1) as found
- where w.attempt_id > $2
- order by w.attempt_id
+
+-- name: list_waiting @postgres
+-- One page of a status of what waits, as above; of one queue ($4) if it is given.
+select {attempt_of_found}
+  from {schema}.runtime_queue as here
+ {of_status}
+ where here.attempt_id > $2
+ order by here.attempt_id
  limit $3;
 
 -- name: list_waiting @sqlite
@@ -210,16 +214,10 @@ select {attempt_of_a}
 -- name: list_held @postgres
 -- As above, of what is held.
 select {attempt_of_found}
-  from {schema}.runtime_leases as l
- cross join lateral (
-           select {attempt}
-             from {schema}.runtime_attempts
-            where attempt_id = l.attempt_id
-              and status = $1
-              and ($4::pg_catalog.text is null or queue = $4)
-            limit 1) as found
- where l.attempt_id > $2
- order by l.attempt_id
+  from {schema}.runtime_leases as here
+ {of_status}
+ where here.attempt_id > $2
+ order by here.attempt_id
  limit $3;
 
 -- name: list_held @sqlite
@@ -242,15 +240,9 @@ select {attempt_of_found}
          where status in ($1, $1)
            and status <> 'completed'
            and attempt_id > $2
-         order by status, attempt_id) as ended
- cross join lateral (
-           select {attempt}
-             from {schema}.runtime_attempts
-            where attempt_id = ended.attempt_id
-              and status = $1
-              and ($4::pg_catalog.text is null or queue = $4)
-            limit 1) as found
- order by ended.status, ended.attempt_id
+         order by status, attempt_id) as here
+ {of_status}
+ order by here.status, here.attempt_id
  limit $3;
 
 -- name: list_ended @sqlite
@@ -853,10 +845,9 @@ select place, attempt_id, kind
          order by place desc
          limit 1) as last;
 
--- name: mend @postgres
--- Let the attempts of a JSON array ($1) of places be found as what their rows say that they are. They are locked, as what
--- waits is before them, so that nothing is written of what is no longer so.
-with given as (
+-- part: given_and_waiting
+-- On PostgreSQL, the attempts of a JSON array ($1) of places, and what waits of them, locked in the order of ids.
+given as (
     select value as attempt_id
       from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as x (value)
      where value = value || ''
@@ -866,7 +857,12 @@ with given as (
       join {schema}.runtime_queue as w on w.attempt_id = given.attempt_id
      order by w.attempt_id
        for update of w
-), truth as (
+)
+
+-- name: mend @postgres
+-- Let the attempts of a JSON array ($1) of places be found as what their rows say that they are. They are locked, as what
+-- waits is before them, so that nothing is written of what is no longer so.
+with {given_and_waiting}, truth as (
     select {waiting_of_a}, a.status, a.finished_at_ms
       from given
       join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
@@ -922,17 +918,7 @@ select {finished}
 
 -- name: unqueue @postgres
 -- Take away what is said to wait at the places of a JSON array ($1) and does not. Locked as above.
-with given as (
-    select value as attempt_id
-      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as x (value)
-     where value = value || ''
-), waiting as (
-    select w.attempt_id
-      from given
-      join {schema}.runtime_queue as w on w.attempt_id = given.attempt_id
-     order by w.attempt_id
-       for update of w
-), truth as (
+with {given_and_waiting}, truth as (
     select a.attempt_id
       from given
       join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id

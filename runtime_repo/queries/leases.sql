@@ -113,6 +113,19 @@ select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at f
                             and a.attempt_id <> all (array(select attempt_id from claimed)))
             then ('{skipped}: ' || (select pg_catalog.count(*) from taken)::pg_catalog.text)::bigint end;
 
+-- part: longest_due
+-- On SQLite, what a claim promotes of what is due in several queues.
+             from json_each($1) as named
+            cross join {schema}.runtime_queue as w
+            where w.rowid in (
+                      select rowid
+                        from {schema}.runtime_queue
+                       where queue = named.value
+                         and retry_at_ms is not null
+                         and retry_at_ms <= coalesce($5, {now_ms})
+                       order by retry_at_ms, attempt_id
+                       limit $6)
+
 -- part: first_waiting
 -- On SQLite, what a claim takes of what is ready in several queues.
 (
@@ -136,33 +149,13 @@ select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at f
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
  where attempt_id in (
-           select w.attempt_id
-             from json_each($1) as named
-            cross join {schema}.runtime_queue as w
-            where w.rowid in (
-                      select rowid
-                        from {schema}.runtime_queue
-                       where queue = named.value
-                         and retry_at_ms is not null
-                         and retry_at_ms <= coalesce($5, {now_ms})
-                       order by retry_at_ms, attempt_id
-                       limit $6))
+           select w.attempt_id {longest_due})
    and status in ('queued', 'retry_backoff');
 update {schema}.runtime_queue
    set retry_at_ms = null
  where changes() > 0
    and rowid in (
-           select w.rowid
-             from json_each($1) as named
-            cross join {schema}.runtime_queue as w
-            where w.rowid in (
-                      select rowid
-                        from {schema}.runtime_queue
-                       where queue = named.value
-                         and retry_at_ms is not null
-                         and retry_at_ms <= coalesce($5, {now_ms})
-                       order by retry_at_ms, attempt_id
-                       limit $6));
+           select w.rowid {longest_due});
 insert into {schema}.runtime_leases ({held})
 select $4 || '-' || a.rowid, a.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
        min(a.lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
