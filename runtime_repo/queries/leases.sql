@@ -325,8 +325,9 @@ delete from {schema}.runtime_leases
 update {schema}.runtime_leases
    set heartbeat_at_ms     = coalesce($4, {now_ms}),
        lease_expires_at_ms = coalesce($4, {now_ms}) + $3
- where lease_id = $1
-   and version  = $2
+ where attempt_id = $5
+   and lease_id   = $1
+   and version    = $2
    and lease_expires_at_ms > coalesce($4, {now_ms})
    and exists (
            select 1
@@ -420,15 +421,18 @@ delete from {schema}.runtime_leases
    and changes() > 0;
 
 -- name: list @postgres
--- One page of all leases, in the order of their ids, after the last id of the page before.
+-- One page of all leases, in the order of their ids, after the last id of the page before. It reads all that is
+-- held; what is on the page is looked up.
 select {lease}
-  from {schema}.runtime_leases as l
+  from (select lease_id, attempt_id, lease_expires_at_ms, heartbeat_at_ms, claimed_at_ms
+          from {schema}.runtime_leases
+         where lease_id > $1
+         order by lease_id) as l
  cross join lateral (
            select {attempt}
              from {schema}.runtime_attempts
             where attempt_id = l.attempt_id
             limit 1) as a
- where l.lease_id > $1
  order by l.lease_id
  limit $2;
 
@@ -442,16 +446,18 @@ select {lease}
  limit $2;
 
 -- name: list_by_worker @postgres
--- As above, of one worker, past those of others.
+-- As above, of one worker.
 select {lease}
-  from {schema}.runtime_leases as l
+  from (select lease_id, attempt_id, lease_expires_at_ms, heartbeat_at_ms, claimed_at_ms
+          from {schema}.runtime_leases
+         where worker_id = $1
+           and lease_id > $2
+         order by lease_id) as l
  cross join lateral (
            select {attempt}
              from {schema}.runtime_attempts
             where attempt_id = l.attempt_id
             limit 1) as a
- where case when l.worker_id = $1 then 1 end is not null
-   and l.lease_id > $2
  order by l.lease_id
  limit $3;
 
@@ -497,13 +503,13 @@ select a.attempt_id, a.lease_version, a.lease_id
    and l.lease_expires_at_ms > coalesce($2, {now_ms});
 
 -- name: park @postgres
--- Take out of the way what was just claimed under a lease ($1) and cannot be read, and say why ($2): as a failed one an
--- operator finds it. Fenced by the lease's id, for what it holds may be anything.
+-- Take the attempt ($4) out of the way that was just claimed under a lease ($1) and cannot be read, and say why ($2): as a
+-- failed one an operator finds it. Fenced by the lease's id, for what it holds may be anything.
 with parked as (
     update {schema}.runtime_attempts
        set status = 'failed', retry_at_ms = null, error = $2, finished_at_ms = coalesce($3, {now_ms}), ended_by = 'park'
-     where attempt_id = (select attempt_id from {schema}.runtime_leases where lease_id = $1)
-       and lease_id = $1
+     where attempt_id = $4
+       and lease_id   = $1
        and status in ('leased', 'running')
     returning {finished}
 ), listed as (
@@ -512,8 +518,8 @@ with parked as (
         on conflict do nothing
 )
 delete from {schema}.runtime_leases
- where lease_id = $1
-   and attempt_id = (select attempt_id from parked);
+ where attempt_id = (select attempt_id from parked)
+   and lease_id   = $1;
 
 -- name: park @sqlite
 -- As above, in statements of one transaction.
@@ -588,21 +594,22 @@ with late as materialized (
        and a.status in ('leased', 'running')
        for update of a skip locked
 ), idle as materialized (
-    (select lease_id
+    (select attempt_id, lease_id
        from {schema}.runtime_leases
       where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
       order by lease_expires_at_ms
       limit $1)
      union all
-    (select lease_id
+    (select attempt_id, lease_id
        from {schema}.runtime_leases
       where lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
       order by lease_expires_at_ms
       limit $1)
 ), nobodys as (
-    select l.lease_id
+    select l.attempt_id
       from {schema}.runtime_leases as l
-     where l.lease_id = any (array(select lease_id from idle))
+     where l.attempt_id = any (array(select attempt_id from idle))
+       and l.lease_id = any (array(select lease_id from idle))
        and case when l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
                   or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long} then 1 end is not null
        and $4::pg_catalog.text is null
@@ -613,7 +620,7 @@ with late as materialized (
        for update of l skip locked
 ), orphans as (
     delete from {schema}.runtime_leases
-     where lease_id = any (array(select lease_id from nobodys))
+     where attempt_id = any (array(select attempt_id from nobodys))
 ), silent as materialized (
     select attempt_id, worker_id, ' expired' as fate from ended
      union all
