@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -38,9 +38,10 @@ from runtime_repo.shielding import CLEAN_UP, finish
 from runtime_repo.sqlite.backup import Copy, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
-from runtime_repo.sqlite.group import Group, Part, Query, reads
+from runtime_repo.sqlite.group import Group, Part, Query
 from runtime_repo.sqlite.limits import Limit, Limits
 from runtime_repo.sqlite.look import looking
+from runtime_repo.sqlite.statements import Prepared
 from runtime_repo.sqlite.translation import is_writable, translated
 from runtime_repo.sqlite.turn import ALONE, Turn
 
@@ -92,8 +93,6 @@ class SqliteDatabase(Unique):
         self._backup = backup
         self._lock_timeout = lock_timeout
         self._limits = Limits(verb_timeout, self._silent)
-        self._queries = _queries()
-        self._readers = _readers()
         self._connection: aiosqlite.Connection | None = None
         self._turn = Turn(self._begin_together)
         self._groups: set[asyncio.Task[None]] = set()
@@ -151,9 +150,11 @@ class SqliteDatabase(Unique):
         hurries: bool = False,
         when_called: Callable[[], None] | None = None,
     ) -> "Part[Sequence[Row]]":
-        what = Query(self._queries[query], args)
-        shared = None if query in self._readers else what.shared
-        return Part(what.alone, shared, hurries=hurries, when_called=when_called)
+        prepared = PREPARED[query]
+        what = Query(prepared, args)
+        if prepared.reads:
+            return Part(what.alone, hurries=hurries, when_called=when_called)
+        return Part(what.alone, what.bare, what.apart, hurries=hurries, when_called=when_called)
 
     async def _do(self, part: "Part[T]") -> T:
         """Do what a caller wants, in its turn."""
@@ -333,7 +334,7 @@ class SqliteDatabase(Unique):
 
     async def run(self, query: str, args: Sequence[object]) -> Sequence[Row]:
         """Run a named query in the transaction that is open."""
-        what = Query(self._queries[query], args)
+        what = Query(PREPARED[query], args)
 
         def work(connection: Connection) -> Sequence[Row]:
             self.require_transaction(connection)
@@ -407,7 +408,7 @@ class SqliteDatabase(Unique):
             if self._connection is not None:
                 async with self._turn.mine():
                     return await self.look_now(shipped)
-            first = Hop(looking(self._queries, shipped))
+            first = Hop(looking(PREPARED, shipped))
             try:
                 await self._open(first)
             except DatabaseUnavailableError:
@@ -452,7 +453,7 @@ class SqliteDatabase(Unique):
 
     async def look_now(self, shipped: Sequence[Catalog]) -> Look:
         """Look on the connection that is open, which is one's own at the moment."""
-        look = looking(self._queries, shipped)
+        look = looking(PREPARED, shipped)
 
         def work(connection: Connection) -> Look:
             connection.prove(now=True)
@@ -529,7 +530,7 @@ class SqliteDatabase(Unique):
         """Look on a connection for this alone, which makes no file and waits for no transaction of this process."""
         deadline = time.monotonic() + self._lock_timeout
         while True:
-            first = Hop(looking(self._queries, shipped))
+            first = Hop(looking(PREPARED, shipped))
             try:
                 connection = await self._connect(first)
             except Busy as busy:
@@ -698,16 +699,15 @@ class _BootTransaction:
         return await self._database.look_now(shipped)
 
 
-@cache
-def _queries() -> dict[str, tuple[str, ...]]:
-    """Every query as its statements; the same for every file."""
-    return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", **_TOKENS).items()}
+class _Prepared(dict[str, Prepared]):
+    """Every query, made ready when it is first asked for; the same for every file."""
+
+    def __missing__(self, query: str) -> Prepared:
+        prepared = self[query] = Prepared(load_queries("sqlite", **_TOKENS)[query])
+        return prepared
 
 
-@cache
-def _readers() -> frozenset[str]:
-    """The queries that write nothing, and so need no lock that others could be waiting for."""
-    return frozenset(query for query, statements in _queries().items() if len(statements) == 1 and reads(statements[0]))
+PREPARED = _Prepared()
 
 
 def _nothing(connection: Connection) -> None:

@@ -22,6 +22,7 @@ from runtime_repo import (
     RuntimeRepository,
     SqliteRuntimeRepository,
 )
+from runtime_repo.queries import load_queries, split_statements
 from runtime_repo.sqlite import SqliteDatabase
 from runtime_repo.sqlite import database as database_module
 from runtime_repo.sqlite import group as group_module
@@ -34,6 +35,8 @@ from tests.lab import SqliteLab
 from tests.place import Place
 
 T = TypeVar("T")
+
+SQLITE = load_queries("sqlite", **database_module._TOKENS)
 
 MANY = 10
 """Verbs that wait for one turn."""
@@ -391,13 +394,14 @@ async def test_a_query_is_known_to_read_if_it_does(lab: SqliteLab) -> None:
     parameters = {str(number): None for number in range(1, 20)}
     found = set()
     with lab.connection() as connection:
-        for query, statements in database_module._queries().items():
+        for query, text in SQLITE.items():
+            statements = list(split_statements(text))
             if query != "schema.create_ledger":
-                programs = [connection.execute(f"explain {text}", parameters).fetchall() for text in statements]
+                programs = [connection.execute(f"explain {one}", parameters).fetchall() for one in statements]
                 writes = any(step[1] == "Transaction" and step[3] for program in programs for step in program)
                 if not writes and len(statements) == 1:
                     found.add(query)
-    assert database_module._readers() == found
+    assert {query for query in SQLITE if database_module.PREPARED[query].reads} == found
     assert len(found) > 20
 
 

@@ -330,6 +330,18 @@ async def test_an_empty_key_is_refused_before_anything_is_done(lab: Lab, table: 
     assert (await lab.boot()).to_version == NEWEST
 
 
+@on_sqlite
+async def test_a_column_that_would_be_lost_is_refused_before_anything_is_done(lab: SqliteLab) -> None:
+    """SQLite changes no table's key: that of the leases is made anew, with the columns that it is known to have."""
+    await lab.reach(1)
+    await lab.execute("alter table runtime_leases add column note text")
+    (problem,) = (await lab.refused(UnsuitableDatabaseError)).problems
+    assert "a column of another program's" in problem
+    assert "'note'" in problem
+    await lab.execute("alter table runtime_leases drop column note")
+    assert (await lab.boot()).to_version == NEWEST
+
+
 async def test_the_last_number_of_tries_is_kept(lab: Lab) -> None:
     """An attempt that has used up all numbers is upgraded, and no number overflows."""
     await lab.reach(1)
