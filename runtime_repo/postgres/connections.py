@@ -259,7 +259,8 @@ class Target:
         """
         In the child of a fork: put nothing in the place of each socket, without shutting it down.
 
-        So the server sees at once when the parent ends, whatever the child does, and rolls back what it had begun.
+        So the server sees at once when the parent ends, whatever the child does, and rolls back what it had begun. A
+        connection that is still being made stays as it is: nothing has begun in it.
         """
         nothing = os.open(os.devnull, os.O_RDWR)
         for connection in list(self._made):
