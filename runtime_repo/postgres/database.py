@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import random
+import re
 import secrets
 import weakref
 import zlib
@@ -46,7 +47,7 @@ from runtime_repo.postgres.connections import (
 from runtime_repo.postgres.heartbeats import Heartbeats
 from runtime_repo.postgres.notifications import Deaf, Hear, Listener, Teller
 from runtime_repo.postgres.refusals import bare, is_conflict, is_lost, is_spoilt, meaning
-from runtime_repo.queries import load_queries
+from runtime_repo.queries import fill, load_queries
 from runtime_repo.repository import Unique, check_seconds
 from runtime_repo.shielding import finish
 
@@ -83,6 +84,9 @@ _TRIES = 5
 
 _GRACE = 1.0
 """Seconds for the last try to connect, which begins when the time is up, and for an answer that is still under way."""
+
+_READING = 1000
+"""Milliseconds for which whoever only tells what there is waits for a table."""
 
 _OVERDUE = 3.0
 _WATCH = 2.0
@@ -166,6 +170,16 @@ class PostgresDatabase(Unique):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target!r}, schema={self._schema!r})"
+
+    @property
+    def place(self) -> str:
+        return f"{self._target!r}, schema {self._schema}"
+
+    def text(self, query: str) -> str:
+        return re.sub(r"^--.*\n", "", self.queries[query], flags=re.MULTILINE)
+
+    def filled(self, text: str) -> str:
+        return fill(text, self.tokens)
 
     async def _connected(self) -> "Connection":
         """Connect, trying again while the server may come up; the last try begins when the time is up."""
@@ -784,10 +798,22 @@ class PostgresDatabase(Unique):
             _check_busy(error)
             raise
 
-    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:
+    def read_only(self, connection: "Connection") -> contextlib.AbstractAsyncContextManager[None]:
+        """A transaction that writes nothing, and that gives up where it would wait for a table."""
+        begin = f"begin isolation level read committed read only; set local lock_timeout = '{_READING}ms'"
+        return self._together(connection, begin, "commit", "rollback")
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator["_Reader"]:
+        async with self._apart() as connection:
+            yield _Reader(self, connection, functools.partial(self._unlimited, connection))
+
+    async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:
         async with self._apart() if apart else self._acquired() as connection:
             text = self.queries["schema.lock_holder"]
-            rows = await self.answer(connection, connection.fetch, text, _LOCK_CLASS, self._lock_key, self._schema)
+            # Without the schema no other lock is looked for than the advisory one.
+            schema = None if migrating else self._schema
+            rows = await self.answer(connection, connection.fetch, text, _LOCK_CLASS, self._lock_key, schema)
         if not rows:
             return None
         row = rows[0]
@@ -810,6 +836,9 @@ class PostgresDatabase(Unique):
                 await self._open_pool()
 
     async def take_backup(self, from_version: int) -> Path | None:  # noqa: ARG002
+        return None
+
+    def backup_name(self, from_version: int) -> str | None:  # noqa: ARG002
         return None
 
     def _meaning(self, error: BaseException, *, connecting: bool = False) -> RuntimeRepoError:
@@ -844,6 +873,31 @@ class _Transaction:
 
     def tell(self, queues: Iterable[str]) -> None:
         self._untold.update(queues)
+
+
+class _Reader:
+    """Statements on one connection, each in a transaction that may not write and waits for no table."""
+
+    def __init__(
+        self,
+        database: PostgresDatabase,
+        connection: "Connection",
+        unlimited: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self._database = database
+        self._connection = connection
+        self._unlimited = unlimited
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        text = self._database.queries[query]
+        async with self._database.read_only(self._connection):
+            return await self._database.answer(self._connection, self._connection.fetch, text, *args)
+
+    async def ask(self, text: str) -> Sequence[Row]:
+        async with self._database.read_only(self._connection):
+            with self._unlimited():
+                rows: Sequence[Row] = await self._connection.fetch(self._database.filled(text), timeout=NO_LIMIT)
+            return rows
 
 
 def _check_busy(error: DatabaseUnavailableError) -> None:
