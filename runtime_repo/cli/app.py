@@ -1,12 +1,9 @@
 """Which commands there are, and what becomes of whatever one of them ends with."""
 
 import contextlib
-import difflib
 import importlib
-import json
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 import click
@@ -48,6 +45,8 @@ class _Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         known = self.list_commands(ctx)
         if args and args[0] not in known and not args[0].startswith("-"):
+            import difflib
+
             similar = difflib.get_close_matches(args[0], known, 1)
             hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"
             # What was given may be an address with a password in it.
@@ -110,6 +109,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _failed(error: Exception, redaction: Redaction, *, is_json: bool) -> int:
     """Tell of an error: the library's own words, or that there is a mistake in the command."""
+    import json
+    import traceback
+
     from runtime_repo.errors import RuntimeRepoError, SchemaError, SchemaLockTimeoutError
 
     if is_debugging():

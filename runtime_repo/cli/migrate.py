@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from runtime_repo.cli.shared import YES, Call, on_database
-from runtime_repo.cli.text import table
+from runtime_repo.cli.text import differences, table
 from runtime_repo.cli.working import working
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def _as_dict(report: "SchemaReport") -> dict[str, Any]:
 
 
 def _show(console: Console, report: "SchemaReport") -> None:
-    for difference in report.tolerated:
-        console.print(Text(f"· {difference}"))
+    for line in differences(report.tolerated):
+        console.print(line)
     if not report.applied:
         waited = (
             f" (another process migrated it, {report.waited:.1f} s)" if report.from_version < report.to_version else ""

@@ -9,6 +9,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from runtime_repo.cli.shared import NO, YES, Call, on_database
+from runtime_repo.cli.text import differences
 
 if TYPE_CHECKING:
     from runtime_repo.schema import SchemaPlan
@@ -52,8 +53,7 @@ def _summary(plan: "SchemaPlan") -> Iterator[Text]:
     if plan.refusal is not None:
         yield Text(f"A boot would be refused: {plan.refusal}", style="red")
         return
-    for difference in plan.tolerated:
-        yield Text(f"· {difference}")
+    yield from differences(plan.tolerated)
     if not plan.migrations:
         yield Text(f"A boot would change nothing: version {plan.found} is current.", style="green")
         return

@@ -1,6 +1,5 @@
 """What every command has: a database to work on, options, and two ways to print an answer."""
 
-import asyncio
 import functools
 import json
 import os
@@ -142,6 +141,8 @@ def on_database(name: str, *examples: str, words: tuple[str, ...] = ()) -> Calla
 
     def made(function: Function) -> click.Command:
         def run(given: tuple[str, ...], schema: str | None, as_json: bool, **options: Any) -> int:  # noqa: FBT001
+            import asyncio
+
             address, others = _told_apart(given, words)
             call = Call(Place(address, schema), others, is_json=as_json)
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from runtime_repo.cli.shared import NO, YES, Call, on_database
-from runtime_repo.cli.text import facts, instant, number, size, span, table
+from runtime_repo.cli.text import counted, differences, facts, instant, number, size, span, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,9 +48,8 @@ def _show(console: Console, status: "StoreStatus") -> None:
     for part in _tables(status):
         console.print()
         console.print(part)
-    for difference in status.schema.differences:
-        is_extra = difference.expected is None
-        console.print(Text(f"{'·' if is_extra else '!'} {difference}", style="" if is_extra else "yellow"))
+    for line in differences(status.schema.differences, status.schema.refusal):
+        console.print(line)
     for what in status.unknown:
         console.print(Text(f"? {what}", style="yellow"))
 
@@ -67,9 +66,9 @@ def _facts(status: "StoreStatus") -> Iterator[tuple[str, Text]]:
         yield "control" if number_ == 0 else "", Text(f"{switch.name} {switch.value}, since {since}", style="yellow")
     if status.failed is not None:
         held = sum(worker.leases for worker in status.workers)
-        yield "leases", Text(f"{number(held)} of {number(len(status.workers))} workers")
-        yield "failed", Text(number(status.failed), style="red" if status.failed else "")
-        yield "questions", Text(f"{number(status.pending_interrupts)} pending")
+        yield "leases", Text(f"{number(held)} held by {counted(len(status.workers), 'worker')}")
+        yield "failed", Text(counted(status.failed, "attempt"), style="red" if status.failed else "")
+        yield "interrupts", Text(f"{number(status.pending_interrupts)} pending")
 
 
 def _schema(status: "StoreStatus") -> Text:
@@ -105,8 +104,7 @@ def _tables(status: "StoreStatus") -> Iterator["Table"]:
             workers.add_row(f"and {len(status.workers) - _MOST:,} more", *[""] * 4, style="dim")
         yield workers
     if status.tables:
-        tables = table("table", "rows", "size", align="lrr")
+        tables = table("table", "rows, about", "size", align="lrr")
         for each in status.tables:
-            rows = "not analyzed" if each.rows is None else f"~ {number(each.rows)}"
-            tables.add_row(each.name, rows, size(each.size))
+            tables.add_row(each.name, number(each.rows), size(each.size))
         yield tables

@@ -1,14 +1,17 @@
 """How numbers, spans and instants read, and what a table looks like."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
-__all__ = ["MISSING", "facts", "instant", "listed", "number", "rate", "size", "span", "table"]
+    from runtime_repo.errors import Difference
+
+__all__ = ["MISSING", "counted", "differences", "facts", "instant", "number", "rate", "size", "span", "table"]
 
 MISSING = "-"
 """Where there is nothing to say."""
@@ -17,6 +20,11 @@ MISSING = "-"
 def number(value: float | None) -> str:
     """With commas."""
     return MISSING if value is None else f"{value:,}"
+
+
+def counted(value: int, noun: str) -> str:
+    """So many of something."""
+    return f"{number(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def rate(value: float | None) -> str:
@@ -81,7 +89,11 @@ def facts(rows: Sequence[tuple[str, "RenderableType"]]) -> "Table":
     return made
 
 
-def listed(items: Sequence[str], most: int) -> list[str]:
-    """The first of them, and how many more there are."""
-    rest = len(items) - most
-    return [*items[:most], f"and {rest:,} more"] if rest > 0 else list(items)
+def differences(found: Sequence["Difference"], told: str | None = None) -> Iterator["Text"]:
+    """A line for each: what is not as it should be, and what is merely extra. Those that were *told* are left out."""
+    from rich.text import Text
+
+    for difference in found:
+        if told is None or str(difference) not in told:
+            is_extra = difference.expected is None
+            yield Text(f"{'·' if is_extra else '!'} {difference}", style="" if is_extra else "yellow")

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from runtime_repo.cli.shared import NO, YES, Call, on_database
+from runtime_repo.cli.text import differences
 
 if TYPE_CHECKING:
     from runtime_repo.schema import SchemaStatus
@@ -42,6 +43,5 @@ def _show(console: Console, status: "SchemaStatus") -> None:
         console.print(Text(f"It would serve: version {status.found} is as this release knows it.", style="green"))
     else:
         console.print(Text(f"It would be refused: {status.refusal}", style="red"))
-    for difference in status.differences:
-        is_extra = difference.expected is None
-        console.print(Text(f"  {'·' if is_extra else '!'} {difference}", style="" if is_extra else "yellow"))
+    for line in differences(status.differences, status.refusal):
+        console.print(line)
