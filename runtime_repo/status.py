@@ -193,7 +193,7 @@ async def _told(pieces: "_Pieces", reader: Reader, look: Look, schema: SchemaSta
     if "runtime_queue" in tables:
         told["queues"] = await pieces.all(reader, "the queues", "attempts.stats", stats_from_row, None)
     elif "runtime_attempts" in tables:
-        found = await pieces.all(reader, "the queues", "status.queues_of_version_1", stats_from_row)
+        found = await pieces.all(reader, "the queues", "status.queues_without_names", stats_from_row)
         told["queues"] = tuple(queue for queue in found if queue.ready or queue.delayed or queue.leased)
     if "runtime_leases" in tables:
         told["workers"] = await pieces.all(reader, "the leases", "status.workers", _worker, _MOST_WORKERS)

@@ -48,7 +48,7 @@ select worker_id, {pg_catalog}count(*) as leases,
  order by leases desc, worker_id
  limit $1;
 
--- name: queues_of_version_1
+-- name: queues_without_names
 -- As attempts.stats, where all that waits, is held and has ended is in one table, and in one queue without a name.
 select 'default' as queue,
        {pg_catalog}count(case when status in ('queued', 'retry_backoff') and coalesce(retry_at_ms, 0) <= {now_ms}
@@ -62,7 +62,8 @@ select 'default' as queue,
 
 -- name: counts
 -- What somebody may have to look at, by index.
-select (select {pg_catalog}count(*) from {schema}.runtime_finished where status = 'failed') as failed,
+select (select {pg_catalog}count(*) from {schema}.runtime_finished
+         where status = 'failed' and status <> 'completed') as failed,
        (select {pg_catalog}count(*) from {schema}.runtime_interrupts where status = 'pending') as pending_interrupts;
 
 -- name: ended_lately
