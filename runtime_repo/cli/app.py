@@ -4,12 +4,13 @@ import contextlib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
 
 from runtime_repo.cli.redaction import Redaction
-from runtime_repo.cli.shared import DEBUG, NO, UNKNOWN, YES, epilog, is_debugging
+from runtime_repo.cli.shared import DEBUG, NO, UNKNOWN, YES, epilog
 
 __all__ = ["COMMANDS", "app", "run"]
 
@@ -101,6 +102,8 @@ def run(arguments: Sequence[str]) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # noqa: BLE001 - its exit code would be an answer
+        if "--debug" in arguments:
+            sys.stderr.write(redaction.of("".join(traceback.format_exception(error))))
         return _failed(error, redaction, is_json="--json" in arguments)
     else:
         return code if isinstance(code, int) else YES
@@ -110,12 +113,9 @@ def run(arguments: Sequence[str]) -> int:
 def _failed(error: Exception, redaction: Redaction, *, is_json: bool) -> int:
     """Tell of an error: the library's own words, or that there is a mistake in the command."""
     import json
-    import traceback
 
     from runtime_repo.errors import RuntimeRepoError, SchemaError, SchemaLockTimeoutError
 
-    if is_debugging():
-        sys.stderr.write(redaction.of("".join(traceback.format_exception(error))))
     words = redaction.of(" ".join(str(error).split()))
     if not isinstance(error, RuntimeRepoError):
         words = f"internal error, {type(error).__name__}: {words} (--debug shows where)"
