@@ -457,7 +457,10 @@ async def inspected(database: Database, migrations: Sequence[Migration], policy:
         SchemaLockTimeoutError: It was locked for longer than ``lock_timeout``.
     """
     catalogs = [migration.catalog for migration in migrations]
-    patience = _Patience(policy.lock_timeout)
+    return await _inspected(database, catalogs, _Patience(policy.lock_timeout))
+
+
+async def _inspected(database: Database, catalogs: Sequence[Catalog], patience: "_Patience") -> Look:
     patience.begin()
     losses = 0
     while True:
