@@ -213,7 +213,7 @@ class Reader(Protocol):
         ...
 
     async def ask(self, text: str) -> Sequence[Row]:
-        """As ``BootTransaction.ask``: it takes its time."""
+        """As above, a migration's own query, with its tokens. On PostgreSQL it takes its time."""
         ...
 
 

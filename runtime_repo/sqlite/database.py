@@ -662,9 +662,8 @@ class _Reader:
         return rows
 
     async def ask(self, text: str) -> Sequence[Row]:
-        # Without a limit: nobody waits for a reader.
-        statement = self._database.filled(text)
-        return await self._database.hop(lambda connection: connection.execute(statement).fetchall(), self._connection)
+        rows: Sequence[Row] = await self._database.read([self._database.filled(text)], (), self._connection)
+        return rows
 
 
 class _Heartbeats:
