@@ -2,6 +2,7 @@
 
 from runtime_repo.api_keys import ApiKey, ApiKeyStatus
 from runtime_repo.audit import AuditEntry
+from runtime_repo.control import ControlState, QuiesceProgress, Stop
 from runtime_repo.errors import (
     ConfigurationError,
     ConflictError,
@@ -9,10 +10,13 @@ from runtime_repo.errors import (
     Difference,
     ForeignSchemaError,
     InvalidTransitionError,
+    LeaseHolder,
     LeaseLostError,
     LockHolder,
     MigrationError,
     NotFoundError,
+    NotQuietError,
+    OutdatedReleaseError,
     OverloadedError,
     PayloadMismatchError,
     RefusedError,
@@ -34,7 +38,7 @@ from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, Queu
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
 from runtime_repo.retry import RetryPolicy
 from runtime_repo.rows import Page
-from runtime_repo.schema import AppliedMigration, SchemaReport, SchemaStatus
+from runtime_repo.schema import AppliedMigration, Compatibility, SchemaReport, SchemaStatus
 from runtime_repo.sqlite import SqliteRuntimeRepository
 from runtime_repo.step_reports import StepReport
 from runtime_repo.url import repository_from_url
@@ -47,8 +51,10 @@ __all__ = [
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
+    "Compatibility",
     "ConfigurationError",
     "ConflictError",
+    "ControlState",
     "DatabaseUnavailableError",
     "Difference",
     "ForeignSchemaError",
@@ -58,16 +64,20 @@ __all__ = [
     "InvalidTransitionError",
     "Job",
     "Lease",
+    "LeaseHolder",
     "LeaseLostError",
     "LockHolder",
     "MigrationError",
     "NewAttempt",
     "NotFoundError",
+    "NotQuietError",
+    "OutdatedReleaseError",
     "OverloadedError",
     "Page",
     "PayloadMismatchError",
     "PostgresRuntimeRepository",
     "QueueStats",
+    "QuiesceProgress",
     "RefusedError",
     "RepositoryClosedError",
     "RetryPolicy",
@@ -84,6 +94,7 @@ __all__ = [
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
     "StepReport",
+    "Stop",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
     "Worker",
