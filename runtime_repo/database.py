@@ -53,7 +53,8 @@ class Queries(Protocol):
         """
         Run a named query as one atomic step and return its rows.
 
-        A cancelled query may have taken effect, but it has finished before the next one starts.
+        A cancelled query may have taken effect, but it has finished before the next one starts; unless it was shared
+        with those of other tasks, as completions that meet are on PostgreSQL: it goes on for them.
         """
         ...
 
