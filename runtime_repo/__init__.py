@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from runtime_repo.api_keys import ApiKey, ApiKeyStatus
     from runtime_repo.audit import AuditEntry
+    from runtime_repo.control import ControlState, QuiesceProgress, Stop
     from runtime_repo.errors import (
         ConfigurationError,
         ConflictError,
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
         Difference,
         ForeignSchemaError,
         InvalidTransitionError,
+        LeaseHolder,
         LeaseLostError,
         LockHolder,
         MigrationError,
         NotFoundError,
+        NotQuietError,
+        OutdatedReleaseError,
         OverloadedError,
         PayloadMismatchError,
         RefusedError,
@@ -43,7 +47,14 @@ if TYPE_CHECKING:
     from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
     from runtime_repo.retry import RetryPolicy
     from runtime_repo.rows import Page
-    from runtime_repo.schema import AppliedMigration, PlannedMigration, SchemaPlan, SchemaReport, SchemaStatus
+    from runtime_repo.schema import (
+        AppliedMigration,
+        Compatibility,
+        PlannedMigration,
+        SchemaPlan,
+        SchemaReport,
+        SchemaStatus,
+    )
     from runtime_repo.sqlite import SqliteRuntimeRepository
     from runtime_repo.status import (
         Activity,
@@ -66,8 +77,10 @@ __all__ = [
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
+    "Compatibility",
     "ConfigurationError",
     "ConflictError",
+    "ControlState",
     "DatabaseUnavailableError",
     "Difference",
     "ForeignSchemaError",
@@ -77,11 +90,14 @@ __all__ = [
     "InvalidTransitionError",
     "Job",
     "Lease",
+    "LeaseHolder",
     "LeaseLostError",
     "LockHolder",
     "MigrationError",
     "NewAttempt",
     "NotFoundError",
+    "NotQuietError",
+    "OutdatedReleaseError",
     "OverloadedError",
     "Page",
     "PayloadMismatchError",
@@ -89,6 +105,7 @@ __all__ = [
     "PostgresRuntimeRepository",
     "QueueActivity",
     "QueueStats",
+    "QuiesceProgress",
     "RecordedMigration",
     "RefusedError",
     "RepositoryClosedError",
@@ -107,6 +124,7 @@ __all__ = [
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
     "StepReport",
+    "Stop",
     "StoreStatus",
     "Switch",
     "TableSize",

@@ -15,6 +15,7 @@ import re
 import secrets
 import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -429,7 +430,11 @@ class PostgresDatabase(Unique):
                 self._connections.in_time(self._startup_timeout, "startup_timeout"),
             ):
                 with self._connections.translated():
-                    return await self._looks.look(connection, shipped)
+                    look = await self._looks.look(connection, shipped)
+                    if look.is_newer(shipped):
+                        rows = await connection.fetch(self.queries["control.oldest"], timeout=NO_LIMIT)
+                        look = replace(look, oldest=rows[0]["value_json"] if rows else None)
+                    return look
         except DatabaseUnavailableError as error:
             _check_busy(error)
             raise
