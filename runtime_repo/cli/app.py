@@ -114,16 +114,24 @@ def _failed(error: Exception, redaction: Redaction, *, is_json: bool) -> int:
     """Tell of an error: the library's own words, or that there is a mistake in the command."""
     import json
 
-    from runtime_repo.errors import RuntimeRepoError, SchemaError, SchemaLockTimeoutError
+    from runtime_repo import errors
+
+    # The others say no, for good reason: refused, in use, damaged, of another release.
+    no_answer = (
+        errors.ConfigurationError,
+        errors.DatabaseUnavailableError,
+        errors.OverloadedError,
+        errors.SchemaLockTimeoutError,
+        errors.UnreadableRowError,
+    )
 
     words = redaction.of(" ".join(str(error).split()))
-    if not isinstance(error, RuntimeRepoError):
+    if not isinstance(error, errors.RuntimeRepoError):
         words = f"internal error, {type(error).__name__}: {words} (--debug shows where)"
     if is_json:
         sys.stdout.write(json.dumps({"error": {"type": type(error).__name__, "message": words}}, indent=2) + "\n")
     _say(words)
-    is_answer = isinstance(error, SchemaError) and not isinstance(error, SchemaLockTimeoutError)
-    return NO if is_answer else UNKNOWN
+    return NO if isinstance(error, errors.RuntimeRepoError) and not isinstance(error, no_answer) else UNKNOWN
 
 
 def _say(words: str) -> None:
