@@ -21,9 +21,13 @@ do update
 -- is computed even if there is no row: a trigger that skips the lease's would leave the attempt to nobody.
 with moment as (
     select coalesce($5::bigint, {now_ms}) as at
+), open as (
+    select named.value as queue
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (value)
+     where {is_open}
 ), ready as (
     select found.place, found.attempt_id, found.priority, found.enqueued_at_ms
-      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
+      from open as named
      cross join lateral (
                select place, attempt_id, priority, enqueued_at_ms
                  from (select ctid as place, attempt_id, priority, enqueued_at_ms
@@ -36,7 +40,7 @@ with moment as (
                 limit $6) as found
 ), due as (
     select found.place, found.attempt_id, found.priority, found.enqueued_at_ms
-      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
+      from open as named
      cross join lateral (
                select place, attempt_id, priority, enqueued_at_ms
                  from (select ctid as place, attempt_id, priority, enqueued_at_ms
@@ -119,7 +123,8 @@ select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at f
 select nullif(json_group_array(w.rowid), '[]') as "$7"
   from json_each($1) as named
  cross join {schema}.runtime_queue as w
- where w.rowid in (
+ where {is_open}
+   and w.rowid in (
            select rowid
              from {schema}.runtime_queue
             where queue = named.value
@@ -156,7 +161,8 @@ select w.rowid as "$8", a.rowid as "$9", coalesce($5, {now_ms}) as "$10"
  cross join {schema}.runtime_queue as w
   left join {schema}.runtime_attempts as a
     on a.attempt_id = w.attempt_id and a.status in ('queued', 'retry_backoff')
- where w.rowid = {ready}
+ where {is_open}
+   and w.rowid = {ready}
  order by w.priority desc, w.enqueued_at_ms, w.attempt_id
  limit 1;
 delete from {schema}.runtime_queue
@@ -186,7 +192,8 @@ select nullif(json_group_array(first.place), '[]') as "$8",
   from (select w.rowid as place, w.attempt_id
           from json_each($1) as named
          cross join {schema}.runtime_queue as w
-         where w.rowid in {ready}
+         where {is_open}
+           and w.rowid in {ready}
          order by w.priority desc, w.enqueued_at_ms, w.attempt_id
          limit $6) as first
   left join {schema}.runtime_attempts as a
@@ -214,9 +221,10 @@ select $11 + $3 as lease_expires_at_ms, $11 as heartbeat_at_ms, $11 as claimed_a
 -- name: claim_attempt @postgres
 -- Take this attempt ($1), if it is ready or due, under the lease id $4.
 with taken as (
-    delete from {schema}.runtime_queue
-     where attempt_id = $1
-       and (retry_at_ms is null or retry_at_ms <= coalesce($5, {now_ms}))
+    delete from {schema}.runtime_queue as w
+     where w.attempt_id = $1
+       and (w.retry_at_ms is null or w.retry_at_ms <= coalesce($5, {now_ms}))
+       and (select 1 from (select w.queue as value) as named where {is_open}) is not null
     returning attempt_id
 ), claimed as (
     update {schema}.runtime_attempts
@@ -252,6 +260,7 @@ select a.rowid as "$6", w.rowid as "$7", coalesce($5, {now_ms}) as "$8"
  cross join {schema}.runtime_attempts as a
  where w.attempt_id = $1
    and (w.retry_at_ms is null or w.retry_at_ms <= coalesce($5, {now_ms}))
+   and (select 1 from (select w.queue as value) as named where {is_open}) is not null
    and a.attempt_id = w.attempt_id
    and a.status in ('queued', 'retry_backoff');
 delete from {schema}.runtime_queue

@@ -10,7 +10,21 @@ from runtime_repo.sqlite.catalog import catalog_from_rows, fingerprint, ledger_f
 from runtime_repo.sqlite.connection import Connection
 from runtime_repo.sqlite.statements import Prepared
 
-__all__ = ["looking"]
+__all__ = ["inspecting", "looking"]
+
+
+def inspecting(queries: Mapping[str, Prepared], shipped: Sequence[Catalog]) -> Callable[[Connection], Look]:
+    """The look, and what one that is not to lead to a boot asks besides."""
+    look = looking(queries, shipped)
+
+    def work(connection: Connection) -> Look:
+        found = look(connection)
+        if not found.is_newer(shipped):
+            return found
+        rows = queries["control.oldest"].run(connection, ())
+        return replace(found, oldest=rows[0]["value_json"] if rows else None)
+
+    return work
 
 
 def looking(queries: Mapping[str, Prepared], shipped: Sequence[Catalog]) -> Callable[[Connection], Look]:
