@@ -81,16 +81,26 @@ def check_lease(lease: Lease) -> Lease:
         raise ConfigurationError(f"lease is {lease!r}: expected a Lease, as claim returns it")
     try:
         # Not how long they are: what an earlier program stored must be possible to finish.
-        is_stored = is_text(lease.lease_id + lease.attempt_id + lease.worker_id)
-        is_stored = is_stored and 0 <= lease.version < 2**63 and type(lease.version) is int
-        is_stored = is_stored and isinstance(lease.attempt, Attempt) and type(lease.attempt.attempt_no) is int
-    except TypeError:
-        is_stored = False
-    times = (lease.claimed_at, lease.heartbeat_at, lease.expires_at)
-    is_timed = all(isinstance(time, datetime) and time.tzinfo is not None for time in times)
-    if not (is_stored and is_timed and isinstance(lease.asked_at, (NoneType, float, int))):
+        is_valid = (
+            is_text(lease.lease_id + lease.attempt_id + lease.worker_id)
+            and type(lease.version) is int
+            and 0 <= lease.version < 2**63
+            and isinstance(lease.attempt, Attempt)
+            and type(lease.attempt.attempt_no) is int
+            and _is_instant(lease.claimed_at)
+            and _is_instant(lease.heartbeat_at)
+            and _is_instant(lease.expires_at)
+            and isinstance(lease.asked_at, (NoneType, float, int))
+        )
+    except (AttributeError, TypeError):
+        is_valid = False
+    if not is_valid:
         raise ConfigurationError(f"lease is {lease!r}: expected a Lease with the values that claim returned")
     return lease
+
+
+def _is_instant(value: object) -> bool:
+    return isinstance(value, datetime) and value.tzinfo is not None
 
 
 def ended_by(lease: Lease, attempt: Attempt) -> str | None:

@@ -107,6 +107,7 @@ class _Filled(Mapping[str, str]):
         return len(self._texts)
 
 
+@lru_cache(maxsize=128)
 def bounded(query: str, count: int) -> str:
     """The *query* for at least *count* rows, of those that differ in how many they are made for."""
     return f"{query} {next(bound for bound in _BOUNDS[query] if count <= bound)}"

@@ -36,6 +36,8 @@ class Hop:
         failed: Whether it has ended with an error.
     """
 
+    __slots__ = ("_repeats", "_result", "_runs", "_work", "connection", "failed", "given_up")
+
     _lock = threading.Lock()
     """Of all of them, since each holds it for a moment only."""
 

@@ -17,7 +17,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -39,7 +39,7 @@ from runtime_repo.shielding import CLEAN_UP, finish
 from runtime_repo.sqlite.backup import Copy, backup_path, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
-from runtime_repo.sqlite.group import Group, Part, Query
+from runtime_repo.sqlite.group import Glance, Group, Part, Query
 from runtime_repo.sqlite.limits import Limit, Limits
 from runtime_repo.sqlite.look import inspecting, looking
 from runtime_repo.sqlite.statements import Prepared
@@ -129,8 +129,8 @@ class SqliteDatabase(Unique):
             own = None if self._connection is None else self._connection._connection
             hold_inherited(self._path, was_idle=isinstance(own, Connection) and is_idle(own))
 
-    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        return await self._do(self._part(query, args))
+    def fetch(self, query: str, *args: object) -> Coroutine[Any, Any, Sequence[Row]]:
+        return self._do(Part(Query(PREPARED[query], args)))
 
     async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
         was_asked = False
@@ -142,7 +142,7 @@ class SqliteDatabase(Unique):
 
         try:
             async with asyncio.timeout(within) as limit:
-                return await self._do(self._part(query, args, when_called=asked))
+                return await self._do(Part(Query(PREPARED[query], args), when_called=asked))
         except TimeoutError:
             if was_asked:
                 raise
@@ -150,40 +150,38 @@ class SqliteDatabase(Unique):
 
     async def ask_in_a_hurry(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
         """As ``fetch``, before all others that wait for their turn; and when that had come."""
-        part = self._part(query, args, hurries=True)
+        part: Part[Sequence[Row]] = Part(Query(PREPARED[query], args), hurries=True)
         return await self._do(part), part.asked_at
-
-    def _part(
-        self,
-        query: str,
-        args: Sequence[object],
-        *,
-        hurries: bool = False,
-        when_called: Callable[[], None] | None = None,
-    ) -> "Part[Sequence[Row]]":
-        prepared = PREPARED[query]
-        what = Query(prepared, args)
-        if prepared.reads:
-            return Part(what.alone, hurries=hurries, when_called=when_called)
-        return Part(what.alone, what.bare, what.apart, hurries=hurries, when_called=when_called)
 
     async def _do(self, part: "Part[T]") -> T:
         """Do what a caller wants, in its turn."""
         with Limit(self._limits):
-            return await self._patiently(self._do_in_turn, part, hurries=part.hurries)
+            return await self._in_turn(part)
 
-    async def _do_in_turn(self, part: "Part[T]") -> T:
-        try:
-            answer = await self._turn.share(part)
-        except asyncio.CancelledError:
-            part.give_up()
-            raise
-        if answer is not ALONE:
-            return cast(T, answer)
-        try:
-            return await self.hop(part.alone)
-        finally:
-            self._turn.give()
+    async def _in_turn(self, part: "Part[T]") -> T:
+        """As above, however long it takes, but for locks: as ``_patiently``, without a coroutine for each step."""
+        loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            turn = self._turn
+            try:
+                if (answer := turn.ask(part, loop)) is not None:
+                    try:
+                        found = await answer
+                    except asyncio.CancelledError:
+                        turn.left(part)
+                        part.give_up()
+                        raise
+                    if found is not ALONE:
+                        return cast(T, found)
+                try:
+                    return cast(T, await self.hop(part.what.alone))
+                finally:
+                    turn.give()
+            except Busy as busy:
+                if time.monotonic() >= deadline:
+                    raise self._locked() from busy.__cause__
+            await asyncio.sleep(random.uniform(0.001, 0.005 if part.hurries else 0.02))  # noqa: S311
 
     def _begin_together(self, parts: "Sequence[Part[Any]]") -> None:
         """Have the turn's *parts* done, in a task that none of their callers can cancel."""
@@ -332,16 +330,16 @@ class SqliteDatabase(Unique):
 
         return await self._patiently(begin)
 
-    async def _patiently(self, work: Callable[..., Awaitable[T]], *args: object, hurries: bool = False) -> T:
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do *work*, and again while it is told that the file is locked, for as long as is allowed."""
         deadline = time.monotonic() + self._lock_timeout
         while True:
             try:
-                return await work(*args)
+                return await work()
             except Busy as busy:
                 if time.monotonic() >= deadline:
                     raise self._locked() from busy.__cause__
-            await asyncio.sleep(random.uniform(0.001, 0.005 if hurries else 0.02))  # noqa: S311
+            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
     async def run(self, query: str, args: Sequence[object]) -> Sequence[Row]:
         """Run a named query in the transaction that is open."""
@@ -376,7 +374,7 @@ class SqliteDatabase(Unique):
         """
         try:
             async with asyncio.timeout(within):
-                return await self._patiently(self._do_in_turn, Part(_stamp))
+                return await self._in_turn(Part(Glance(_stamp)))
         except TimeoutError:
             return None
 
@@ -579,7 +577,7 @@ class SqliteDatabase(Unique):
 
     async def ask(self, text: str) -> Sequence[Row]:
         """What is asked of a database in memory, in its turn."""
-        return await self._do(Part(Query(Prepared(self.filled(text)), ()).alone))
+        return await self._do(Part(Query(Prepared(self.filled(text)), ())))
 
     async def read(self, prepared: Prepared, args: Sequence[object], connection: aiosqlite.Connection) -> Any:
         """Run a query on a connection of one's own, and again while the file is locked."""

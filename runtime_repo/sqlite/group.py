@@ -11,7 +11,7 @@ from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.statements import Prepared
 from runtime_repo.sqlite.turn import Waiting
 
-__all__ = ["Group", "Part", "Query"]
+__all__ = ["Glance", "Group", "Part", "Query"]
 
 T = TypeVar("T")
 
@@ -29,6 +29,11 @@ class Query:
     def __init__(self, prepared: Prepared, args: Sequence[object]) -> None:
         self._prepared = prepared
         self._args = args
+
+    @property
+    def reads(self) -> bool:
+        """Whether it writes nothing."""
+        return self._prepared.reads
 
     def alone(self, connection: Connection) -> Sequence[Row]:
         """Run it as a transaction of its own."""
@@ -71,36 +76,45 @@ class Query:
         return rows
 
 
+class Glance(Generic[T]):
+    """A function that only reads, done as a query is."""
+
+    __slots__ = ("alone", "apart", "bare")
+
+    reads = True
+
+    def __init__(self, work: Callable[[Connection], T]) -> None:
+        self.alone = self.apart = self.bare = work
+
+
 class Part(Waiting, Generic[T]):
     """
     What one caller wants, done alone or as a part of a group.
 
     Attributes:
-        alone: How it is done alone.
         error: What it failed with in a group, as the driver raised it.
         is_done: Whether a group has done it, and ended it the one way or the other.
         rows: What it found.
+        what: What is to be done.
     """
 
-    error: Exception | None = None
-    is_done = False
+    __slots__ = ("_hop", "_when_called", "error", "is_done", "rows", "what")
+
     rows: T
-    _hop: Hop | None = None
 
     def __init__(
         self,
-        alone: Callable[[Connection], T],
-        bare: Callable[[Connection], T] | None = None,
-        apart: Callable[[Connection], T] | None = None,
+        what: "Query | Glance[T]",
         *,
         hurries: bool = False,
         when_called: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__(_WRITES if bare else _READS, hurries=hurries)
-        self.alone = alone
-        self._bare = bare or alone
-        self._apart = apart or alone
+        super().__init__(_READS if what.reads else _WRITES, hurries=hurries)
+        self.what: Any = what
+        self.error: Exception | None = None
+        self.is_done = False
         self._when_called = when_called
+        self._hop: Hop | None = None
 
     @property
     def writes(self) -> bool:
@@ -114,13 +128,13 @@ class Part(Waiting, Generic[T]):
     def begin(self) -> None:
         """It belongs to a group, whether or not there is time for it. It may be done as if none failed."""
         self.error, self.is_done = None, False
-        self._hop = Hop(self._bare, repeats=not self.writes)
+        self._hop = Hop(self.what.bare, repeats=not self.writes)
 
     def begin_apart(self) -> None:
         """It is to be done again so that it may fail."""
         before = cast(Hop, self._hop)
         self.error, self.is_done = None, False
-        self._hop = Hop(self._apart)
+        self._hop = Hop(self.what.apart)
         if before.given_up:
             self._hop.give_up()
 

@@ -80,7 +80,7 @@ class Prepared:
         self.reads = self.is_single and _reads(statements[0].text)
 
     def run(self, connection: Any, args: Sequence[object]) -> Sequence[Row]:
-        """Run it on a *connection* whose rows have names, in the transaction that is open, if one is."""
+        """Run it on a *connection*, in the transaction that is open, if one is."""
         rows: Sequence[Row] = ()
         for statement in self.statements:
             if statement.needs and any(args[place] is None for place in statement.needs):
@@ -88,9 +88,15 @@ class Prepared:
             cursor = connection.execute(statement.text, statement.bound(args))
             if cursor.description is None:
                 continue
-            rows = cursor.fetchall()
+            # The driver's own rows look for a column from the first to the last, at each access.
+            cursor.row_factory = None
+            found = cursor.fetchall()
             if statement.finds:
-                args = (*args, *(cast("Sequence[Any]", rows[0]) if rows else (None,) * statement.finds))
+                args = (*args, *(found[0] if found else (None,) * statement.finds))
+            elif found:
+                names = [column[0] for column in cursor.description]
+                rows = [dict(zip(names, row, strict=True)) for row in found]
+            else:
                 rows = ()
         return rows
 
