@@ -61,7 +61,6 @@ if TYPE_CHECKING:
         QueueActivity,
         RecordedMigration,
         StoreStatus,
-        Switch,
         TableSize,
         WorkerLeases,
     )
@@ -126,7 +125,6 @@ __all__ = [
     "StepReport",
     "Stop",
     "StoreStatus",
-    "Switch",
     "TableSize",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
@@ -136,20 +134,8 @@ __all__ = [
 ]
 
 _HOMES = (
-    *(
-        "errors",
-        "retry",
-        "rows",
-        "records",
-        "schema",
-        "status",
-        "api_keys",
-        "audit",
-        "interrupts",
-        "jobs",
-        "step_reports",
-    ),
-    *("repository", "worker", "sqlite", "postgres", "url"),
+    *("errors", "retry", "rows", "records", "schema", "status", "control", "repository", "worker"),
+    *("api_keys", "audit", "interrupts", "jobs", "step_reports", "sqlite", "postgres", "url"),
 )
 """Where the names above live, and are looked for in this order: what needs both drivers comes last."""
 

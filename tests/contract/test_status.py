@@ -78,7 +78,9 @@ async def test_of_a_store_all_is_told(lab: Lab) -> None:
     assert status.size > 50_000
     assert status.server is not None
     assert status.server.startswith({"sqlite": "SQLite 3.", "postgres": "PostgreSQL 1"}[lab.backend])
-    assert (status.control, status.migrating, status.unknown) == ((), None, ())
+    assert (status.migrating, status.unknown) == (None, ())
+    assert status.control is not None
+    assert not status.control.is_quiesced
     assert lab.place.where.rpartition("/")[2] in status.place
 
 
@@ -182,12 +184,27 @@ async def test_a_row_that_cannot_be_read_hides_no_other(lab: Lab) -> None:
     async with lab.repository():
         pass
     await lab.execute(
-        "insert into runtime_control (name, value_json, updated_at_ms) values"
-        " ('broken', '{', 5), ('fine', '{\"a\": 1}', 5), ('late', 'null', 9223372036854775807)"
+        f"insert into {lab.table('leases')} values ('a', 'a', 'worker', 9223372036854775807, 5, 1, 0),"
+        " ('b', 'b', 'another', 5, 5, 1, 0)"
     )
+    await lab.execute("insert into runtime_control values ('quiesce', 'null', 9223372036854775807)")
     status = await status_of(lab)
-    assert [(switch.name, switch.value) for switch in status.control] == [("fine", {"a": 1})]
-    assert len(status.unknown) == 2
+    assert [worker.worker_id for worker in status.workers] == ["another"]
+    assert status.control is None
+    assert sorted(unknown.partition(":")[0] for unknown in status.unknown) == ["one of the leases", "the control"]
+
+
+async def test_what_the_operator_has_stopped_is_told(lab: Lab) -> None:
+    """As the control says it."""
+    async with lab.repository() as repo:
+        assert (await repo.status()).control == await repo.control.state()
+        await repo.control.pause("emails", "the mail server is down")
+        await repo.control.quiesce("an upgrade")
+        state = await repo.control.state()
+    status = await status_of(lab)
+    assert status.control == state
+    assert state.is_quiesced
+    assert status.as_dict()["control"] == state.as_dict()
 
 
 async def test_who_migrates_is_told_and_keeps_nothing_from_being_told(lab: Lab) -> None:
