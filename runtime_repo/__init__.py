@@ -133,10 +133,10 @@ __all__ = [
     "repository_from_url",
 ]
 
-_HOMES = (
-    *("errors", "retry", "rows", "records", "schema", "status", "control", "repository", "worker"),
-    *("api_keys", "audit", "interrupts", "jobs", "step_reports", "sqlite", "postgres", "url"),
-)
+_HOMES = [
+    *("errors", "retry", "rows", "records", "schema", "status", "control", "api_keys", "audit", "interrupts", "jobs"),
+    *("step_reports", "repository", "worker", "sqlite", "postgres", "url"),
+]
 """Where the names above live, and are looked for in this order: what needs both drivers comes last."""
 
 if not TYPE_CHECKING:  # to a type checker every name would be there

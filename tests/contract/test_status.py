@@ -21,6 +21,7 @@ from runtime_repo import (
     SqliteRuntimeRepository,
     StoreStatus,
 )
+from runtime_repo.schema import Policy, plan_schema
 from tests.lab import LEDGER, ONE, Lab, PostgresLab, SqliteLab, on_postgres
 from tests.schema.version_1 import SOON
 from tests.versions import HISTORY, NEWEST, NEXT
@@ -306,6 +307,24 @@ async def test_a_plans_statements_do_what_a_boot_does(lab: Lab, version: int) ->
         await lab.execute(f"begin; {''.join(migration.sql for migration in plan.migrations)} commit;")
     assert (await lab.boot(migrate=False)).to_version == NEWEST
     assert await lab.recorded() == HISTORY
+
+
+async def test_the_plan_says_which_releases_may_run_beside_it(lab: Lab) -> None:
+    """A migration's own line is kept in the control, by hand as by a boot."""
+    *before, last = lab.migrations
+    shipped = (*before, replace(last, sql=f"-- oldest: 1\n{last.sql}"))
+    kept = []
+    for by_hand in (True, False):
+        other = lab.another()
+        await other.reach(1)
+        if by_hand:
+            async with other.opened() as database:
+                plan = await plan_schema(database, shipped, Policy())
+            await other.execute(f"begin; {''.join(migration.sql for migration in plan.migrations)} commit;")
+        else:
+            await other.ship(shipped)
+        kept.append([(row["name"], row["value_json"]) for row in await other.all("runtime_control")])
+    assert kept == [[("oldest", "1")]] * 2
 
 
 async def test_no_copy_is_planned_where_none_is_wanted(lab: Lab) -> None:
