@@ -4,10 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.text import Text
 
 from runtime_repo.cli.shared import YES, Call, on_database
-from runtime_repo.cli.text import differences, table
+from runtime_repo.cli.text import differences, said, table
 from runtime_repo.cli.working import working
 
 if TYPE_CHECKING:
@@ -66,15 +65,15 @@ def _show(console: Console, report: "SchemaReport") -> None:
         waited = (
             f" (another process migrated it, {report.waited:.1f} s)" if report.from_version < report.to_version else ""
         )
-        console.print(Text(f"Nothing to do: version {report.to_version} is current.{waited}", style="green"))
+        console.print(said(f"Nothing to do: version {report.to_version} is current.{waited}", style="green"))
         return
     steps = table("version", "migration", "time", align="rlr")
     for step in report.applied:
         steps.add_row(str(step.version), step.name, f"{step.duration:.3f} s")
     console.print(steps)
     if report.backup is not None:
-        console.print(Text(f"copied before, to {report.backup}"))
+        console.print(said(f"copied before, to {report.backup}"))
     if report.waited >= 0.1:
-        console.print(Text(f"waited {report.waited:.1f} s for locks"))
+        console.print(said(f"waited {report.waited:.1f} s for locks"))
     found = f"version {report.from_version}" if report.from_version else "nothing"
-    console.print(Text(f"From {found} to version {report.to_version}.", style="green"))
+    console.print(said(f"From {found} to version {report.to_version}.", style="green"))

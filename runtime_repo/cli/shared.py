@@ -112,7 +112,7 @@ class Call:
     def answer(self, value: Mapping[str, Any], show: Callable[["Console"], None]) -> None:
         """Print *value* as JSON, or *show* it to people."""
         if self.is_json:
-            click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+            click.echo(json.dumps(value, indent=2))
         else:
             show(self.console)
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.text import Text
 
 from runtime_repo.cli.shared import YES, Call, on_database
-from runtime_repo.cli.text import number, rate, span, table
+from runtime_repo.cli.text import number, rate, said, span, table
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -107,7 +106,7 @@ async def _go_on(call: Call, looks: "_Looks", interval: float) -> None:
             try:
                 shown = seen = looks.shown(await looks.look(), console.height)
             except DatabaseUnavailableError as error:
-                shown = Group(seen, Text(str(error), style="red"))
+                shown = Group(seen, said(str(error), style="red"))
 
 
 class _Looks:
@@ -136,21 +135,21 @@ class _Looks:
             ended = (queue.completed + queue.failed + queue.cancelled) / seconds
             came = None if not since else max((_depth(queue) - depths.get(queue.queue, 0)) / since + ended, 0)
             made.add_row(
-                escape(queue.queue),
+                said(queue.queue),
                 number(queue.ready),
                 number(queue.delayed),
                 number(queue.leased),
                 span(queue.oldest_age),
                 rate(came),
                 rate(queue.completed / seconds),
-                Text(rate(queue.failed / seconds), style="red" if queue.failed else ""),
+                said(rate(queue.failed / seconds), style="red" if queue.failed else ""),
             )
         if len(queues) > most:
             made.add_row(f"and {len(queues) - most:,} more", *[""] * 7, style="dim")
         ready, leased = sum(queue.ready for queue in queues), sum(queue.leased for queue in queues)
-        head = Text(activity.place, style="bold")
-        total = Text(f"{activity.at:%H:%M:%S} UTC, {number(ready)} ready, {number(leased)} leased", style="dim")
-        return Group(head, total, Text(), made if queues else Text("nothing waits, is held or has ended lately"))
+        head = said(activity.place, style="bold")
+        total = said(f"{activity.at:%H:%M:%S} UTC, {number(ready)} ready, {number(leased)} leased", style="dim")
+        return Group(head, total, Text(), made if queues else said("nothing waits, is held or has ended lately"))
 
     def _since(self, activity: "Activity") -> tuple[float, Mapping[str, int]]:
         """How many seconds ago, over the span at most, there was how much in each queue."""

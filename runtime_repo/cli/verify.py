@@ -4,10 +4,9 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.text import Text
 
 from runtime_repo.cli.shared import NO, YES, Call, on_database
-from runtime_repo.cli.text import differences
+from runtime_repo.cli.text import differences, said
 
 if TYPE_CHECKING:
     from runtime_repo.schema import SchemaStatus
@@ -40,8 +39,8 @@ async def command(call: Call, on_drift: str) -> int:
 
 def _show(console: Console, status: "SchemaStatus") -> None:
     if status.refusal is None:
-        console.print(Text(f"It would serve: version {status.found} is as this release knows it.", style="green"))
+        console.print(said(f"It would serve: version {status.found} is as this release knows it.", style="green"))
     else:
-        console.print(Text(f"It would be refused: {status.refusal}", style="red"))
+        console.print(said(f"It would be refused: {status.refusal}", style="red"))
     for line in differences(status.differences, status.refusal):
         console.print(line)

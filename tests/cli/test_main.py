@@ -156,6 +156,14 @@ def test_whoever_stops_reading_is_told_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (UNKNOWN, b"")
 
 
+def test_a_terminal_of_few_characters_is_no_reason_to_fail(tmp_path: Path) -> None:
+    """What it does not know is written out."""
+    name = str(tmp_path / "\N{HORSE}.db")
+    done = executed("-m", "runtime_repo", "status", name, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.code, done.errors) == (YES, "")
+    assert r"\U0001f40e.db" in done.output
+
+
 FORMS = {
     "in the address": "postgresql://{user}:{encoded}@{place}",
     "in its query": "postgresql://{place}?user={user}&password={encoded}",
