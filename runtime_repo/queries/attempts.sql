@@ -505,6 +505,48 @@ delete from {schema}.runtime_leases
             where a.attempt_id = json_extract(given.value, '$.attempt_id')
               and a.status     = 'completed');
 
+-- name: complete_shared @postgres
+-- As complete, for each lease of a JSON array; returns what was completed. A row that somebody has locked is left alone:
+-- whoever asked for that one asks again by himself, and the others do not wait for it.
+with given as materialized (
+    select attempt_id, token, lease_id, result_json
+      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
+               attempt_id pg_catalog.text, token bigint, lease_id pg_catalog.text, result_json pg_catalog.text)
+     where attempt_id = attempt_id || ''
+       and attempt_id || '' = attempt_id
+     order by attempt_id
+), locked as materialized (
+    select a.attempt_id, given.token, given.lease_id, given.result_json
+      from given
+      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
+     where a.lease_version = given.token
+       and a.lease_id      = given.lease_id
+       and case when a.status in ('leased', 'running') then 1 end is not null
+     order by a.attempt_id
+       for update of a skip locked
+), done as (
+    update {schema}.runtime_attempts as a
+       set status         = 'completed',
+           result_json    = locked.result_json,
+           error          = null,
+           finished_at_ms = coalesce($2, {now_ms}),
+           ended_by       = 'complete'
+      from locked
+     where a.attempt_id    = locked.attempt_id
+       and a.lease_version = locked.token
+       and a.lease_id      = locked.lease_id
+       and case when a.status in ('leased', 'running') then 1 end is not null
+    returning {attempt_of_a}
+), ended as (
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from done))
+), listed as (
+    insert into {schema}.runtime_finished ({finished})
+    select {finished} from done
+)
+select {attempt}
+  from done;
+
 -- name: fail @postgres
 -- Record a failed try: try again after a delay ($4, NULL is never), unless this was the last one.
 with failed as (
