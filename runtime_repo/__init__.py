@@ -61,7 +61,6 @@ if TYPE_CHECKING:
         QueueActivity,
         RecordedMigration,
         StoreStatus,
-        Switch,
         TableSize,
         WorkerLeases,
     )
@@ -126,7 +125,6 @@ __all__ = [
     "StepReport",
     "Stop",
     "StoreStatus",
-    "Switch",
     "TableSize",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
