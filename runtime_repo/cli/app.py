@@ -96,6 +96,8 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.stderr.write(f"{error.format_message()}\n")
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         usage = "" if context is None else f"{context.get_usage()}\nTry '{context.command_path} --help'.\n\n"

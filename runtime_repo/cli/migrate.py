@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
+@on_database(
+    "migrate", "runtime-repo migrate runtime.db", "runtime-repo migrate postgresql://migrator@db.example/app --json"
+)
 @click.option(
     "--backup/--no-backup",
     default=None,
@@ -23,12 +26,10 @@ __all__ = ["command"]
 @click.option(
     "--lock-timeout",
     type=click.FloatRange(0, min_open=False),
+    metavar="SECONDS",
     default=60.0,
     show_default=True,
     help="Seconds to wait for another's migration, or for the locks of live traffic.",
-)
-@on_database(
-    "migrate", "runtime-repo migrate runtime.db", "runtime-repo migrate postgresql://migrator@db.example/app --json"
 )
 async def command(call: Call, *, backup: bool | None, lock_timeout: float) -> int:
     """

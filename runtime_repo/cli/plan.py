@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.option("--sql", is_flag=True, help="Print the SQL and nothing else, as one transaction.")
 @on_database(
     "plan",
     "runtime-repo plan runtime.db",
     "runtime-repo plan postgresql://app@db.example/app --sql > upgrade.sql",
 )
+@click.option("--sql", is_flag=True, help="Print the SQL and nothing else, as one transaction.")
 async def command(call: Call, *, sql: bool) -> int:
     """
     Show what a boot of this release would do: serve, refuse, or apply each of these migrations, with its SQL.

@@ -31,10 +31,12 @@ _PAUSE = 4
 """How many times as long as a look takes is waited for the next one: what waits is counted, however much it is."""
 
 
+@on_database("top", "runtime-repo top runtime.db", "runtime-repo top postgresql://app@db.example/app --once --json")
 @click.option("--once", is_flag=True, help="Show it once and end.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),
+    metavar="SECONDS",
     default=2.0,
     show_default=True,
     help="Seconds between two looks.",
@@ -42,11 +44,11 @@ _PAUSE = 4
 @click.option(
     "--over",
     type=click.FloatRange(1, 3600),
+    metavar="SECONDS",
     default=10.0,
     show_default=True,
     help="Seconds over which rates are averaged.",
 )
-@on_database("top", "runtime-repo top runtime.db", "runtime-repo top postgresql://app@db.example/app --once --json")
 async def command(call: Call, *, once: bool, interval: float, over: float) -> int:
     """
     Show what moves in each queue, until Ctrl-C: what waits, what is held, how much comes and ends a second, how old

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
+@on_database("verify", "runtime-repo verify runtime.db", "runtime-repo verify postgresql://app@db.example/app --json")
 @click.option(
     "--on-drift",
     type=click.Choice(["refuse", "warn"]),
@@ -21,7 +22,6 @@ __all__ = ["command"]
     show_default=True,
     help="As the boots that this is asked for have it.",
 )
-@on_database("verify", "runtime-repo verify runtime.db", "runtime-repo verify postgresql://app@db.example/app --json")
 async def command(call: Call, on_drift: str) -> int:
     """
     Tell whether a boot of this release that may not migrate (migrate=False) would serve, and print every difference.

@@ -115,7 +115,7 @@ async def test_without_arguments_it_shows_its_help() -> None:
     """On stderr, for nothing was answered."""
     done = await ran()
     assert (done.code, done.output) == (UNKNOWN, "")
-    assert "Look at it" in done.errors
+    assert "\nLook at it:\n" in done.errors
 
 
 @pytest.mark.parametrize("name", NAMES)
