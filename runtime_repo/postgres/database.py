@@ -53,7 +53,7 @@ from runtime_repo.shielding import finish
 if TYPE_CHECKING:
     from runtime_repo.postgres.connections import Connection, Lent, Pool
 
-__all__ = ["PostgresDatabase"]
+__all__ = ["PostgresDatabase", "check_schema"]
 
 _log = logging.getLogger("runtime_repo")
 
@@ -119,7 +119,7 @@ class PostgresDatabase(Unique):
     ) -> None:
         self._target = target
         self._schema = schema
-        _check_schema(schema)
+        check_schema(schema)
         check_seconds("startup_timeout", startup_timeout, positive=True)
         self._startup_timeout = startup_timeout
         if verb_timeout is not None:
@@ -856,7 +856,7 @@ def _check_busy(error: DatabaseUnavailableError) -> None:
         raise Busy from error.__cause__
 
 
-def _check_schema(schema: str) -> None:
+def check_schema(schema: str) -> None:
     try:
         size = len(schema.encode())
     except (AttributeError, UnicodeEncodeError):
