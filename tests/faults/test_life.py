@@ -345,7 +345,7 @@ async def _only_pid(lab: PostgresLab) -> int:
 
 async def _is_noticed(repository: RuntimeRepository) -> bool:
     database = cast(PostgresDatabase, repository._database)
-    return database._own is None or database._own.is_closed()
+    return database._connections._own is None or database._connections._own.is_closed()
 
 
 @on_postgres
