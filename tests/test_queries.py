@@ -196,6 +196,7 @@ select n, 'a' || n, 'completed' from generate_series(1, {count}) as n where n % 
 
 GIVEN = {
     "attempts.cancel": ("a4", 9000),
+    "attempts.cancel_many": ('["a1", "a2", "a4"]', None, "busy", None, 0, 9000),
     "attempts.complete": ("a4", 1, None, 9000, "l4"),
     "attempts.complete_many": ('[{"lease_id": "l4", "attempt_id": "a4", "token": 1}]', 9000),
     "attempts.enqueue": ("new", "r", None, "busy", 0, None, 1, None, 9000),
@@ -222,8 +223,14 @@ GIVEN = {
     "attempts.mend": ('["a1", "a2", "a3"]',),
     "attempts.next": ('["busy", "idle"]',),
     "attempts.prune": (0, 100, 9000),
+    "attempts.prune_many": (0, '[{"finished_at_ms": 1, "attempt_id": "a1"}]', 9000),
     "attempts.retry": ("a4",),
+    "attempts.retry_many": ('["a1", "a2", "a4"]', "failed", "busy", "boom", 0, 9000),
     "attempts.seen_many": ('["a1", "a2", "a3"]',),
+    "attempts.sift_ended": ("a2", "failed", "busy", "boom", 0, 9000, 1000),
+    "attempts.sift_held": ("a2", None, "busy", None, 0, 9000, 1000),
+    "attempts.sift_old": ("a1", None, "busy", None, 0, 9000, 1000, 1),
+    "attempts.sift_waiting": ("a2", None, "busy", None, 0, 9000, 1000),
     "attempts.start": ("a4", 1, "l4", 9000),
     "attempts.stored": ("a4",),
     "attempts.stored_many": ('["a1", "a2", "a3"]',),
