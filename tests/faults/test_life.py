@@ -734,7 +734,7 @@ async def test_a_boot_that_does_not_heed_its_cancellation_is_left_behind(lab: La
         else:
             boots[0].cancel()
         await asyncio.wait(boots)
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 4
         async with lab.repository(lock_timeout=1) as successor:
             assert len(successor.boot_report.applied) == NEWEST
         if way == "cancel":
