@@ -1,46 +1,65 @@
-"""A durable store for async workers that brings its own schema to the right version at boot."""
+"""
+A durable store for async workers that brings its own schema to the right version at boot.
 
-from runtime_repo.api_keys import ApiKey, ApiKeyStatus
-from runtime_repo.audit import AuditEntry
-from runtime_repo.errors import (
-    ConfigurationError,
-    ConflictError,
-    DatabaseUnavailableError,
-    Difference,
-    ForeignSchemaError,
-    InvalidTransitionError,
-    LeaseLostError,
-    LockHolder,
-    MigrationError,
-    NotFoundError,
-    OverloadedError,
-    PayloadMismatchError,
-    RefusedError,
-    RepositoryClosedError,
-    RuntimeRepoError,
-    SchemaDriftError,
-    SchemaError,
-    SchemaHistoryError,
-    SchemaLockTimeoutError,
-    SchemaOutOfDateError,
-    SchemaTooNewError,
-    UnreadableRowError,
-    UnsuitableDatabaseError,
-)
-from runtime_repo.interrupts import Interrupt, InterruptStatus
-from runtime_repo.jobs import Job
-from runtime_repo.postgres import PostgresRuntimeRepository
-from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats
-from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
-from runtime_repo.retry import RetryPolicy
-from runtime_repo.rows import Page
-from runtime_repo.schema import AppliedMigration, SchemaReport, SchemaStatus
-from runtime_repo.sqlite import SqliteRuntimeRepository
-from runtime_repo.step_reports import StepReport
-from runtime_repo.url import repository_from_url
-from runtime_repo.worker import Handler, Worker
+A name is imported when it is first asked for: who uses one of the two databases does not load the other's driver, and
+the command answers ``--help`` at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime_repo.api_keys import ApiKey, ApiKeyStatus
+    from runtime_repo.audit import AuditEntry
+    from runtime_repo.errors import (
+        ConfigurationError,
+        ConflictError,
+        DatabaseUnavailableError,
+        Difference,
+        ForeignSchemaError,
+        InvalidTransitionError,
+        LeaseLostError,
+        LockHolder,
+        MigrationError,
+        NotFoundError,
+        OverloadedError,
+        PayloadMismatchError,
+        RefusedError,
+        RepositoryClosedError,
+        RuntimeRepoError,
+        SchemaDriftError,
+        SchemaError,
+        SchemaHistoryError,
+        SchemaLockTimeoutError,
+        SchemaOutOfDateError,
+        SchemaTooNewError,
+        UnreadableRowError,
+        UnsuitableDatabaseError,
+    )
+    from runtime_repo.interrupts import Interrupt, InterruptStatus
+    from runtime_repo.jobs import Job
+    from runtime_repo.postgres import PostgresRuntimeRepository
+    from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats
+    from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
+    from runtime_repo.retry import RetryPolicy
+    from runtime_repo.rows import Page
+    from runtime_repo.schema import AppliedMigration, PlannedMigration, SchemaPlan, SchemaReport, SchemaStatus
+    from runtime_repo.sqlite import SqliteRuntimeRepository
+    from runtime_repo.status import (
+        Activity,
+        QueueActivity,
+        RecordedMigration,
+        StoreStatus,
+        Switch,
+        TableSize,
+        WorkerLeases,
+    )
+    from runtime_repo.step_reports import StepReport
+    from runtime_repo.url import repository_from_url
+    from runtime_repo.worker import Handler, Worker
 
 __all__ = [
+    "Activity",
     "ApiKey",
     "ApiKeyStatus",
     "AppliedMigration",
@@ -66,8 +85,11 @@ __all__ = [
     "OverloadedError",
     "Page",
     "PayloadMismatchError",
+    "PlannedMigration",
     "PostgresRuntimeRepository",
+    "QueueActivity",
     "QueueStats",
+    "RecordedMigration",
     "RefusedError",
     "RepositoryClosedError",
     "RetryPolicy",
@@ -79,13 +101,49 @@ __all__ = [
     "SchemaHistoryError",
     "SchemaLockTimeoutError",
     "SchemaOutOfDateError",
+    "SchemaPlan",
     "SchemaReport",
     "SchemaStatus",
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
     "StepReport",
+    "StoreStatus",
+    "Switch",
+    "TableSize",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
     "Worker",
+    "WorkerLeases",
     "repository_from_url",
 ]
+
+_HOMES = (
+    *(
+        "errors",
+        "retry",
+        "rows",
+        "records",
+        "schema",
+        "status",
+        "api_keys",
+        "audit",
+        "interrupts",
+        "jobs",
+        "step_reports",
+    ),
+    *("repository", "worker", "sqlite", "postgres", "url"),
+)
+"""Where the names above live, and are looked for in this order: what needs both drivers comes last."""
+
+if not TYPE_CHECKING:  # to a type checker every name would be there
+
+    def __getattr__(name: str) -> object:
+        for home in _HOMES if name in __all__ else ():
+            module = importlib.import_module(f"{__name__}.{home}")
+            if name in module.__all__:
+                globals()[name] = found = getattr(module, name)
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted(globals().keys() | set(__all__))

@@ -24,6 +24,7 @@ __all__ = [
     "Heartbeats",
     "Lost",
     "Queries",
+    "Reader",
     "Row",
     "Source",
     "Transaction",
@@ -198,11 +199,42 @@ class BootTransaction(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """Reads, one statement after the other, each as a transaction of its own that may not write."""
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        """
+        Run a named query that writes nothing and return its rows.
+
+        Raises:
+            DatabaseUnavailableError: What it reads is locked by somebody else, or there was no answer in time.
+            RefusedError: It is not there, or this role may not read it.
+        """
+        ...
+
+    async def ask(self, text: str) -> Sequence[Row]:
+        """As ``BootTransaction.ask``: it takes its time."""
+        ...
+
+
 class Database(Source, Protocol):
     """One database, which is opened by boot and then serves many tasks."""
 
     @property
     def backend(self) -> Backend: ...
+
+    @property
+    def place(self) -> str:
+        """Where it is, without a password."""
+        ...
+
+    def text(self, query: str) -> str:
+        """The text of a named query, without comments."""
+        ...
+
+    def filled(self, text: str) -> str:
+        """The text of a migration, as this database is told it."""
+        ...
 
     async def close(self) -> None:
         """Leave no connection, thread or task behind, also when the caller is cancelled. May be repeated."""
@@ -238,6 +270,15 @@ class Database(Source, Protocol):
         """
         ...
 
+    def reading(self) -> AbstractAsyncContextManager[Reader]:
+        """
+        What reads as ``inspect`` looks: it needs no boot, makes nothing, and stands beside whatever is open.
+
+        Raises:
+            DatabaseUnavailableError: It cannot be reached or opened.
+        """
+        ...
+
     def lock(self) -> AbstractAsyncContextManager[BootTransaction]:
         """
         One short try at the migration lock: a transaction that commits at the end of the block.
@@ -248,8 +289,15 @@ class Database(Source, Protocol):
         """
         ...
 
-    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:
-        """Who holds what a try could not get; None where that can't be known. *apart* is beside a boot."""
+    async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:
+        """
+        Who holds what a try could not get; None where that can't be known. *apart* is beside a boot; of who is
+        *migrating*, whoever holds the migration lock itself.
+        """
+        ...
+
+    def backup_name(self, from_version: int) -> str | None:
+        """What ``take_backup`` would call its copy, with ``<time>`` in the place of the time; None if it takes none."""
         ...
 
     async def take_backup(self, from_version: int) -> Path | None:

@@ -27,6 +27,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Never, Self, SupportsIndex, get_args
 
@@ -40,13 +41,16 @@ from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
 from runtime_repo.schema import (
     Policy,
+    SchemaPlan,
     SchemaReport,
     SchemaStatus,
     ensure_schema,
     inspect_schema,
     load_migrations,
+    plan_schema,
 )
 from runtime_repo.shielding import CLEAN_UP, finish, leave
+from runtime_repo.status import Activity, StoreStatus, activity_of_store, status_of_store
 from runtime_repo.step_reports import StepReports
 
 __all__ = ["RuntimeRepository", "RuntimeTransaction", "Unique", "check_flag", "check_seconds", "is_known_to_be_sync"]
@@ -207,12 +211,65 @@ class RuntimeRepository(Stores):
             ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
             RepositoryClosedError: The repository was closed.
         """
+        with self._looking():
+            return await inspect_schema(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def plan(self) -> SchemaPlan:
+        """
+        Tell what a boot would do now: why it would be refused, or each migration that it would apply, with its SQL.
+
+        As ``inspect``, it writes nothing and needs no boot. Where it would migrate, it also reads every row that could
+        stand in the way, which takes about as long as in that boot; it waits for no lock.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await plan_schema(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def status(self) -> StoreStatus:
+        """
+        Tell all that an operator asks first: the server, the schema and its history, queues, leases, switches, sizes.
+
+        As ``inspect``, it writes nothing and needs no boot; what cannot be told, such as of a schema that is refused,
+        is said in ``unknown``. It reads all that waits and is held, as ``attempts.stats`` does.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await status_of_store(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def activity(self, *, over: timedelta = timedelta(seconds=10)) -> Activity:
+        """
+        Tell what moves in each queue: what waits and is held now, and how much of it ended within *over* until now.
+
+        As ``inspect``, it writes nothing and needs no boot, but only of a schema that a verify-only boot would serve.
+
+        Raises:
+            SchemaError: It would not; the subclass says why.
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: *over* is no span; it is open in another event loop or process, or this task has a
+                transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            migrations = load_migrations(self._database.backend)
+            return await activity_of_store(self._database, migrations, self._policy, over)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Something is looked at meanwhile, booted or not."""
         loop = _running_loop()
         if self._closed:
             raise RepositoryClosedError(f"{self!r} cannot look any more: construct another")
         self._gate.check()
         with self._gate.opening(loop):
-            return await inspect_schema(self._database, load_migrations(self._database.backend), self._policy)
+            yield
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[RuntimeTransaction]:

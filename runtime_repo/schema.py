@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from runtime_repo.catalog import LEDGER, Catalog, Look, Table, catalog_from_json, compare
-from runtime_repo.database import BootTransaction, Busy, Database, Lost
+from runtime_repo.database import BootTransaction, Busy, Database, Lost, Row
 from runtime_repo.errors import (
     ConfigurationError,
     Difference,
     ForeignSchemaError,
     MigrationError,
+    RefusedError,
     RuntimeRepoError,
     SchemaDriftError,
     SchemaError,
@@ -41,15 +42,20 @@ __all__ = [
     "Decision",
     "Migrate",
     "Migration",
+    "PlannedMigration",
     "Policy",
     "Refuse",
+    "SchemaPlan",
     "SchemaReport",
     "SchemaStatus",
     "Serve",
     "decide",
     "ensure_schema",
     "inspect_schema",
+    "inspected",
     "load_migrations",
+    "plan_schema",
+    "status_of",
 ]
 
 _log = logging.getLogger("runtime_repo")
@@ -164,6 +170,37 @@ class SchemaStatus:
     """Every drift from the version recorded, and everything extra."""
     refusal: str | None
     """Why a boot with this policy would be refused; None if it would serve, or migrate and serve."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PlannedMigration:
+    """A migration that a boot would apply, and all that it would execute for it, the ledger's row included."""
+
+    version: int
+    name: str
+    sql: str
+
+
+@dataclass(frozen=True)
+class SchemaPlan:
+    """What a boot would do."""
+
+    found: int
+    """The version recorded; 0 is a database that holds nothing of ours, or one whose ledger cannot be read."""
+    supported: int
+    """The newest version that this release knows."""
+    refusal: str | None
+    """Why a boot would be refused; None if it would serve, or migrate and serve."""
+    migrations: tuple[PlannedMigration, ...] = ()
+    """What it would apply, in order and in one transaction; nothing where it is refused or the schema is current."""
+    backup: str | None = None
+    """The copy that it would take before that (SQLite), with ``<time>`` in the place of the time."""
+    tolerated: tuple[Difference, ...] = ()
+    """What it would serve in spite of."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
@@ -335,7 +372,11 @@ async def inspect_schema(database: Database, migrations: Sequence[Migration], po
         DatabaseUnavailableError: The database cannot be read.
         SchemaLockTimeoutError: It was locked for longer than ``lock_timeout``.
     """
-    look = await _inspected(database, [migration.catalog for migration in migrations], _Patience(policy.lock_timeout))
+    return status_of(await inspected(database, migrations, policy), migrations, policy)
+
+
+def status_of(look: Look, migrations: Sequence[Migration], policy: Policy) -> SchemaStatus:
+    """What a boot would make of what was seen."""
     found = max((row.version for row in look.ledger or ()), default=0)
     recorded = next((migration for migration in migrations if migration.version == found), None)
     drift, extra = _compared(recorded, look) if recorded else ([], [])
@@ -349,7 +390,74 @@ async def inspect_schema(database: Database, migrations: Sequence[Migration], po
     )
 
 
-async def _inspected(database: Database, catalogs: Sequence[Catalog], patience: "_Patience") -> Look:
+async def plan_schema(database: Database, migrations: Sequence[Migration], policy: Policy) -> SchemaPlan:
+    """
+    Say what a boot with this *policy* would do now, and in which words. Nothing is created or written.
+
+    Where it would migrate, the rows are read that it would be refused for: that takes as long as in a boot.
+
+    Raises:
+        DatabaseUnavailableError: The database cannot be read.
+        SchemaLockTimeoutError: It was locked for longer than ``lock_timeout``.
+    """
+    look = await inspected(database, migrations, policy)
+    decision = decide(look, migrations, policy)
+    found = max((row.version for row in look.ledger or ()), default=0)
+    supported = migrations[-1].version
+    if isinstance(decision, Refuse):
+        return SchemaPlan(found, supported, str(decision.error))
+    if isinstance(decision, Serve):
+        return SchemaPlan(found, supported, None, tolerated=decision.tolerated)
+    if found and (refusal := await _foreseen(database, decision.pending[0])):
+        return SchemaPlan(found, supported, refusal)
+    return SchemaPlan(
+        found,
+        supported,
+        None,
+        tuple(_planned(database, look, decision)),
+        database.backup_name(found) if found else None,
+        decision.tolerated,
+    )
+
+
+async def _foreseen(database: Database, first: Migration) -> str | None:
+    """Why a boot would be refused by the check of the *first* migration."""
+    if not first.check:
+        return None
+    try:
+        async with database.reading() as reader:
+            problems = _problems(await reader.ask(first.check))
+    except RefusedError as error:
+        return str(MigrationError(first.version, first.name, str(error)))
+    return str(UnsuitableDatabaseError(problems)) if problems else None
+
+
+def _planned(database: Database, look: Look, decision: Migrate) -> Iterator[PlannedMigration]:
+    """In the words of ``_apply``."""
+    for migration in decision.pending:
+        statements = []
+        if migration is decision.pending[0]:
+            if not look.namespace:
+                statements.append(database.text("schema.create_namespace"))
+            if look.ledger is None:
+                statements.append(database.text("schema.create_ledger"))
+        statements.append(database.filled(migration.sql))
+        record = database.text("schema.record").replace("$1", str(migration.version))
+        statements.append(record.replace("$2", f"'{migration.name}'"))
+        sql = "\n\n".join(statement.strip() for statement in statements)
+        yield PlannedMigration(migration.version, migration.name, sql + "\n")
+
+
+async def inspected(database: Database, migrations: Sequence[Migration], policy: Policy) -> Look:
+    """
+    What a look at *database* sees, which creates and writes nothing.
+
+    Raises:
+        DatabaseUnavailableError: The database cannot be read.
+        SchemaLockTimeoutError: It was locked for longer than ``lock_timeout``.
+    """
+    catalogs = [migration.catalog for migration in migrations]
+    patience = _Patience(policy.lock_timeout)
     patience.begin()
     losses = 0
     while True:
@@ -416,13 +524,17 @@ async def _check(transaction: BootTransaction, migration: Migration) -> None:
         rows = await transaction.ask(migration.check) if migration.check else ()
     except RuntimeRepoError as error:
         raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
-    problems = [
+    if problems := _problems(rows):
+        raise UnsuitableDatabaseError(problems)
+
+
+def _problems(rows: Iterable[Row]) -> list[str]:
+    """What a migration's check has found."""
+    return [
         f"{row['number']} rows have {row['what']}, such as the one of {row['example']!r}: change or delete them"
         for row in rows
         if row["number"]
     ]
-    if problems:
-        raise UnsuitableDatabaseError(problems)
 
 
 async def _prepare(database: Database, transaction: BootTransaction, decision: Migrate, policy: Policy) -> _Preparation:

@@ -56,11 +56,11 @@ async def test_sqlite_understands_every_statement(sqlite: sqlite3.Connection) ->
         sqlite.close()
 
 
-READ_THROUGH = {"api_keys.any", "attempts.stats"}
+READ_THROUGH = {"api_keys.any", "attempts.stats", "status.control", "status.queues_without_names", "status.workers"}
 """What reads a table from end to end, as it must."""
 
 NO_TABLES = {"CONSTANT", "SUBQUERY", "subquery", "json_each", "named", "given", "silent", "leased"}
-NO_TABLES |= {"first", "found", "here", "seen", "endless", "expired", "ended", "last"}
+NO_TABLES |= {"first", "found", "here", "seen", "endless", "expired", "ended", "last", "p", "s", "f"}
 """What else SQLite reads through, under whichever name the statements give it."""
 
 

@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import random
+import re
 import secrets
 import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
@@ -34,7 +35,7 @@ from runtime_repo.postgres.heartbeats import Heartbeats
 from runtime_repo.postgres.notifications import Deaf, Hear, Listener, Teller
 from runtime_repo.postgres.refusals import is_conflict, is_lost
 from runtime_repo.postgres.target import NO_LIMIT, Target, terminated
-from runtime_repo.queries import load_queries
+from runtime_repo.queries import fill, load_queries
 from runtime_repo.repository import Unique, check_seconds
 from runtime_repo.shielding import finish
 
@@ -61,6 +62,9 @@ _OWN_VOICE = 3.0
 
 _CLOSING = 2.0
 """Seconds for closing everything, before what is left is dropped."""
+
+_READING = 1000
+"""Milliseconds for which whoever only tells what there is waits for a table."""
 
 _TRIES = 5
 """How often a verb is tried that the server gives up for another's sake."""
@@ -108,6 +112,16 @@ class PostgresDatabase(Unique):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target!r}, schema={self._schema!r})"
+
+    @property
+    def place(self) -> str:
+        return f"{self._target!r}, schema {self._schema}"
+
+    def text(self, query: str) -> str:
+        return re.sub(r"^--.*\n", "", self.queries[query], flags=re.MULTILINE)
+
+    def filled(self, text: str) -> str:
+        return fill(text, self.tokens)
 
     async def close(self) -> None:
         await finish(self._close(), within=_CLOSING)
@@ -398,11 +412,23 @@ class PostgresDatabase(Unique):
             _check_busy(error)
             raise
 
-    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:
+    def read_only(self, connection: "Connection") -> contextlib.AbstractAsyncContextManager[None]:
+        """A transaction that writes nothing, and that gives up where it would wait for a table."""
+        begin = f"begin isolation level read committed read only; set local lock_timeout = '{_READING}ms'"
+        return self._together(connection, begin, "commit", "rollback")
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator["_Reader"]:
+        async with self._connections.apart() as connection:
+            yield _Reader(self, self._connections, connection)
+
+    async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:
         async with self._connections.apart() if apart else self._connections.acquired() as connection:
             text = self.queries["schema.lock_holder"]
+            # Without the schema no other lock is looked for than the advisory one.
+            schema = None if migrating else self._schema
             rows = await self._connections.answer(
-                connection, connection.fetch, text, _LOCK_CLASS, self._lock_key, self._schema
+                connection, connection.fetch, text, _LOCK_CLASS, self._lock_key, schema
             )
         if not rows:
             return None
@@ -420,6 +446,9 @@ class PostgresDatabase(Unique):
         await self._connections.serve()
 
     async def take_backup(self, from_version: int) -> Path | None:  # noqa: ARG002
+        return None
+
+    def backup_name(self, from_version: int) -> str | None:  # noqa: ARG002
         return None
 
 
@@ -443,6 +472,26 @@ class _Transaction:
 
     def tell(self, queues: Iterable[str]) -> None:
         self._untold.update(queues)
+
+
+class _Reader:
+    """Statements on one connection, each in a transaction that may not write and waits for no table."""
+
+    def __init__(self, database: PostgresDatabase, connections: Connections, connection: "Connection") -> None:
+        self._database = database
+        self._connections = connections
+        self._connection = connection
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        text = self._database.queries[query]
+        async with self._database.read_only(self._connection):
+            return await self._connections.answer(self._connection, self._connection.fetch, text, *args)
+
+    async def ask(self, text: str) -> Sequence[Row]:
+        async with self._database.read_only(self._connection):
+            with self._connections.unlimited(self._connection):
+                rows: Sequence[Row] = await self._connection.fetch(self._database.filled(text), timeout=NO_LIMIT)
+            return rows
 
 
 def _check_busy(error: DatabaseUnavailableError) -> None:

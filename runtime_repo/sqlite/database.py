@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import sqlite3
 import sys
 import threading
@@ -35,7 +36,7 @@ from runtime_repo.errors import (
 from runtime_repo.queries import fill, load_queries, split_statements
 from runtime_repo.repository import Unique
 from runtime_repo.shielding import CLEAN_UP, finish
-from runtime_repo.sqlite.backup import Copy, name_what_is_pending, remove_what_was_left
+from runtime_repo.sqlite.backup import Copy, backup_path, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.group import Group, Part, Query, reads
@@ -101,6 +102,16 @@ class SqliteDatabase(Unique):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._path or ':memory:')!r})"
+
+    @property
+    def place(self) -> str:
+        return str(self._path or ":memory:")
+
+    def text(self, query: str) -> str:
+        return re.sub(r"^--.*\n", "", "\n".join(self._queries[query]), flags=re.MULTILINE)
+
+    def filled(self, text: str) -> str:
+        return fill(text, _TOKENS)
 
     async def close(self) -> None:
         self._limits.close()
@@ -553,8 +564,29 @@ class SqliteDatabase(Unique):
         if isinstance(own, Connection):
             own.prove(now=True)
 
-    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:  # noqa: ARG002 - nobody can know
-        return None
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator["_Reader | SqliteDatabase"]:
+        if self._path is None:
+            yield self  # nobody else has what is in memory
+            return
+        with Limit(self._limits):
+            connection = await self._patiently(lambda: self._connect(Hop(_nothing)))
+        try:
+            yield _Reader(self, connection)
+        finally:
+            await _closed(connection)
+
+    async def ask(self, text: str) -> Sequence[Row]:
+        """What is asked of a database in memory, in its turn."""
+        return await self._do(Part(Query([self.filled(text)], ()).alone))
+
+    async def read(self, statements: Sequence[str], args: Sequence[object], connection: aiosqlite.Connection) -> Any:
+        """Run *statements* on a connection of one's own, and again while the file is locked."""
+        with Limit(self._limits):
+            return await self._patiently(lambda: self.hop(Query(statements, args).alone, connection))
+
+    async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:  # noqa: ARG002
+        return None  # nobody can know
 
     async def serve(self, version: int) -> None:
         if self._writes and self._path is not None:
@@ -575,6 +607,9 @@ class SqliteDatabase(Unique):
         self._copy = Copy(self._path, from_version)
         await self._take_copy(self._copy)
         return self._copy.target
+
+    def backup_name(self, from_version: int) -> str | None:
+        return str(backup_path(self._path, from_version, "<time>")) if self._backup and self._path is not None else None
 
     async def take_backup_again(self) -> None:
         """Where a try at the same boot was in vain, and the copy went with it: others may have written since."""
@@ -613,6 +648,23 @@ class SqliteDatabase(Unique):
             "(verb_timeout): a transaction of this process or of another is open for so long, or the disk hangs: "
             "keep transactions short, check the disk, or raise verb_timeout"
         )
+
+
+class _Reader:
+    """Statements on a connection of its own."""
+
+    def __init__(self, database: SqliteDatabase, connection: aiosqlite.Connection) -> None:
+        self._database = database
+        self._connection = connection
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        rows: Sequence[Row] = await self._database.read(_queries()[query], args, self._connection)
+        return rows
+
+    async def ask(self, text: str) -> Sequence[Row]:
+        # Without a limit: nobody waits for a reader.
+        statement = self._database.filled(text)
+        return await self._database.hop(lambda connection: connection.execute(statement).fetchall(), self._connection)
 
 
 class _Heartbeats:

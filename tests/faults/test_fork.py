@@ -110,6 +110,8 @@ def child():
         lambda: repo.transaction().__aenter__(),
         lambda: repo.ensure_schema(),
         lambda: repo.inspect(),
+        lambda: repo.plan(),
+        lambda: repo.status(),
         lambda: awaited(repo),
     ):
         refused(make)
