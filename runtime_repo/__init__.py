@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from runtime_repo.api_keys import ApiKey, ApiKeyStatus
     from runtime_repo.audit import AuditEntry
+    from runtime_repo.doctor import Diagnosis, Finding
     from runtime_repo.errors import (
         ConfigurationError,
         ConflictError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from runtime_repo.jobs import Job
     from runtime_repo.postgres import PostgresRuntimeRepository
     from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats
+    from runtime_repo.repairs import Repair
     from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
     from runtime_repo.retry import RetryPolicy
     from runtime_repo.rows import Page
@@ -69,7 +71,9 @@ __all__ = [
     "ConfigurationError",
     "ConflictError",
     "DatabaseUnavailableError",
+    "Diagnosis",
     "Difference",
+    "Finding",
     "ForeignSchemaError",
     "Handler",
     "Interrupt",
@@ -91,6 +95,7 @@ __all__ = [
     "QueueStats",
     "RecordedMigration",
     "RefusedError",
+    "Repair",
     "RepositoryClosedError",
     "RetryPolicy",
     "RuntimeRepoError",
@@ -125,6 +130,8 @@ _HOMES = (
         "records",
         "schema",
         "status",
+        "doctor",
+        "repairs",
         "api_keys",
         "audit",
         "interrupts",

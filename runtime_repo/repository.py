@@ -35,6 +35,7 @@ from runtime_repo.api_keys import ApiKeys
 from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
 from runtime_repo.database import Backend, Database, Gate, Heartbeats, Row, Source, Transaction, Watch
+from runtime_repo.doctor import Diagnosis, diagnose
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
@@ -243,6 +244,22 @@ class RuntimeRepository(Stores):
         """
         with self._looking():
             return await status_of_store(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def doctor(self) -> Diagnosis:
+        """
+        Find out what is wrong: drift, with the SQL that mends it, and whatever around the tables makes them slow or
+        unsafe.
+
+        As ``inspect``, it writes nothing and needs no boot; it judges as a verify-only boot that refuses drift. On
+        PostgreSQL it reads through two connections at once, to notice a pooler.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await diagnose(self._database, load_migrations(self._database.backend), self._policy)
 
     async def activity(self, *, over: timedelta = timedelta(seconds=10)) -> Activity:
         """

@@ -70,7 +70,7 @@ async def test_sqlite_reads_no_table_from_end_to_end(sqlite: sqlite3.Connection)
     reading = set()
     try:
         for name in SQLITE:
-            for statement in split_statements(SQLITE[name]) if not name.startswith("schema.") else ():
+            for statement in split_statements(SQLITE[name]) if not name.startswith(("schema.", "doctor.")) else ():
                 for step in sqlite.execute(f"explain query plan {statement}", parameters).fetchall():
                     if (match := re.match(r"SCAN (\w+)", step[-1])) and match[1] not in NO_TABLES:
                         reading.add(name)

@@ -6,18 +6,19 @@ What a worker needs is read from the statements of its verbs, so that a new colu
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 from runtime_repo.catalog import LEDGER
 from runtime_repo.errors import ConfigurationError
-from runtime_repo.postgres.database import check_schema
+from runtime_repo.postgres.names import check_role, check_schema
 from runtime_repo.queries import load_queries
+from runtime_repo.repairs import quoted
 from runtime_repo.schema import load_migrations
 
-__all__ = ["Grants", "grants"]
+__all__ = ["Grants", "grants", "needed"]
 
 _NOUNS = ("api_keys", "attempts", "audit", "interrupts", "jobs", "leases", "step_reports")
 """Whose verbs a worker calls."""
@@ -97,29 +98,29 @@ def grants(
     check_schema(schema)
     roles = [role for role in (migrator, worker, monitor, backup) if role is not None]
     for role in roles:
-        _check_role(role)
+        check_role(role)
     if len({*roles}) < len(roles):
         raise ConfigurationError(
             f"the roles are {', '.join(roles)}: expected each once, since each may do other things"
         )
-    space, owner = _quoted(schema), _quoted(migrator)
+    space, owner = quoted(schema), quoted(migrator)
     after: list[str] = []
     for name, wanted in ((worker, _worker(server)), (monitor, _monitor()), (backup, _backup())):
         if name is not None:
-            after += _given(space, owner, _quoted(name), wanted)
+            after += _given(space, owner, quoted(name), wanted)
     if backup is not None:
-        after.append(f"grant select on all sequences in schema {space} to {_quoted(backup)};")
+        after.append(f"grant select on all sequences in schema {space} to {quoted(backup)};")
     notes = []
     if worker is not None:
         numbers = ", ".join(f"{space}.{name}" for name in _numbers())
         notes.append(
             "Where version 1 was laid with BIGSERIAL a worker draws the numbers itself:\n"
-            f"grant usage on sequence {numbers} to {_quoted(worker)};"
+            f"grant usage on sequence {numbers} to {quoted(worker)};"
         )
     if monitor is not None:
         notes.append(
             "To see what other users' sessions do, such as who holds a lock:\n"
-            f"grant pg_read_all_stats to {_quoted(monitor)};"
+            f"grant pg_read_all_stats to {quoted(monitor)};"
         )
     return Grants((f"create schema if not exists {space} authorization {owner};",), tuple(after), tuple(notes))
 
@@ -140,6 +141,12 @@ def _worker(server: int) -> Mapping[str, str]:
     for table in ("runtime_leases", "runtime_queue") if server >= 17 else ():
         wanted[table] += ", maintain"
     return wanted
+
+
+def needed(tables: Collection[str]) -> Mapping[str, Sequence[str]]:
+    """What a worker needs to do with those of our tables that are there."""
+    wanted = {table: frozenset({"select"}) for table in _LOOKED_AT} | dict(_used())
+    return {table: sorted(wanted[table], key=_ORDER.index) for table in tables if table in wanted}
 
 
 def _monitor() -> Mapping[str, str]:
@@ -184,14 +191,3 @@ def _used() -> Mapping[str, frozenset[str]]:
                 if match[1] == "insert" and re.search(r"\bdo\s+update\b", part):
                     used[match[2]].add("update")
     return {table: frozenset(privileges) for table, privileges in used.items()}
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _check_role(name: str) -> None:
-    is_text = isinstance(name, str) and name.isprintable()
-    # PostgreSQL reads these as no role's name, quoted or not.
-    if not is_text or not 0 < len(name.encode()) <= 63 or name in ("public", "none") or name.startswith("pg_"):
-        raise ConfigurationError(f"a role is {name!r}: expected the name of one, of 1 to 63 bytes of UTF-8")
