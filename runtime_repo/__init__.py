@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from runtime_repo.api_keys import ApiKey, ApiKeyStatus
     from runtime_repo.audit import AuditEntry
+    from runtime_repo.control import ControlState, QuiesceProgress, Stop
     from runtime_repo.doctor import Diagnosis, Finding
     from runtime_repo.errors import (
         ConfigurationError,
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
         Difference,
         ForeignSchemaError,
         InvalidTransitionError,
+        LeaseHolder,
         LeaseLostError,
         LockHolder,
         MigrationError,
         NotFoundError,
+        NotQuietError,
+        OutdatedReleaseError,
         OverloadedError,
         PayloadMismatchError,
         RefusedError,
@@ -45,7 +49,14 @@ if TYPE_CHECKING:
     from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
     from runtime_repo.retry import RetryPolicy
     from runtime_repo.rows import Page
-    from runtime_repo.schema import AppliedMigration, PlannedMigration, SchemaPlan, SchemaReport, SchemaStatus
+    from runtime_repo.schema import (
+        AppliedMigration,
+        Compatibility,
+        PlannedMigration,
+        SchemaPlan,
+        SchemaReport,
+        SchemaStatus,
+    )
     from runtime_repo.sqlite import SqliteRuntimeRepository
     from runtime_repo.status import (
         Activity,
@@ -68,8 +79,10 @@ __all__ = [
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
+    "Compatibility",
     "ConfigurationError",
     "ConflictError",
+    "ControlState",
     "DatabaseUnavailableError",
     "Diagnosis",
     "Difference",
@@ -81,11 +94,14 @@ __all__ = [
     "InvalidTransitionError",
     "Job",
     "Lease",
+    "LeaseHolder",
     "LeaseLostError",
     "LockHolder",
     "MigrationError",
     "NewAttempt",
     "NotFoundError",
+    "NotQuietError",
+    "OutdatedReleaseError",
     "OverloadedError",
     "Page",
     "PayloadMismatchError",
@@ -93,6 +109,7 @@ __all__ = [
     "PostgresRuntimeRepository",
     "QueueActivity",
     "QueueStats",
+    "QuiesceProgress",
     "RecordedMigration",
     "RefusedError",
     "Repair",
@@ -112,6 +129,7 @@ __all__ = [
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
     "StepReport",
+    "Stop",
     "StoreStatus",
     "Switch",
     "TableSize",
@@ -122,24 +140,10 @@ __all__ = [
     "repository_from_url",
 ]
 
-_HOMES = (
-    *(
-        "errors",
-        "retry",
-        "rows",
-        "records",
-        "schema",
-        "status",
-        "doctor",
-        "repairs",
-        "api_keys",
-        "audit",
-        "interrupts",
-        "jobs",
-        "step_reports",
-    ),
-    *("repository", "worker", "sqlite", "postgres", "url"),
-)
+_HOMES = [
+    *("errors", "retry", "rows", "records", "schema", "status", "control", "doctor", "repairs", "api_keys", "audit"),
+    *("interrupts", "jobs", "step_reports", "repository", "worker", "sqlite", "postgres", "url"),
+]
 """Where the names above live, and are looked for in this order: what needs both drivers comes last."""
 
 if not TYPE_CHECKING:  # to a type checker every name would be there

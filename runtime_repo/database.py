@@ -57,7 +57,8 @@ class Queries(Protocol):
         """
         Run a named query as one atomic step and return its rows.
 
-        A cancelled query may have taken effect, but it has finished before the next one starts.
+        A cancelled query may have taken effect, but it has finished before the next one starts; unless it was shared
+        with those of other tasks, as completions that meet are on PostgreSQL: it goes on for them.
         """
         ...
 
@@ -217,7 +218,7 @@ class Reader(Protocol):
         ...
 
     async def ask(self, text: str) -> Sequence[Row]:
-        """As ``BootTransaction.ask``: it takes its time."""
+        """As above, a migration's own query, with its tokens. On PostgreSQL it takes its time."""
         ...
 
 

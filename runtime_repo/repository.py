@@ -34,6 +34,7 @@ from typing import Any, Literal, Never, Self, SupportsIndex, get_args
 from runtime_repo.api_keys import ApiKeys
 from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
+from runtime_repo.control import Control
 from runtime_repo.database import Backend, Database, Gate, Heartbeats, Row, Source, Transaction, Watch
 from runtime_repo.doctor import Diagnosis, diagnose
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
@@ -41,10 +42,12 @@ from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
 from runtime_repo.schema import (
+    Compatibility,
     Policy,
     SchemaPlan,
     SchemaReport,
     SchemaStatus,
+    can_run,
     ensure_schema,
     inspect_schema,
     load_migrations,
@@ -78,6 +81,7 @@ class Stores(Unique):
         api_keys: Who may use the application: put, authenticate, set_active.
         attempts: Units of work: enqueue, complete, fail.
         audit: Who did what: append, list.
+        control: The operator's switches: quiesce, pause, resume, state.
         interrupts: Questions and their answers: create, resume, cancel.
         jobs: What the application says of its threads: upsert, get, list.
         leases: Ownership of attempts: claim, heartbeat, requeue_expired.
@@ -91,6 +95,7 @@ class Stores(Unique):
         self.interrupts = Interrupts(queries)
         self.jobs = Jobs(queries)
         self.leases = Leases(queries)
+        self.control = Control(queries, self.leases)
         self.step_reports = StepReports(queries)
 
 
@@ -277,6 +282,20 @@ class RuntimeRepository(Stores):
         with self._looking():
             migrations = load_migrations(self._database.backend)
             return await activity_of_store(self._database, migrations, self._policy, over)
+
+    async def can_run(self) -> Compatibility:
+        """
+        Look at the schema as it is now, and tell whether this release can run on it, and which older ones can then.
+
+        As ``inspect``: it writes nothing, and needs no boot.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await can_run(self._database, load_migrations(self._database.backend), self._policy)
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:

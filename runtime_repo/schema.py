@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from runtime_repo.catalog import LEDGER, Catalog, Look, Table, catalog_from_json, compare
+from runtime_repo.catalog import CONTROL, LEDGER, Catalog, Look, Table, catalog_from_json, compare
 from runtime_repo.database import BootTransaction, Busy, Database, Lost, Row
 from runtime_repo.errors import (
     ConfigurationError,
@@ -36,9 +36,11 @@ from runtime_repo.errors import (
     UnsuitableDatabaseError,
 )
 from runtime_repo.queries import split_statements
+from runtime_repo.values import maybe_version
 
 __all__ = [
     "AppliedMigration",
+    "Compatibility",
     "Decision",
     "Migrate",
     "Migration",
@@ -49,6 +51,7 @@ __all__ = [
     "SchemaReport",
     "SchemaStatus",
     "Serve",
+    "can_run",
     "decide",
     "ensure_schema",
     "inspect_schema",
@@ -90,6 +93,19 @@ class Migration:
                     f"migration {self.version} ({self.name}) controls its own transaction ({bare.split()[0]}): "
                     "remove that statement; a migration commits together with its ledger row"
                 )
+        for line in re.findall(r"^--\s*oldest\b.*", self.sql, re.MULTILINE | re.IGNORECASE):
+            number = re.fullmatch(r"-- oldest: (\d+)", line)
+            if number is None or not 1 <= int(number[1]) <= self.version:
+                raise ConfigurationError(
+                    f"migration {self.version} ({self.name}) says {line!r}: expected '-- oldest: N', the oldest "
+                    f"version whose release can run beside it, from 1 to {self.version}"
+                )
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version whose release can still run beside it, as its line ``-- oldest: 2`` says; else its own."""
+        said = re.search(r"^-- oldest: (\d+)$", self.sql, re.MULTILINE)
+        return self.version if said is None else int(said[1])
 
 
 @dataclass(frozen=True)
@@ -201,6 +217,31 @@ class SchemaPlan:
     """The copy that it would take before that (SQLite), with ``<time>`` in the place of the time."""
     tolerated: tuple[Difference, ...] = ()
     """What it would serve in spite of."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """Whether this release can run on a database as it is now, and which others can."""
+
+    found: int
+    """The version recorded; 0 is a database that holds nothing of ours, or one whose ledger cannot be read."""
+    supported: int
+    """The newest version that this release knows."""
+    oldest: int
+    """
+    The oldest release, by the version that it supports, whose workers go on: beside the schema that is there or, where
+    this release is newer, beside what a boot of it makes of that. Older ones end with ``OutdatedReleaseError``.
+    """
+    answer: bool
+    """Whether a boot of this release serves."""
+    is_outdated: bool
+    """Whether workers of this release that run already claim nothing more; where they may go on, no new one boots."""
+    why: str
+    """A sentence."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
@@ -346,7 +387,7 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
                 if not isinstance(decision, Migrate):
                     continue
                 preparation = preparation or await _prepare(database, transaction, decision, policy)
-                applied = await _apply(transaction, look, decision)
+                applied = await _apply(transaction, look, decision, migrations)
                 verified = _verify(await transaction.look(catalogs), migrations, policy)
             await database.serve(len(migrations))
             return _report(decision.from_version, verified, patience, applied, preparation.backup)
@@ -457,7 +498,44 @@ async def inspected(database: Database, migrations: Sequence[Migration], policy:
         SchemaLockTimeoutError: It was locked for longer than ``lock_timeout``.
     """
     catalogs = [migration.catalog for migration in migrations]
-    patience = _Patience(policy.lock_timeout)
+    return await _inspected(database, catalogs, _Patience(policy.lock_timeout))
+
+
+async def can_run(database: Database, migrations: Sequence[Migration], policy: Policy) -> Compatibility:
+    """
+    Look at *database* and say whether this release can run on it. Nothing is created or written.
+
+    Raises:
+        As ``inspect_schema``.
+    """
+    look = await inspected(database, migrations, policy)
+    found = max((row.version for row in look.ledger or ()), default=0)
+    supported = migrations[-1].version
+    decision = decide(look, migrations, policy)
+    oldest = _oldest(migrations) if found <= supported else maybe_version(look.oldest) or found
+    is_outdated = found > supported and oldest > supported
+    match decision:
+        case Serve():
+            why = f"the schema is at version {found}, which this release serves"
+        case Migrate(pending=pending):
+            names = ", ".join(migration.name for migration in pending)
+            why = f"a boot of this release applies {names}, and serves"
+            if found and oldest > found:
+                why += f"; workers of releases that know no version {oldest} end then"
+        case Refuse(error=error):
+            why = str(error)
+            if found > supported:
+                going_on = "end" if is_outdated else "go on"
+                why += f"; workers of this release that run already {going_on}"
+    return Compatibility(found, supported, oldest, not isinstance(decision, Refuse), is_outdated, why)
+
+
+def _oldest(migrations: Sequence[Migration]) -> int:
+    """The oldest release that can run beside what all of *migrations* have made."""
+    return max(migration.oldest for migration in migrations)
+
+
+async def _inspected(database: Database, catalogs: Sequence[Catalog], patience: "_Patience") -> Look:
     patience.begin()
     losses = 0
     while True:
@@ -553,8 +631,10 @@ async def _prepare(database: Database, transaction: BootTransaction, decision: M
     return _Preparation(backup)
 
 
-async def _apply(transaction: BootTransaction, look: Look, decision: Migrate) -> tuple[AppliedMigration, ...]:
-    """Apply what is pending, each with its ledger row."""
+async def _apply(
+    transaction: BootTransaction, look: Look, decision: Migrate, migrations: Sequence[Migration]
+) -> tuple[AppliedMigration, ...]:
+    """Apply what is pending, each with its ledger row, and keep which releases can run beside the last."""
     applied: list[AppliedMigration] = []
     for migration in decision.pending:
         started = time.monotonic()
@@ -568,6 +648,12 @@ async def _apply(transaction: BootTransaction, look: Look, decision: Migrate) ->
                 await _check(transaction, migration)
             await transaction.script(migration.sql)
             await transaction.fetch("schema.record", migration.version, migration.name)
+            if migration is decision.pending[-1] and CONTROL in migration.catalog.tables:
+                oldest = _oldest(migrations)
+                if oldest < migration.version:
+                    await transaction.fetch("control.allow", str(oldest))
+                elif CONTROL in look.catalog.tables:
+                    await transaction.fetch("control.clear", "oldest")
         except (ConfigurationError, SchemaError):
             raise
         except RuntimeRepoError as error:

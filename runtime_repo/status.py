@@ -138,6 +138,8 @@ class QueueActivity:
 class Activity:
     """What moves in a store."""
 
+    place: str
+    """Where it is, without a password."""
     at: datetime
     """By the database's clock."""
     span: timedelta
@@ -225,6 +227,7 @@ async def activity_of_store(
         ended = {row["queue"]: row for row in await reader.fetch("status.ended_lately", span, _MOST_ENDED)}
     waiting = {queue.queue: queue for queue in stats}
     return Activity(
+        database.place,
         from_ms(now["now_ms"]),
         timedelta(milliseconds=span),
         tuple(_moves(name, waiting.get(name), ended.get(name)) for name in sorted(waiting.keys() | ended.keys())),

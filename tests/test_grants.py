@@ -28,6 +28,10 @@ ALONE = {"attempts.wait", "attempts.vacuum", "leases.hold"}
 """What is no part of a transaction."""
 
 
+OPERATORS = {"control.quiesce", "control.pause", "control.resume"}
+"""What sets a switch."""
+
+
 class Undone(Exception):  # noqa: N818 - it is raised so that a transaction leaves nothing
     pass
 
@@ -105,7 +109,7 @@ async def roles(postgres_url: str, postgres_schema: str, postgres: asyncpg.Conne
 
 async def call(repo: RuntimeRepository, verb: str, lease: Lease) -> None:
     """Call a verb and undo what it did."""
-    if verb in ALONE:
+    if verb in ALONE | OPERATORS:
         await CALLS[verb](repo, lease, NOW)
         return
     with contextlib.suppress(Undone):
@@ -153,17 +157,20 @@ async def test_a_worker_can_do_all_that_it_does_and_no_more(roles: Roles) -> Non
     Every verb passes, and so does a boot that finds nothing to do; with any grant less a verb or the boot is refused.
     """
     async with roles.repository("migrator") as owner:
+        await owner.control.pause("mail")
+        await owner.control.quiesce()
+        await owner.control.resume()
         lease = await prepare(owner, NOW)
     # What a reindex has to put right.
     await roles.run("migrator", f"delete from {roles.schema}.runtime_finished")
     async with roles.repository("worker") as repo:
         for verb in CALLS:
-            await call(repo, verb, lease)
+            assert await is_refused(call(repo, verb, lease)) == (verb in OPERATORS), verb
 
         async def fails(what: str) -> bool:
             # Those first that the table may be named after.
             for verb in sorted(CALLS, key=lambda verb: verb.split(".")[0] not in what):
-                if verb not in ("api_keys.authenticate", "attempts.vacuum") and await is_refused(
+                if verb not in {"api_keys.authenticate", "attempts.vacuum"} | OPERATORS and await is_refused(
                     call(repo, verb, lease)
                 ):
                     return True
@@ -171,7 +178,7 @@ async def test_a_worker_can_do_all_that_it_does_and_no_more(roles: Roles) -> Non
                 return await is_refused(stack.enter_async_context(roles.repository("worker")))
 
         found = await needless(roles, "worker", fails, frozenset({"maintain"}))
-    assert [what for what in found if what != ("select", "runtime_control")] == []
+    assert found == []
 
 
 async def test_a_worker_may_vacuum_where_the_server_can_let_it(roles: Roles) -> None:
@@ -213,11 +220,18 @@ async def test_a_worker_cannot_change_what_it_only_adds_to_or_reads(roles: Roles
 async def look(repo: RuntimeRepository) -> None:
     """What a monitor does."""
     assert (await repo.inspect()).refusal is None
+    await repo.plan()
     await repo.attempts.stats()
+    await repo.control.state()
+    await repo.activity()
+    diagnosis = await repo.doctor()
+    assert "unknown" not in {finding.state for finding in diagnosis.findings}
+    if unknown := (await repo.status()).unknown:
+        raise RefusedError(str(unknown))
 
 
 async def test_a_monitor_sees_how_much_there_is_to_do_and_no_more(roles: Roles) -> None:
-    """It inspects and counts; with any grant less it cannot, but for the switches. It reads no payload."""
+    """It inspects, counts and diagnoses; with any grant less it cannot. It reads no payload."""
     async with roles.repository("migrator") as owner:
         await prepare(owner, NOW)
 
@@ -230,8 +244,7 @@ async def test_a_monitor_sees_how_much_there_is_to_do_and_no_more(roles: Roles) 
         return False
 
     assert not await fails("")
-    # A status tells of them.
-    assert await needless(roles, "monitor", fails) == [("select", "runtime_control")]
+    assert await needless(roles, "monitor", fails) == []
     async with roles.repository("monitor", migrate=False) as repo:
         assert await is_refused(repo.attempts.find("held"))
         assert await is_refused(repo.api_keys.find("key"))

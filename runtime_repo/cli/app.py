@@ -4,12 +4,13 @@ import contextlib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
 
 from runtime_repo.cli.redaction import Redaction
-from runtime_repo.cli.shared import DEBUG, NO, UNKNOWN, YES, epilog, is_debugging
+from runtime_repo.cli.shared import DEBUG, NO, UNKNOWN, YES, epilog
 
 __all__ = ["COMMANDS", "app", "run"]
 
@@ -101,6 +102,8 @@ def run(arguments: Sequence[str]) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # noqa: BLE001 - its exit code would be an answer
+        if "--debug" in arguments:
+            sys.stderr.write(redaction.of("".join(traceback.format_exception(error))))
         return _failed(error, redaction, is_json="--json" in arguments)
     else:
         return code if isinstance(code, int) else YES
@@ -110,20 +113,25 @@ def run(arguments: Sequence[str]) -> int:
 def _failed(error: Exception, redaction: Redaction, *, is_json: bool) -> int:
     """Tell of an error: the library's own words, or that there is a mistake in the command."""
     import json
-    import traceback
 
-    from runtime_repo.errors import RuntimeRepoError, SchemaError, SchemaLockTimeoutError
+    from runtime_repo import errors
 
-    if is_debugging():
-        sys.stderr.write(redaction.of("".join(traceback.format_exception(error))))
+    # The others say no, for good reason: refused, in use, damaged, of another release.
+    no_answer = (
+        errors.ConfigurationError,
+        errors.DatabaseUnavailableError,
+        errors.OverloadedError,
+        errors.SchemaLockTimeoutError,
+        errors.UnreadableRowError,
+    )
+
     words = redaction.of(" ".join(str(error).split()))
-    if not isinstance(error, RuntimeRepoError):
+    if not isinstance(error, errors.RuntimeRepoError):
         words = f"internal error, {type(error).__name__}: {words} (--debug shows where)"
     if is_json:
         sys.stdout.write(json.dumps({"error": {"type": type(error).__name__, "message": words}}, indent=2) + "\n")
     _say(words)
-    is_answer = isinstance(error, SchemaError) and not isinstance(error, SchemaLockTimeoutError)
-    return NO if is_answer else UNKNOWN
+    return NO if isinstance(error, errors.RuntimeRepoError) and not isinstance(error, no_answer) else UNKNOWN
 
 
 def _say(words: str) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from runtime_repo.repository import RuntimeRepository
 
-__all__ = ["DEBUG", "NO", "UNKNOWN", "YES", "Call", "Place", "epilog", "is_debugging", "on_database"]
+__all__ = ["DEBUG", "NO", "UNKNOWN", "YES", "Call", "Place", "epilog", "on_database"]
 
 YES, NO, UNKNOWN = 0, 1, 2
 """The exit codes."""
@@ -27,22 +27,8 @@ SCHEMA = "RUNTIME_REPO_SCHEMA"
 _WIDE = 200
 """Columns of a table that nobody looks at on a terminal: nothing is cut off."""
 
-_debugging: list[bool] = []
-
-
-def is_debugging() -> bool:
-    """Whether the traceback of an error is wanted."""
-    return bool(_debugging)
-
-
-def _debug(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's
-    if value:
-        _debugging.append(True)
-
-
-DEBUG = click.option(
-    "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
-)
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+"""It is looked for among the arguments, for what cannot be parsed has a traceback, too."""
 
 
 def epilog(*examples: str) -> str:
@@ -56,6 +42,8 @@ class Place:
 
     given: str
     schema: str | None
+    wait: float = 10.0
+    """Seconds for a server to answer."""
 
     def repository(self, **options: Any) -> "RuntimeRepository":
         """
@@ -77,8 +65,9 @@ class Place:
             return repository_from_url(self.given, **options)
         schema = self.schema or os.environ.get(SCHEMA) or "runtime"
         # It works behind a pooler too, which none of these commands would be slower for.
-        options = {"statement_cache_size": 0, "server_settings": {"application_name": "runtime-repo"}} | options
-        return repository_from_url(self.given, schema=schema, listen=False, **options)
+        ours = {"statement_cache_size": 0, "server_settings": {"application_name": "runtime-repo"}}
+        given = {"schema": schema, "listen": False, "startup_timeout": self.wait} | ours | options
+        return repository_from_url(self.given, **given)
 
     @property
     def is_postgres(self) -> bool:
@@ -140,11 +129,17 @@ def on_database(name: str, *examples: str, words: tuple[str, ...] = ()) -> Calla
     metavar = " ".join(["[DATABASE]", *words])
 
     def made(function: Function) -> click.Command:
-        def run(given: tuple[str, ...], schema: str | None, as_json: bool, **options: Any) -> int:  # noqa: FBT001
+        def run(
+            given: tuple[str, ...],
+            schema: str | None,
+            wait: float,
+            as_json: bool,  # noqa: FBT001 - by name
+            **options: Any,
+        ) -> int:
             import asyncio
 
             address, others = _told_apart(given, words)
-            call = Call(Place(address, schema), others, is_json=as_json)
+            call = Call(Place(address, schema, wait), others, is_json=as_json)
 
             async def answer() -> int:
                 return await function(call, **options)
@@ -158,6 +153,13 @@ def on_database(name: str, *examples: str, words: tuple[str, ...] = ()) -> Calla
             click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
             click.option(
                 "--schema", help="The runtime schema, on PostgreSQL.  [default: $RUNTIME_REPO_SCHEMA, else runtime]"
+            ),
+            click.option(
+                "--wait",
+                type=click.FloatRange(0.1, 3600),
+                default=10.0,
+                show_default=True,
+                help="Seconds for a server to answer, on PostgreSQL.",
             ),
             click.argument("given", nargs=-1, metavar=metavar),
         ):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import time
 from collections import deque
 from collections.abc import Coroutine, Mapping
 from datetime import timedelta
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_PAUSE = 4
+"""How many times as long as a look takes is waited for the next one: what waits is counted, however much it is."""
+
 
 @click.option("--once", is_flag=True, help="Show it once and end.")
 @click.option(
@@ -49,19 +53,19 @@ async def command(call: Call, *, once: bool, interval: float, over: float) -> in
     Show what moves in each queue, until Ctrl-C: what waits, what is held, how much comes and ends a second, how old
     the oldest is.
 
-    It reads only: what waits and is held, and what has ended lately. --json is one look. Where the database goes away
-    meanwhile, it is asked again.
+    It reads only: what waits and is held, and what has ended lately; of a large store less often than the interval
+    says, so that looking is no load. --json is one look. Where the database goes away meanwhile, it is asked again.
 
     Exit codes: 0 it was shown, also when Ctrl-C ended it; 1 the schema is not this release's; 2 it could not be told.
     """
     repository = call.place.repository(migrate=False)
     try:
         looks = _Looks(repository, timedelta(seconds=over))
-        first = await looks.look()
         if once or call.is_json:
-            call.answer(first.as_dict(), lambda console: console.print(looks.shown(first)))
+            only = await looks.look()
+            call.answer(only.as_dict(), lambda console: console.print(looks.shown(only)))
         else:
-            await _until_interrupted(_go_on(call, looks, interval, first))
+            await _until_interrupted(_go_on(call, looks, interval))
     finally:
         await repository.close()
     return YES
@@ -85,12 +89,13 @@ async def _until_interrupted(work: Coroutine[Any, Any, None]) -> None:
             await task
 
 
-async def _go_on(call: Call, looks: "_Looks", interval: float, first: "Activity") -> None:
+async def _go_on(call: Call, looks: "_Looks", interval: float) -> None:
     """Show one look after the other: in one place on a terminal, otherwise one below the other."""
     from runtime_repo.errors import DatabaseUnavailableError
 
     console = call.console
-    shown = looks.shown(first, console.height)
+    seen = looks.shown(await looks.look(), console.height)
+    shown = seen
     live = Live(shown, console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext()
     with live:
         while True:
@@ -98,11 +103,11 @@ async def _go_on(call: Call, looks: "_Looks", interval: float, first: "Activity"
                 live.update(shown, refresh=True)
             else:
                 console.print(shown)
-            await asyncio.sleep(interval)
+            await asyncio.sleep(max(interval, _PAUSE * looks.took))
             try:
-                shown = looks.shown(await looks.look(), console.height)
+                shown = seen = looks.shown(await looks.look(), console.height)
             except DatabaseUnavailableError as error:
-                shown = Group(shown, Text(str(error), style="red"))
+                shown = Group(seen, Text(str(error), style="red"))
 
 
 class _Looks:
@@ -111,19 +116,22 @@ class _Looks:
     def __init__(self, repository: "RuntimeRepository", over: timedelta) -> None:
         self._repository = repository
         self._over = over
-        self._place = ""
+        self.took = 0.0
+        """Seconds that the last look took."""
         self._before: deque[tuple[datetime, Mapping[str, int]]] = deque()
 
     async def look(self) -> "Activity":
-        self._place = self._place or (await self._repository.status()).place
-        return await self._repository.activity(over=self._over)
+        began = time.monotonic()
+        activity = await self._repository.activity(over=self._over)
+        self.took = time.monotonic() - began
+        return activity
 
     def shown(self, activity: "Activity", height: int = 10_000) -> "RenderableType":
         since, depths = self._since(activity)
         seconds = activity.span.total_seconds()
         made = table("queue", "ready", "delayed", "leased", "oldest", "in/s", "done/s", "failed/s", align="lrrrrrrr")
         queues = sorted(activity.queues, key=lambda queue: (-queue.ready - queue.leased, queue.queue))
-        most = max(height - 6, 1)
+        most = max(height - 7, 1)
         for queue in queues[:most]:
             ended = (queue.completed + queue.failed + queue.cancelled) / seconds
             came = None if not since else max((_depth(queue) - depths.get(queue.queue, 0)) / since + ended, 0)
@@ -140,9 +148,9 @@ class _Looks:
         if len(queues) > most:
             made.add_row(f"and {len(queues) - most:,} more", *[""] * 7, style="dim")
         ready, leased = sum(queue.ready for queue in queues), sum(queue.leased for queue in queues)
-        head = Text(self._place, style="bold")
-        head.append(f"   {activity.at:%H:%M:%S} UTC   {number(ready)} ready, {number(leased)} leased", style="not bold")
-        return Group(head, made if queues else Text("nothing waits, is held or has ended lately", style="dim"))
+        head = Text(activity.place, style="bold")
+        total = Text(f"{activity.at:%H:%M:%S} UTC, {number(ready)} ready, {number(leased)} leased", style="dim")
+        return Group(head, total, Text(), made if queues else Text("nothing waits, is held or has ended lately"))
 
     def _since(self, activity: "Activity") -> tuple[float, Mapping[str, int]]:
         """How many seconds ago, over the span at most, there was how much in each queue."""

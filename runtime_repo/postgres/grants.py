@@ -30,6 +30,8 @@ _LOOKED_AT = (LEDGER, _CONTROL)
 
 _MONITORED = {
     "runtime_attempts": "select (attempt_id, status, queue)",
+    "runtime_finished": "select",
+    "runtime_interrupts": "select (status)",
     "runtime_leases": "select",
     "runtime_queue": "select",
 }
@@ -83,7 +85,8 @@ def grants(
     - The *migrator* owns the schema and the tables: it boots, upgrades, quiesces and restores.
     - A *worker* boots where nothing is pending and calls every verb. It adds audit entries and reads them, and changes
       neither those nor the ledger nor the operator's switches.
-    - A *monitor* inspects and asks for ``attempts.stats``; it sees no payload and no result.
+    - A *monitor* asks for ``inspect``, ``plan``, ``status``, ``activity``, ``doctor``, ``attempts.stats`` and
+      ``control.state``; it sees no payload and no result.
     - A *backup* reads all of it.
 
     Nothing is run, and no role is created.

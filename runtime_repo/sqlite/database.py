@@ -44,7 +44,7 @@ from runtime_repo.sqlite.doctor import examine
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.group import Group, Part, Query, reads
 from runtime_repo.sqlite.limits import Limit, Limits
-from runtime_repo.sqlite.look import looking
+from runtime_repo.sqlite.look import inspecting, looking
 from runtime_repo.sqlite.translation import is_writable, translated
 from runtime_repo.sqlite.turn import ALONE, Turn
 
@@ -543,7 +543,7 @@ class SqliteDatabase(Unique):
         """Look on a connection for this alone, which makes no file and waits for no transaction of this process."""
         deadline = time.monotonic() + self._lock_timeout
         while True:
-            first = Hop(looking(self._queries, shipped))
+            first = Hop(inspecting(self._queries, shipped))
             try:
                 connection = await self._connect(first)
             except Busy as busy:
@@ -674,9 +674,8 @@ class _Reader:
         return rows
 
     async def ask(self, text: str) -> Sequence[Row]:
-        # Without a limit: nobody waits for a reader.
-        statement = self._database.filled(text)
-        return await self._database.hop(lambda connection: connection.execute(statement).fetchall(), self._connection)
+        rows: Sequence[Row] = await self._database.read([self._database.filled(text)], (), self._connection)
+        return rows
 
 
 class _Heartbeats:
