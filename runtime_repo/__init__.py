@@ -63,7 +63,6 @@ if TYPE_CHECKING:
         QueueActivity,
         RecordedMigration,
         StoreStatus,
-        Switch,
         TableSize,
         WorkerLeases,
     )
@@ -131,7 +130,6 @@ __all__ = [
     "StepReport",
     "Stop",
     "StoreStatus",
-    "Switch",
     "TableSize",
     "UnreadableRowError",
     "UnsuitableDatabaseError",

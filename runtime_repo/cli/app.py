@@ -19,10 +19,14 @@ COMMANDS = {
         "status": "What is there: versions, queues, leases, sizes, and what is not as it should be.",
         "plan": "What a boot of this release would do, and its SQL; nothing is touched.",
         "verify": "Whether a boot that may not migrate would serve.",
+        "can-run": "Whether this release can run on it, and which older ones beside it.",
         "top": "Queues, rates and the oldest age, live.",
     },
     "Change it": {
         "migrate": "Bring the schema to this release's version.",
+        "quiesce": "Let nobody claim anything, and wait until nothing is held.",
+        "pause": "Let nobody claim from a queue.",
+        "resume": "Let everybody claim again.",
     },
 }
 """Every command, and what it says of itself; ``name`` is in the file ``name.py``, with ``_`` for ``-``."""

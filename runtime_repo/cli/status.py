@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from runtime_repo.cli.control import words
 from runtime_repo.cli.shared import NO, YES, Call, on_database
 from runtime_repo.cli.text import counted, differences, facts, instant, number, size, span, table
 
@@ -61,9 +62,9 @@ def _facts(status: "StoreStatus") -> Iterator[tuple[str, Text]]:
         yield "ledger" if number_ == 0 else "", Text(f"{row.version} {row.name}, {instant(row.applied_at)}")
     if status.migrating is not None:
         yield "migrating", Text(str(status.migrating), style="yellow")
-    for number_, switch in enumerate(status.control):
-        since = instant(switch.updated_at)
-        yield "control" if number_ == 0 else "", Text(f"{switch.name} {switch.value}, since {since}", style="yellow")
+    if status.control is not None:
+        for number_, line in enumerate(words(status.control)):
+            yield "stopped" if number_ == 0 else "", Text(line, style="yellow")
     if status.failed is not None:
         held = sum(worker.leases for worker in status.workers)
         yield "leases", Text(f"{number(held)} held by {counted(len(status.workers), 'worker')}")

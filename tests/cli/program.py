@@ -22,7 +22,7 @@ from tests.place import Place
 
 SECONDS = 60
 
-GIVEN: Mapping[str, Sequence[str]] = {"top": ["--once"]}
+GIVEN: Mapping[str, Sequence[str]] = {"top": ["--once"], "pause": ["emails"]}
 """What a command needs besides the database, to come to an end."""
 
 
