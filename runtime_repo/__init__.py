@@ -43,6 +43,20 @@ if TYPE_CHECKING:
     )
     from runtime_repo.interrupts import Interrupt, InterruptStatus
     from runtime_repo.jobs import Job
+    from runtime_repo.observing import (
+        BootStep,
+        Claimed,
+        Completed,
+        Event,
+        Failed,
+        LeaseLost,
+        Migrated,
+        Observe,
+        OutageBegan,
+        OutageEnded,
+        Statement,
+        Swept,
+    )
     from runtime_repo.postgres import PostgresRuntimeRepository
     from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats
     from runtime_repo.repairs import Repair
@@ -78,13 +92,18 @@ __all__ = [
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
+    "BootStep",
+    "Claimed",
     "Compatibility",
+    "Completed",
     "ConfigurationError",
     "ConflictError",
     "ControlState",
     "DatabaseUnavailableError",
     "Diagnosis",
     "Difference",
+    "Event",
+    "Failed",
     "Finding",
     "ForeignSchemaError",
     "Handler",
@@ -94,12 +113,17 @@ __all__ = [
     "Job",
     "Lease",
     "LeaseHolder",
+    "LeaseLost",
     "LeaseLostError",
     "LockHolder",
+    "Migrated",
     "MigrationError",
     "NewAttempt",
     "NotFoundError",
     "NotQuietError",
+    "Observe",
+    "OutageBegan",
+    "OutageEnded",
     "OutdatedReleaseError",
     "OverloadedError",
     "Page",
@@ -127,9 +151,11 @@ __all__ = [
     "SchemaStatus",
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
+    "Statement",
     "StepReport",
     "Stop",
     "StoreStatus",
+    "Swept",
     "TableSize",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
@@ -140,7 +166,7 @@ __all__ = [
 
 _HOMES = [
     *("errors", "retry", "rows", "records", "schema", "status", "control", "doctor", "repairs", "api_keys", "audit"),
-    *("interrupts", "jobs", "step_reports", "repository", "worker", "sqlite", "postgres", "url"),
+    *("interrupts", "jobs", "step_reports", "repository", "observing", "worker", "sqlite", "postgres", "url"),
 ]
 """Where the names above live, and are looked for in this order: what needs both drivers comes last."""
 
