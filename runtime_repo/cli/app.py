@@ -20,6 +20,8 @@ COMMANDS = {
         "plan": "What a boot of this release would do, and its SQL; nothing is touched.",
         "verify": "Whether a boot that may not migrate would serve.",
         "can-run": "Whether this release can run on it, and which older ones beside it.",
+        "doctor": "What is wrong, and the SQL that mends it.",
+        "grants": "What each role needs on PostgreSQL, and no more.",
         "top": "Queues, rates and the oldest age, live.",
     },
     "Change it": {
@@ -27,6 +29,9 @@ COMMANDS = {
         "quiesce": "Let nobody claim anything, and wait until nothing is held.",
         "pause": "Let nobody claim from a queue.",
         "resume": "Let everybody claim again.",
+        "retry": "Give what has failed one more try.",
+        "cancel": "Cancel what is not final.",
+        "prune": "Delete what ended long ago.",
     },
 }
 """Every command, and what it says of itself; ``name`` is in the file ``name.py``, with ``_`` for ``-``."""

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime_repo import NewAttempt, SchemaError, SchemaReport
-from runtime_repo.cli.app import COMMANDS
-from tests.cli.program import GIVEN, Program, ran
+from tests.cli.program import GIVEN, ON_DATABASE, Program, ran
 from tests.lab import Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 from tests.versions import HISTORY, NEWEST, NEXT
 
@@ -350,7 +349,7 @@ async def test_top_says_no_of_an_earlier_version(lab: Lab, program: Program) -> 
     assert "version 1" in done.errors
 
 
-@pytest.mark.parametrize("name", [name for section in COMMANDS.values() for name in section])
+@pytest.mark.parametrize("name", ON_DATABASE)
 async def test_what_cannot_be_reached_is_not_known(lab: Lab, program: Program, name: str) -> None:
     """2, with the library's words, and nothing but them."""
     if isinstance(lab, SqliteLab):
