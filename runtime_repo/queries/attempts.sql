@@ -7,6 +7,8 @@
 -- its key then, however many the planner would take them to be and however small the tables were when it made the plan.
 -- And where it is asked whether there is a case for a row, it is to expect that: of a table that is almost empty it takes
 -- a simple condition to leave nothing, and reads all.
+-- And where rows are found by an array, a case has another that would look something up and is never so: to read all
+-- looks dearer then, too. An array costs half of what it costs to look up one row after the other.
 -- columns tried: attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
 --  worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error, ended_by, headers_json
 -- columns attempt: {tried}, lease_id

@@ -9,6 +9,12 @@ do update
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
 
+-- part: waits_still
+-- On PostgreSQL, whether the attempt itself waits.
+case when a.status in ('queued', 'retry_backoff') then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
+
 -- name: claim 1 10 100 1000 10000 @postgres
 -- Take up to so many attempts ($6) of the queues ($1, a JSON array): the first among those that are ready and those that
 -- are due, skipping what a rival is claiming at this instant. So many of each queue are locked in its index's order,
@@ -19,6 +25,7 @@ do update
 -- stops at the last one that there is, where another program has put it there: what gets that one is parked.
 -- What does not wait any more was left behind, and is taken away. What does is leased, or all of it fails, where a limit
 -- is computed even if there is no row: a trigger that skips the lease's would leave the attempt to nobody.
+-- A lease that a cancel did not see, or one of version 1's, goes first: to insert where there may be one costs a tenth more.
 with moment as (
     select coalesce($5::bigint, {now_ms}) as at
 ), ready as (
@@ -60,17 +67,17 @@ with moment as (
        and attempt_id || '' = attempt_id
 ), taken as (
     delete from {schema}.runtime_queue as w
-     using chosen
-     where w.ctid = chosen.place
+     where w.ctid = any (array(select place from chosen))
+       and case when w.attempt_id <> '' then 1
+                else (select 1 from {schema}.runtime_queue as same where same.attempt_id = w.attempt_id) end is not null
     returning w.attempt_id
 ), claimed as (
     update {schema}.runtime_attempts as a
        set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
            worker_id = $2, ended_by = null,
            lease_id = $4 || pg_catalog.translate(a.ctid::pg_catalog.text, '(,)', '-.')
-      from taken
-     where a.attempt_id = taken.attempt_id
-       and case when a.status in ('queued', 'retry_backoff') then 1 end is not null
+     where a.attempt_id = any (array(select attempt_id from taken))
+       and {waits_still}
     returning {attempt_of_a}
 ), left_over as (
     select place, attempt_id
@@ -91,26 +98,31 @@ with moment as (
       from promoted
      where a.attempt_id = promoted.attempt_id
        and case when a.status in ('queued', 'retry_backoff') then 1 end is not null
+), outlived as (
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from claimed))
+    returning 1
 ), leased as (
     insert into {schema}.runtime_leases ({held})
     select lease_id, attempt_id, $2, (select at from moment) + $3::bigint, (select at from moment), lease_version,
            (select at from moment)
       from claimed
-        on conflict (attempt_id) {leased_anew}
+     where (select pg_catalog.count(*) from outlived) is not null
     returning 1
 )
 select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
        (select at from moment) as claimed_at_ms, {attempt}
   from claimed
  order by priority desc, enqueued_at_ms, attempt_id
- limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from claimed)
-              or (select pg_catalog.count(*) from claimed) < (select pg_catalog.count(*) from taken)
-                 and exists (
+ limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from taken)
+             and ((select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from claimed)
+                  or exists (
                          select 1
-                           from taken
-                           join {schema}.runtime_attempts as a on a.attempt_id = taken.attempt_id
-                          where case when a.status in ('queued', 'retry_backoff') then 1 end is not null
-                            and a.attempt_id <> all (array(select attempt_id from claimed)))
+                           from {schema}.runtime_attempts as a
+                          where a.attempt_id = any (array(select attempt_id from taken
+                                                          except
+                                                          select attempt_id from claimed))
+                            and {waits_still}))
             then ('{skipped}: ' || (select pg_catalog.count(*) from taken)::pg_catalog.text)::bigint end;
 
 -- part: longest_due
