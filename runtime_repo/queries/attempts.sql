@@ -437,13 +437,17 @@ delete from {schema}.runtime_leases
    and changes() > 0;
 
 -- name: complete_many @postgres
--- As complete, for each lease of a JSON array; returns those that were still their token's to finish. One after the other
--- in the order of ids, or two such calls could wait for each other. The leases are found by an array: joined, they would be
--- compared one by one with all that is done, where a vacuum has found their table empty.
+-- As complete, for each lease of an array ($1) of four columns, one behind the other; returns those that were still their
+-- token's to finish or, if all were, one row without an id. One after the other in the order of ids, or two such calls
+-- could wait for each other. The leases are found by an array: joined, they would be compared one by one with all that is
+-- done, where a vacuum has found their table empty.
 with given as materialized (
-    select attempt_id, token, lease_id, result_json
-      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
-               attempt_id pg_catalog.text, token bigint, lease_id pg_catalog.text, result_json pg_catalog.text)
+    select attempt_id, token::bigint as token, lease_id, result_json
+      from (select $1::pg_catalog.text[] as cells, pg_catalog.cardinality($1::pg_catalog.text[]) / 4 as height) as columns
+     cross join lateral rows from (
+               pg_catalog.unnest(cells[:height]), pg_catalog.unnest(cells[height + 1:2 * height]),
+               pg_catalog.unnest(cells[2 * height + 1:3 * height]), pg_catalog.unnest(cells[3 * height + 1:]))
+               as x (attempt_id, token, lease_id, result_json)
      where attempt_id = attempt_id || ''
        and attempt_id || '' = attempt_id
      order by attempt_id
@@ -467,7 +471,12 @@ with given as materialized (
     insert into {schema}.runtime_finished ({finished})
     select {finished} from done
 )
-select attempt_id, lease_version, lease_id from done;
+select attempt_id, lease_version, lease_id
+  from done
+ where (select pg_catalog.count(*) from done) < (select pg_catalog.count(*) from given)
+ union all
+select null, null, null
+ where (select pg_catalog.count(*) from done) = (select pg_catalog.count(*) from given);
 
 -- name: complete_many @sqlite
 -- As above, in statements of one transaction; what is completed has no lease.
