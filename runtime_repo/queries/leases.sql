@@ -15,6 +15,12 @@ case when a.status in ('queued', 'retry_backoff') then 1
                 else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
                is not null
 
+-- part: held_still
+-- Or is held.
+case when a.status in ('leased', 'running') then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
+
 -- name: claim 1 10 100 1000 10000 @postgres
 -- Take up to so many attempts ($6) of the queues ($1, a JSON array): the first among those that are ready and those that
 -- are due, skipping what a rival is claiming at this instant. So many of each queue are locked in its index's order,
@@ -352,19 +358,20 @@ returning heartbeat_at_ms, lease_expires_at_ms;
 
 -- name: heartbeat_many @postgres
 -- As heartbeat, for each lease of a JSON array. The attempts are locked first, in the order of ids, as by everybody who
--- writes several leases. These are found by arrays, as in attempts.complete_many; a lease's id has one token only.
+-- writes several leases. All are found by arrays, as in attempts.complete_many, and what is given is looked up for each: in
+-- a case it is never joined. A lease's id has one token only.
 with given as (
     select lease_id, attempt_id, token
       from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
                lease_id pg_catalog.text, attempt_id pg_catalog.text, token bigint)
-     where attempt_id = attempt_id || ''
 ), locked as (
     select a.attempt_id, a.lease_id
-      from given
-      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
-     where a.lease_version = given.token
-       and a.lease_id      = given.lease_id
-       and a.status in ('leased', 'running')
+      from {schema}.runtime_attempts as a
+     where a.attempt_id = any (array(select attempt_id from given))
+       and case when a.status not in ('leased', 'running')
+                then (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id)
+                when (a.attempt_id, a.lease_version, a.lease_id) in (select attempt_id, token, lease_id from given)
+                then 1 end is not null
      order by a.attempt_id
        for update of a
 )
@@ -579,10 +586,9 @@ with late as materialized (
       limit $1)
 ), expired as (
     select a.attempt_id
-      from (select attempt_id from late limit $1) as l
-      join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
-     where l.attempt_id = l.attempt_id || ''
-       and l.attempt_id || '' = l.attempt_id
+      from {schema}.runtime_attempts as a
+     where a.attempt_id = any (array(select attempt_id from late limit $1))
+       and {held_still}
      order by a.attempt_id
        for update of a skip locked
 ), ended as (
@@ -590,7 +596,7 @@ with late as materialized (
      where attempt_id = any (array(select attempt_id from expired))
        and (lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
             or lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long})
-    returning attempt_id, worker_id
+    returning attempt_id
 ), stranded as (
     select held.attempt_id, held.lease_version, held.lease_id
       from {schema}.runtime_attempts as held
@@ -598,7 +604,7 @@ with late as materialized (
        and held.status in ('leased', 'running')
        and not exists (select 1 from {schema}.runtime_leases as l where l.attempt_id = held.attempt_id)
 ), taken as (
-    select a.attempt_id, a.worker_id
+    select a.attempt_id
       from stranded
       join {schema}.runtime_attempts as a
         on a.attempt_id = stranded.attempt_id and a.lease_version = stranded.lease_version
@@ -633,22 +639,17 @@ with late as materialized (
 ), orphans as (
     delete from {schema}.runtime_leases
      where attempt_id = any (array(select attempt_id from nobodys))
-), silent as materialized (
-    select attempt_id, worker_id, ' expired' as fate from ended
-     union all
-    select attempt_id, worker_id, ' is gone' as fate from taken
 ), freed as (
     update {schema}.runtime_attempts as a
        set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
            attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
            retry_at_ms    = null,
            finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
-           error          = 'the lease of worker ' || coalesce(silent.worker_id, 'unknown') || silent.fate,
+           error          = 'the lease of worker ' || coalesce(worker_id, 'unknown')
+                                || case when attempt_id in (select attempt_id from taken) then ' is gone' else ' expired' end,
            ended_by       = 'expire'
-      from silent
-     where silent.attempt_id = silent.attempt_id || ''
-       and a.attempt_id = silent.attempt_id
-       and case when a.status in ('leased', 'running') then 1 end is not null
+     where a.attempt_id = any (array(select attempt_id from ended union all select attempt_id from taken))
+       and {held_still}
     returning {attempt_of_a}
 ), queued as (
     insert into {schema}.runtime_queue ({waiting})
