@@ -23,6 +23,18 @@ do update
        set queue = excluded.queue, priority = excluded.priority, enqueued_at_ms = excluded.enqueued_at_ms,
            retry_at_ms = excluded.retry_at_ms
 
+-- part: waits_still
+-- On PostgreSQL, whether the attempt itself waits.
+case when a.status in ('queued', 'retry_backoff') then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
+
+-- part: held_still
+-- Or is held.
+case when a.status in ('leased', 'running') then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
+
 -- name: enqueue @postgres
 -- Store an attempt, once: the same id again changes nothing and returns no row.
 with stored as (
@@ -439,8 +451,8 @@ delete from {schema}.runtime_leases
 -- name: complete_many @postgres
 -- As complete, for each lease of an array ($1) of four columns, one behind the other; returns those that were still their
 -- token's to finish or, if all were, one row without an id. One after the other in the order of ids, or two such calls
--- could wait for each other. The leases are found by an array: joined, they would be compared one by one with all that is
--- done, where a vacuum has found their table empty.
+-- could wait for each other. The attempts and the leases are found by arrays: joined, they would be compared one by one
+-- with all that is given or done, where a vacuum has found their tables empty.
 with given as materialized (
     select attempt_id, token::bigint as token, lease_id, result_json
       from (select $1::pg_catalog.text[] as cells, pg_catalog.cardinality($1::pg_catalog.text[]) / 4 as height) as columns
@@ -448,8 +460,6 @@ with given as materialized (
                pg_catalog.unnest(cells[:height]), pg_catalog.unnest(cells[height + 1:2 * height]),
                pg_catalog.unnest(cells[2 * height + 1:3 * height]), pg_catalog.unnest(cells[3 * height + 1:]))
                as x (attempt_id, token, lease_id, result_json)
-     where attempt_id = attempt_id || ''
-       and attempt_id || '' = attempt_id
      order by attempt_id
 ), done as (
     update {schema}.runtime_attempts as a
@@ -459,10 +469,12 @@ with given as materialized (
            finished_at_ms = coalesce($2, {now_ms}),
            ended_by       = 'complete'
       from given
-     where a.attempt_id    = given.attempt_id
-       and a.lease_version = given.token
-       and a.lease_id      = given.lease_id
-       and case when a.status in ('leased', 'running') then 1 end is not null
+     where a.attempt_id = any (array(select attempt_id from given))
+       and {held_still}
+       and a.attempt_id = given.attempt_id
+       and case when a.lease_version = given.token and a.lease_id = given.lease_id then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
     returning a.finished_at_ms, a.attempt_id, a.status, a.lease_version, a.lease_id
 ), ended as (
     delete from {schema}.runtime_leases

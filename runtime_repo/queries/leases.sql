@@ -9,18 +9,6 @@ do update
            lease_expires_at_ms = excluded.lease_expires_at_ms, heartbeat_at_ms = excluded.heartbeat_at_ms,
            claimed_at_ms = excluded.claimed_at_ms
 
--- part: waits_still
--- On PostgreSQL, whether the attempt itself waits.
-case when a.status in ('queued', 'retry_backoff') then 1
-                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
-               is not null
-
--- part: held_still
--- Or is held.
-case when a.status in ('leased', 'running') then 1
-                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
-               is not null
-
 -- name: claim 1 10 100 1000 10000 @postgres
 -- Take up to so many attempts ($6) of the queues ($1, a JSON array): the first among those that are ready and those that
 -- are due, skipping what a rival is claiming at this instant. So many of each queue are locked in its index's order,
