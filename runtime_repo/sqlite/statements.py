@@ -84,6 +84,7 @@ class Prepared:
         rows: Sequence[Row] = ()
         for statement in self.statements:
             if statement.needs and any(args[place] is None for place in statement.needs):
+                args = (*args, *(None,) * statement.finds)
                 continue
             cursor = connection.execute(statement.text, statement.bound(args))
             if cursor.description is None:

@@ -19,20 +19,25 @@ from runtime_repo import (
     Attempt,
     AttemptStatus,
     AuditEntry,
+    Compatibility,
+    ControlState,
     Difference,
     Interrupt,
     InterruptStatus,
     Job,
     Lease,
+    LeaseHolder,
     LeaseLostError,
     LockHolder,
     MigrationError,
     NewAttempt,
     NotFoundError,
+    NotQuietError,
     Page,
     PayloadMismatchError,
     PostgresRuntimeRepository,
     QueueStats,
+    QuiesceProgress,
     RetryPolicy,
     RuntimeRepository,
     RuntimeTransaction,
@@ -45,6 +50,7 @@ from runtime_repo import (
     SchemaTooNewError,
     SqliteRuntimeRepository,
     StepReport,
+    Stop,
     StoreStatus,
     repository_from_url,
 )
@@ -131,6 +137,9 @@ async def a_worker_claims_and_finishes(repo: RuntimeRepository) -> None:
     assert_type(await repo.attempts.cancel("a"), Attempt)
     assert_type(await repo.attempts.retry("a"), Attempt)
     assert_type(await repo.attempts.prune(older_than=timedelta(days=7)), int)
+    assert_type(await repo.attempts.prune(older_than=timedelta(0), status=AttemptStatus.FAILED, actor="ann"), int)
+    assert_type(await repo.attempts.retry_many(actor="ann", error="disk full"), int)
+    assert_type(await repo.attempts.cancel_many(actor="ann", queue="mail"), int)
     assert_type(attempt.status, AttemptStatus)
     assert_type(attempt.status.is_final, bool)
     assert_type(attempt.payload, Any)
@@ -206,6 +215,25 @@ async def a_caller_is_authenticated(repo: RuntimeRepository) -> None:
     assert_type(await repo.api_keys.get("key"), ApiKey)
     assert_type(await repo.api_keys.find("key"), ApiKey | None)
     assert_type(await repo.api_keys.list(after="key", limit=10), Page[ApiKey])
+
+
+async def an_operator_stops_and_resumes(repo: RuntimeRepository) -> None:
+    """The verbs of control."""
+
+    def show(progress: QuiesceProgress) -> None:
+        assert_type((progress.waited, progress.leases), tuple[float, int])
+        assert_type(progress.holders, tuple[LeaseHolder, ...])
+
+    try:
+        assert_type(await repo.control.quiesce("why", timeout=timedelta(seconds=1), progress=show), ControlState)
+    except NotQuietError as error:
+        assert_type(error.claims, tuple[LockHolder, ...])
+    assert_type(await repo.control.pause("mail", "why"), ControlState)
+    assert_type((await repo.control.resume("mail")).paused, tuple[Stop, ...])
+    assert_type((await repo.control.state()).quiesced, Stop | None)
+    said = await repo.can_run()
+    assert_type(said, Compatibility)
+    assert_type((said.answer, said.oldest, said.why), tuple[bool, int, str])
 
 
 async def verbs_commit_together(embedded: SqliteRuntimeRepository, shared: PostgresRuntimeRepository) -> None:
