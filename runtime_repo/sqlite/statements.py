@@ -7,6 +7,7 @@ arguments that follow the ones given. Where it finds none, or NULL, whatever nee
 
 import operator
 import re
+import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ class Statement:
         finds: How many arguments it finds.
     """
 
-    __slots__ = ("_bound", "finds", "needs", "text")
+    __slots__ = ("_bound", "_names", "finds", "needs", "text")
 
     def __init__(self, text: str, found: frozenset[int] = frozenset()) -> None:
         places: list[int] = []
@@ -45,10 +46,17 @@ class Statement:
         self.needs = tuple(found.intersection(places))
         self.finds = len(_FOUND.findall(text))
         self._bound = _getter(places)
+        self._names: tuple[str, ...] | None = None
 
     def bound(self, args: Sequence[object]) -> tuple[Any, ...]:
         """The arguments in the order of the text."""
         return self._bound(args)
+
+    def rows(self, cursor: sqlite3.Cursor, found: Sequence[Sequence[Any]]) -> Sequence[Row]:
+        """What was *found*, by names, which are the same each time, for it names its columns."""
+        if self._names is None:
+            self._names = tuple(column[0] for column in cursor.description)
+        return [dict(zip(self._names, row, strict=True)) for row in found]
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[object]], tuple[Any, ...]]:
@@ -94,11 +102,8 @@ class Prepared:
             found = cursor.fetchall()
             if statement.finds:
                 args = (*args, *(found[0] if found else (None,) * statement.finds))
-            elif found:
-                names = [column[0] for column in cursor.description]
-                rows = [dict(zip(names, row, strict=True)) for row in found]
             else:
-                rows = ()
+                rows = statement.rows(cursor, found) if found else ()
         return rows
 
 
