@@ -25,13 +25,14 @@ class Statement:
     One of a query's.
 
     Attributes:
+        bound: Takes the arguments out in the order of the text.
         text: Without comments, and with its arguments in their order: to be bound by names they would cost as much as a
             quick statement.
-        needs: The places of those arguments that a statement before it has found.
+        needs: Takes out those arguments that a statement before it has found; None if it needs none.
         finds: How many arguments it finds.
     """
 
-    __slots__ = ("_bound", "_names", "finds", "needs", "text")
+    __slots__ = ("_names", "bound", "finds", "needs", "text")
 
     def __init__(self, text: str, found: frozenset[int] = frozenset()) -> None:
         places: list[int] = []
@@ -43,14 +44,11 @@ class Statement:
             return "?"
 
         self.text = _TOKEN.sub(plain, text).strip()
-        self.needs = tuple(found.intersection(places))
+        needed = sorted(found.intersection(places))
+        self.needs = _getter(needed) if needed else None
         self.finds = len(_FOUND.findall(text))
-        self._bound = _getter(places)
+        self.bound = _getter(places)
         self._names: tuple[str, ...] | None = None
-
-    def bound(self, args: Sequence[object]) -> tuple[Any, ...]:
-        """The arguments in the order of the text."""
-        return self._bound(args)
 
     def rows(self, cursor: sqlite3.Cursor, found: Sequence[Sequence[Any]]) -> Sequence[Row]:
         """What was *found*, by names, which are the same each time, for it names its columns."""
@@ -60,9 +58,13 @@ class Statement:
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[object]], tuple[Any, ...]]:
+    """What takes the arguments at *places* out of all."""
     if len(places) > 1:
         return cast("Callable[[Sequence[object]], tuple[Any, ...]]", operator.itemgetter(*places))
-    return lambda args: tuple(args[place] for place in places)
+    if not places:
+        return lambda _args: ()
+    (place,) = places
+    return lambda args: (args[place],)
 
 
 class Prepared:
@@ -91,7 +93,7 @@ class Prepared:
         """Run it on a *connection*, in the transaction that is open, if one is."""
         rows: Sequence[Row] = ()
         for statement in self.statements:
-            if statement.needs and any(args[place] is None for place in statement.needs):
+            if statement.needs is not None and None in statement.needs(args):
                 args = (*args, *(None,) * statement.finds)
                 continue
             cursor = connection.execute(statement.text, statement.bound(args))
