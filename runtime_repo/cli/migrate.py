@@ -73,7 +73,7 @@ def _show(console: Console, report: "SchemaReport") -> None:
         steps.add_row(str(step.version), step.name, f"{step.duration:.3f} s")
     console.print(steps)
     if report.backup is not None:
-        console.print(said(f"copied before, to {report.backup}"))
+        console.print(said(f"before that the file was copied to {report.backup}"))
     if report.waited >= 0.1:
         console.print(said(f"waited {report.waited:.1f} s for locks"))
     found = f"version {report.from_version}" if report.from_version else "nothing"
