@@ -1,8 +1,10 @@
 """A durable store for async workers that brings its own schema to the right version at boot."""
 
 from runtime_repo.api_keys import ApiKey, ApiKeyStatus
+from runtime_repo.archive import BackupReport, MoveReport, RestoreReport, move
 from runtime_repo.audit import AuditEntry
 from runtime_repo.errors import (
+    ArchiveError,
     ConfigurationError,
     ConflictError,
     DatabaseUnavailableError,
@@ -16,6 +18,7 @@ from runtime_repo.errors import (
     OverloadedError,
     PayloadMismatchError,
     RefusedError,
+    RemainsError,
     RepositoryClosedError,
     RuntimeRepoError,
     SchemaDriftError,
@@ -24,6 +27,8 @@ from runtime_repo.errors import (
     SchemaLockTimeoutError,
     SchemaOutOfDateError,
     SchemaTooNewError,
+    StoreInUseError,
+    UnportableRowsError,
     UnreadableRowError,
     UnsuitableDatabaseError,
 )
@@ -44,9 +49,11 @@ __all__ = [
     "ApiKey",
     "ApiKeyStatus",
     "AppliedMigration",
+    "ArchiveError",
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
+    "BackupReport",
     "ConfigurationError",
     "ConflictError",
     "DatabaseUnavailableError",
@@ -61,6 +68,7 @@ __all__ = [
     "LeaseLostError",
     "LockHolder",
     "MigrationError",
+    "MoveReport",
     "NewAttempt",
     "NotFoundError",
     "OverloadedError",
@@ -69,7 +77,9 @@ __all__ = [
     "PostgresRuntimeRepository",
     "QueueStats",
     "RefusedError",
+    "RemainsError",
     "RepositoryClosedError",
+    "RestoreReport",
     "RetryPolicy",
     "RuntimeRepoError",
     "RuntimeRepository",
@@ -84,8 +94,11 @@ __all__ = [
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
     "StepReport",
+    "StoreInUseError",
+    "UnportableRowsError",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
     "Worker",
+    "move",
     "repository_from_url",
 ]

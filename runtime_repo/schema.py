@@ -25,6 +25,7 @@ from runtime_repo.errors import (
     Difference,
     ForeignSchemaError,
     MigrationError,
+    RemainsError,
     RuntimeRepoError,
     SchemaDriftError,
     SchemaError,
@@ -340,6 +341,8 @@ async def inspect_schema(database: Database, migrations: Sequence[Migration], po
     recorded = next((migration for migration in migrations if migration.version == found), None)
     drift, extra = _compared(recorded, look) if recorded else ([], [])
     decision = decide(look, migrations, policy)
+    if isinstance(decision, Migrate) and not found and (remains := await database.remains(apart=True)):
+        decision = Refuse(RemainsError(remains))
     return SchemaStatus(
         found,
         migrations[-1].version,
@@ -427,6 +430,8 @@ async def _check(transaction: BootTransaction, migration: Migration) -> None:
 
 async def _prepare(database: Database, transaction: BootTransaction, decision: Migrate, policy: Policy) -> _Preparation:
     """What happens once, under the lock, before the first change."""
+    if not decision.from_version and (remains := await database.remains()):
+        raise RemainsError(remains)
     if decision.from_version:
         await _check(transaction, decision.pending[0])
     backup = None

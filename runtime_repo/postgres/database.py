@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
+from runtime_repo.archive import Loaded, Manifest, Reader, Terms, Writer
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Backend, Busy, Lost, Row, Watch
 from runtime_repo.errors import (
@@ -30,6 +31,7 @@ from runtime_repo.errors import (
     RepositoryClosedError,
     RuntimeRepoError,
 )
+from runtime_repo.postgres.archive import export, kept_prefix, load
 from runtime_repo.postgres.boot import BootTransaction, Looks, begin
 from runtime_repo.postgres.connections import (
     NO_LIMIT,
@@ -48,6 +50,7 @@ from runtime_repo.postgres.notifications import Deaf, Hear, Listener, Teller
 from runtime_repo.postgres.refusals import bare, is_conflict, is_lost, is_spoilt, meaning
 from runtime_repo.queries import load_queries
 from runtime_repo.repository import Unique, check_seconds
+from runtime_repo.schema import Migration, load_migrations
 from runtime_repo.shielding import finish
 
 if TYPE_CHECKING:
@@ -811,6 +814,25 @@ class PostgresDatabase(Unique):
 
     async def take_backup(self, from_version: int) -> Path | None:  # noqa: ARG002
         return None
+
+    async def remains(self, *, apart: bool = False) -> Sequence[str]:
+        async with self._apart() if apart else self._acquired() as connection:
+            text = self.queries["archive.remains"]
+            rows = await self.answer(connection, connection.fetch, text, kept_prefix(self._schema))
+        return [f"schema {row['name']}" for row in rows]
+
+    async def export(self, writer: Writer, migrations: Sequence[Migration], terms: Terms, target: Backend) -> Manifest:  # noqa: ARG002 - whatever is here fits anywhere
+        return await export(self, writer, migrations, terms)
+
+    async def load(self, reader: Reader, migrations: Sequence[Migration], terms: Terms) -> Loaded:
+        return await load(self, reader, migrations, terms)
+
+    def named(self, name: str) -> str:
+        """The qualified name of something in the runtime schema."""
+        return f'{self.tokens["schema"]}."{name}"'
+
+    def shipped(self) -> Sequence[Migration]:
+        return load_migrations(self.backend)
 
     def _meaning(self, error: BaseException, *, connecting: bool = False) -> RuntimeRepoError:
         if isinstance(error, Unusable):

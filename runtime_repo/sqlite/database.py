@@ -23,18 +23,22 @@ from typing import Any, TypeVar, cast
 
 import aiosqlite
 
+from runtime_repo.archive import Loaded, Manifest, Reader, Terms, Writer, in_thread
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Backend, Busy, Heartbeats, Row
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     LockHolder,
+    RemainsError,
     RepositoryClosedError,
     RuntimeRepoError,
 )
 from runtime_repo.queries import fill, load_queries, split_statements
 from runtime_repo.repository import Unique
-from runtime_repo.shielding import CLEAN_UP, finish
+from runtime_repo.schema import Migration
+from runtime_repo.shielding import CLEAN_UP, finish, settle
+from runtime_repo.sqlite.archive import Replacement, exporting, remains
 from runtime_repo.sqlite.backup import Copy, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
@@ -59,6 +63,9 @@ _POLL = 0.03
 _LONGEST_QUIET = 5.0
 """Seconds after which it is taken for a change that there was none: some things fall due without a commit."""
 
+
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+"""What no SQLite can read."""
 
 _LAST_BREATH = 0.1
 """Seconds in which a thread that has done its last hop has certainly ended."""
@@ -416,6 +423,8 @@ class SqliteDatabase(Unique):
                 # What is absent is fresh, and a verify-only boot must not create it.
                 if not self._writes and _is_absent(self._path):
                     return Look(None, Catalog())
+                if _is_absent(self._path) and (found := remains(self._path)):
+                    raise RemainsError(found) from None
                 # Whatever else is wrong is wrong again, unless another process has just created the file.
                 await self._open(first, create=self._writes)
             return cast(Look, first.fetchall())
@@ -580,6 +589,69 @@ class SqliteDatabase(Unique):
         """Where a try at the same boot was in vain, and the copy went with it: others may have written since."""
         if self._copy is not None and not self._copy.is_taken:
             await self._take_copy(self._copy)
+
+    async def remains(self, *, apart: bool = False) -> Sequence[str]:  # noqa: ARG002 - it only looks at names
+        return [] if self._path is None else remains(self._path)
+
+    async def export(self, writer: Writer, migrations: Sequence[Migration], terms: Terms, target: Backend) -> Manifest:
+        work = exporting(self._queries, writer, migrations, terms, target)
+        if self._path is None:
+            return await self._alone(partial(self.hop, work))
+        return await self._apart(work, writer.stop, terms.patience)
+
+    async def load(self, reader: Reader, migrations: Sequence[Migration], terms: Terms) -> Loaded:
+        if self._path is None:
+            raise ConfigurationError("a database in memory is gone when its repository is closed: name a file's path")
+        check_not_inherited(self._path)
+        new = Replacement(self._path, self._queries, _TOKENS, reader, migrations, terms)
+        try:
+            await in_thread(new.stop, new.begin)
+            return await self._load(new, terms)
+        finally:
+            await finish(in_thread(new.stop, new.end))
+
+    async def _load(self, new: Replacement, terms: Terms) -> Loaded:
+        page_size: int | None = None
+        if not _is_absent(new.path):
+            try:
+                page_size = await self._apart(new.look, new.stop, terms.patience)
+            except DatabaseUnavailableError as error:
+                if getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                    raise
+        await in_thread(new.stop, new.build, page_size)
+        if page_size is None:
+            kept = await in_thread(new.stop, new.into_place)
+        else:
+            kept = await self._apart(new.into_live, new.stop, terms.patience)
+        return Loaded(None if kept is None else str(kept), new.requeued, tuple(new.overridden))
+
+    async def _apart(self, work: Callable[[Connection], T], stop: Callable[[], None], patience: float) -> T:
+        """
+        Do *work*, which may take its time, on a connection for this alone.
+
+        Whoever is cancelled tells it to *stop*, and waits for its end, for a while.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                connection = await self._connect(Hop(_nothing))
+                hop = Hop(work)
+                running: asyncio.Future[T] = asyncio.ensure_future(self.hop(hop, connection, must=True))
+                try:
+                    await asyncio.wait([running])
+                    return running.result()
+                except asyncio.CancelledError:
+                    stop()
+                    hop.give_up()
+                    with contextlib.suppress(Exception):
+                        await settle(running)
+                    raise
+                finally:
+                    await finish(_closed(connection))
+            except Busy as busy:
+                if time.monotonic() >= deadline:
+                    raise self._locked() from busy.__cause__
+            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
     async def _take_copy(self, copy: Copy) -> None:
         try:
