@@ -229,11 +229,7 @@ class _Loading:
         if LEDGER not in found:
             self._object([f"there are tables with our names and no ledger: {', '.join(sorted(found))}: move them away"])
             return found
-        [newer] = await self._connection.fetch(
-            f"select coalesce(max(version), 0) > $1 as it_is from {self._database.named(LEDGER)}",  # noqa: S608
-            self._database.shipped()[-1].version,
-            timeout=NO_LIMIT,
-        )
+        [newer] = await self._fetch("archive.is_newer", self._database.shipped()[-1].version)
         if newer["it_is"]:
             # Nobody here knows how many tables a newer release has.
             rows = await self._fetch("archive.tables", self._database._schema, newest, "runtime_")

@@ -2,11 +2,11 @@
 
 -- name: holders
 -- Who holds leases just now, and how many.
-select worker_id, count(*) as number
+select worker_id, {pg_catalog}count(*) as number
   from {schema}.runtime_leases
  where lease_expires_at_ms > {now_ms}
  group by worker_id
- order by count(*) desc, worker_id
+ order by number desc, worker_id
  limit 5;
 
 -- name: queue_held
@@ -38,6 +38,38 @@ update {schema}.runtime_attempts
 update {schema}.runtime_leases
    set version             = case when version > 9223372036854775807 - $1 then version else version + $1 end,
        lease_expires_at_ms = case when lease_expires_at_ms > {now_ms} then {now_ms} else lease_expires_at_ms end;
+
+-- name: is_newer
+-- Whether a release migrated it that ships more than $1.
+select {pg_catalog}max(version) > $1 as it_is
+  from {schema}.runtime_schema_migrations;
+
+-- name: objects @sqlite
+-- What else there is in the file.
+select name
+  from main.sqlite_schema
+ where type <> 'index';
+
+-- name: indexes @sqlite
+-- Those that can be made again.
+select name, sql
+  from main.sqlite_schema
+ where type = 'index' and sql is not null
+ order by name;
+
+-- name: counter @sqlite
+-- The last number that a table has given out by itself.
+select seq as last
+  from main.sqlite_sequence
+ where name = $1;
+
+-- name: count_on @sqlite
+-- Let it go on after $2.
+update main.sqlite_sequence set seq = $2
+ where name = $1;
+insert into main.sqlite_sequence (name, seq)
+select $1, $2
+ where changes() = 0;
 
 -- name: remains @postgres
 -- Schemas that keep a store of ours, and whose names begin with $1.
@@ -151,15 +183,15 @@ with ours as (
 )
 select distinct 'view ' || w.ev_class::pg_catalog.regclass::pg_catalog.text as what
   from ours
-  join pg_catalog.pg_depend as d on d.refobjid = ours.oid and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
-   and d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass
+  join pg_catalog.pg_depend as d on d.refobjid = ours.oid and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass::pg_catalog.oid
+   and d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass::pg_catalog.oid
   join pg_catalog.pg_rewrite as w on w.oid = d.objid
  where w.ev_class not in (select oid from ours)
  union
 select 'function ' || d.objid::pg_catalog.regprocedure::pg_catalog.text
   from ours
-  join pg_catalog.pg_depend as d on d.refobjid = ours.oid and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
-   and d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+  join pg_catalog.pg_depend as d on d.refobjid = ours.oid and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass::pg_catalog.oid
+   and d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass::pg_catalog.oid
  union
 select 'foreign key ' || k.conname::pg_catalog.text || ' of ' || k.conrelid::pg_catalog.regclass::pg_catalog.text
   from ours join pg_catalog.pg_constraint as k on k.confrelid = ours.oid and k.contype = 'f'

@@ -75,7 +75,7 @@ def exporting(
             found = contents(look(connection), migrations)
             if terms.is_move and not terms.force and (reasons := _holders(connection, queries)):
                 raise StoreInUseError(reasons)
-            _write(connection, writer, found, migrations[found.version - 1], target)
+            _write(connection, queries, writer, found, migrations[found.version - 1], target)
         finally:
             connection.roll_back()
         return writer.finish(found, "sqlite")
@@ -83,7 +83,9 @@ def exporting(
     return work
 
 
-def _write(connection: Connection, writer: Writer, found: Contents, newest: Migration, target: Backend) -> None:
+def _write(
+    connection: Connection, queries: Queries, writer: Writer, found: Contents, newest: Migration, target: Backend
+) -> None:
     cells: list[str] = []
     for table in found.columns:
         shape = _Shape(table, newest, target)
@@ -93,7 +95,7 @@ def _write(connection: Connection, writer: Writer, found: Contents, newest: Migr
                 writer.write(piece)
         except _Unportable:
             cells += shape.unportable(connection, _MOST_CELLS - len(cells))
-        writer.end(shape.counter(connection))
+        writer.end(shape.counter(connection, queries))
     if cells:
         raise UnportableRowsError(cells)
 
@@ -207,7 +209,7 @@ class _Shape:
             return "it is no text in UTF-8, such as a lone surrogate"
         return None
 
-    def counter(self, connection: sqlite3.Connection) -> Counter | None:
+    def counter(self, connection: sqlite3.Connection, queries: Queries) -> Counter | None:
         if self._automatic is None:
             return None
         largest = sqlite3.Connection.execute(
@@ -216,7 +218,7 @@ class _Shape:
         ).fetchone()[0]
         last = 0
         with contextlib.suppress(sqlite3.OperationalError):  # where nothing counts by itself there is no such table
-            row = connection.execute("select seq from main.sqlite_sequence where name = ?", (self.table,)).fetchone()
+            row = connection.execute(queries["archive.counter"][0], {"1": self.table}).fetchone()
             last = row[0] if row else 0
         return Counter(self._automatic, max(last, largest))
 
@@ -334,7 +336,7 @@ class Replacement:
         ours = sorted(look.catalog.tables)
         if self._terms.is_move and ours:
             raise StoreInUseError([f"the target is not empty, it has {', '.join(ours)}: name another place"])
-        names = [row[0] for row in connection.execute("select name from main.sqlite_schema where type <> 'index'")]
+        names = [row[0] for row in connection.execute(self._queries["archive.objects"][0])]
         others = [name for name in names if not name.lower().startswith(("runtime_", "sqlite_"))]
         if others and self._terms.is_move:
             raise StoreInUseError([f"the target is not empty, it has {', '.join(others)}: name another place"])
@@ -364,9 +366,7 @@ class Replacement:
             connection.execute("pragma synchronous = off")
             connection.execute("begin")
             self._lay(connection)
-            indexes = connection.execute(
-                "select name, sql from sqlite_schema where type = 'index' and sql is not null order by name"
-            ).fetchall()
+            indexes = connection.execute(self._queries["archive.indexes"][0]).fetchall()
             for name, _ in indexes:
                 connection.execute(f"drop index {name}")
             shapes = [_Shape(table, self._migrations[-1]) for table in self._reader.manifest.tables]
@@ -426,9 +426,8 @@ class Replacement:
     def _count_on(self, connection: sqlite3.Connection) -> None:
         for table, member in self._reader.manifest.tables.items():
             if member.counter is not None and member.counter.last > 0:
-                values = (member.counter.last, table)
-                if not connection.execute("update sqlite_sequence set seq = ? where name = ?", values).rowcount:
-                    connection.execute("insert into sqlite_sequence (seq, name) values (?, ?)", values)
+                for statement in self._queries["archive.count_on"]:
+                    connection.execute(statement, {"1": table, "2": member.counter.last})
 
     def into_live(self, connection: Connection) -> Path:
         """
