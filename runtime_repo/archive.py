@@ -709,6 +709,8 @@ async def move(
     existing. On the target, which must be empty, everything happens in one transaction, and is committed when it is
     proved to be the same rows. Neither is booted or migrated: the version stays what it is.
 
+    A move that was killed can be repeated: the target is empty then, or holds the very same rows, and that is success.
+
     Args:
         source: Where the rows are; awaited or not.
         target: Where they go; not awaited. On PostgreSQL its role must be allowed to create tables.
@@ -716,7 +718,7 @@ async def move(
         folder: Where an archive of it is written meanwhile; the system's folder for such files unless given.
 
     Raises:
-        StoreInUseError: The target is not empty, or leases are active. Nothing was written.
+        StoreInUseError: The target holds something else, or leases are active. Nothing was written.
         UnportableRowsError: The target cannot hold some of the rows. Nothing was written.
         SchemaError: The source is none of ours, or of a newer release; or the target is unsuitable.
         ArchiveError: The folder cannot be written.

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -169,6 +169,9 @@ class _Loading:
     async def all(self) -> Loaded:
         look = await self._look()
         existing = await self._existing(look)
+        if existing and self._terms.is_move:
+            await self._recognize(existing)
+            return Loaded()
         kept: str | None = None
         grants = [grant for grant in self._reader.manifest.grants if grant.kind != "schema" or not look.namespace]
         if look.namespace:
@@ -224,9 +227,7 @@ class _Loading:
         found = {row["name"]: row["owner"] for row in rows}
         if not found:
             return {}
-        if self._terms.is_move:
-            raise StoreInUseError([f"the target is not empty, it has {', '.join(sorted(found))}: name another place"])
-        if LEDGER not in found:
+        if LEDGER not in found and not self._terms.is_move:
             self._object([f"there are tables with our names and no ledger: {', '.join(sorted(found))}: move them away"])
             return found
         [newer] = await self._fetch("archive.is_newer", self._database.shipped()[-1].version)
@@ -235,6 +236,22 @@ class _Loading:
             rows = await self._fetch("archive.tables", self._database._schema, newest, "runtime_")
             found = {row["name"]: row["owner"] for row in rows}
         return found
+
+    async def _recognize(self, found: Iterable[str]) -> None:
+        """
+        Let a move pass that has been done already, such as one that was killed before it could say so.
+
+        Raises:
+            StoreInUseError: What is there is something else.
+        """
+        try:
+            if not set(self._tables) <= set(found):
+                raise ArchiveError(str(self._reader.path), "there are other tables")
+            for table in self._tables:
+                await self._prove(table)
+        except (ArchiveError, RefusedError):
+            reason = f"the target is not empty, it has {', '.join(sorted(found))}: name another place"
+            raise StoreInUseError([reason]) from None
 
     async def _take(self, tables: Sequence[str]) -> None:
         """

@@ -308,6 +308,8 @@ class Replacement:
         self._terms = terms
         self._file: int | None = None
         self._is_stopped = False
+        self.is_there = False
+        """Whether a move finds that it has been done."""
         self.requeued = 0
         self.overridden: list[str] = []
 
@@ -343,7 +345,8 @@ class Replacement:
         look: Look = looking(self._queries, [migration.catalog for migration in load_migrations("sqlite")])(connection)
         ours = sorted(look.catalog.tables)
         if self._terms.is_move and ours:
-            raise StoreInUseError([f"the target is not empty, it has {', '.join(ours)}: name another place"])
+            self._recognize(connection, ours)
+            return None
         names = [row[0] for row in connection.execute(self._queries["archive.objects"][0])]
         others = [name for name in names if not name.lower().startswith(("runtime_", "sqlite_"))]
         if others and self._terms.is_move:
@@ -357,6 +360,21 @@ class Replacement:
             return None
         size: int = connection.execute("pragma main.page_size").fetchone()[0]
         return size
+
+    def _recognize(self, connection: Connection, found: Sequence[str]) -> None:
+        """
+        Let a move pass that has been done already, such as one that was killed before it could say so.
+
+        Raises:
+            StoreInUseError: What is there is something else.
+        """
+        try:
+            for table in self._reader.manifest.tables:
+                self._prove(_Shape(table, self._migrations[-1]), connection)
+        except (ArchiveError, sqlite3.OperationalError):
+            reason = f"the target is not empty, it has {', '.join(found)}: name another place"
+            raise StoreInUseError([reason]) from None
+        self.is_there = True
 
     def build(self, page_size: int | None) -> None:
         """

@@ -618,6 +618,8 @@ class SqliteDatabase(Unique):
             except DatabaseUnavailableError as error:
                 if getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
                     raise
+        if new.is_there:
+            return Loaded()
         await in_thread(new.stop, new.build, page_size)
         if page_size is None:
             kept = await in_thread(new.stop, new.into_place)

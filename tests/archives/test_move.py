@@ -18,13 +18,6 @@ from tests.archives.store import FIRST, everything, fill, names
 from tests.lab import IDS, NOTHING, Lab
 
 
-@pytest.fixture
-def target(lab: Lab, request: pytest.FixtureRequest) -> Lab:
-    """An empty place on the other database."""
-    other: Lab = request.getfixturevalue("postgres_lab" if lab.backend == "sqlite" else "sqlite_lab")
-    return other
-
-
 async def test_a_store_is_moved_as_it_is(lab: Lab, target: Lab) -> None:
     """Every id, token, lease, ledger row and number; a worker that held a lease finishes what it held over there."""
     filled = await fill(lab)
@@ -67,12 +60,25 @@ async def test_a_target_that_is_not_empty_is_refused(lab: Lab, target: Lab) -> N
     assert await target.content() == before
 
 
+async def test_a_move_that_was_done_is_recognized(lab: Lab, target: Lab) -> None:
+    """By the row hashes: whoever was killed before he heard of it repeats it. Anything else is another store."""
+    await fill(lab)
+    first = await move(lab.repository(), target.repository(), force=True)
+    moved = await target.content()
+    assert (await move(lab.repository(), target.repository(), force=True)).rows == first.rows
+    assert await target.content() == moved
+    await target.execute("update runtime_jobs set status = 'other'")
+    with pytest.raises(StoreInUseError, match="not empty"):
+        await move(lab.repository(), target.repository(), force=True)
+
+
 async def test_a_move_leaves_no_copy_behind(lab: Lab, target: Lab, tmp_path: Path) -> None:
     """Neither where it was written meanwhile, nor after it was refused."""
     await fill(lab)
     folder = tmp_path / "folder"
     folder.mkdir()
     await move(lab.repository(), target.repository(), force=True, folder=folder)
+    await lab.execute("delete from runtime_jobs")
     with pytest.raises(StoreInUseError):
         await move(lab.repository(), target.repository(), force=True, folder=folder)
     assert names(folder) == []
