@@ -49,6 +49,12 @@ __all__ = ["export", "kept_prefix", "load"]
 _PIECE = 1 << 20
 """Bytes that are handed to a thread in one go."""
 
+_GLANCE = 1.0
+"""Seconds after which a table that others have locked is in use."""
+
+_NO_CLASS = 0
+"""Of advisory locks: none, for the one that counts is our own."""
+
 _SNAPSHOT = "isolation level repeatable read read only"
 """Its snapshot is that of the first statement that reads, which comes when all tables are locked: of a table that was
 rewritten after it, it would show nothing."""
@@ -59,12 +65,15 @@ async def export(
 ) -> Manifest:
     """Write every row of one snapshot; our tables are locked against nothing but being rewritten or dropped."""
     async with database._apart() as connection:
-        patience = _Patience(database, terms.patience)
+        patience = _Patience(terms.patience)
         while True:
             try:
                 found, grants = await _exported(database, connection, writer, migrations, terms)
             except Busy as busy:
-                await patience.wait(busy)
+                if patience.is_exhausted:
+                    holder = await database.lock_holder(apart=True)
+                    raise SchemaLockTimeoutError(patience.waited, holder) from busy.__cause__
+                await patience.wait()
             else:
                 break
     return await in_thread(writer.stop, writer.finish, found, "postgres", grants)
@@ -124,7 +133,7 @@ async def load(database: "PostgresDatabase", reader: Reader, migrations: Sequenc
 @contextlib.asynccontextmanager
 async def _locked(database: "PostgresDatabase", connection: "Connection", terms: Terms) -> AsyncIterator[None]:
     """Under boot's lock, in a transaction that the block has to commit."""
-    patience = _Patience(database, terms.patience)
+    patience = _Patience(terms.patience)
     while True:
         try:
             await database._try_lock(connection)
@@ -132,7 +141,10 @@ async def _locked(database: "PostgresDatabase", connection: "Connection", terms:
             break
         except Busy as busy:
             await finish(database._roll_back(connection))
-            await patience.wait(busy)
+            if patience.is_exhausted:
+                holder = await database.lock_holder(apart=True)
+                raise SchemaLockTimeoutError(patience.waited, holder) from busy.__cause__
+            await patience.wait()
         except BaseException:
             await finish(database._roll_back(connection))
             raise
@@ -259,26 +271,20 @@ class _Loading:
 
         Whoever waits for one of them meanwhile goes on in the restored one.
         """
-        patience = _Patience(self._database, self._terms.patience if self._terms.force else 1.0)
+        patience = _Patience(self._terms.patience if self._terms.force else _GLANCE)
         names = ", ".join(map(self._database.named, tables))
-        while True:
-            try:
-                with _busy(), self._database._unlimited(self._connection):
-                    statement = f"savepoint taking; lock table {names} in access exclusive mode"
-                    await self._connection.execute(statement, timeout=NO_LIMIT)
-                break
-            except Busy as busy:
-                with self._database._unlimited(self._connection):
-                    await self._connection.execute("rollback to savepoint taking", timeout=NO_LIMIT)
-                try:
-                    await patience.wait(busy)
-                except SchemaLockTimeoutError as error:
-                    raise StoreInUseError(
-                        [
-                            f"our tables are locked by {error.holder or 'an unknown process'}: end it, or pass "
-                            "force=True to wait for it as long as lock_timeout"
-                        ]
-                    ) from error
+        while not await self._try_to_take(names):
+            if patience.is_exhausted:
+                key = (self._database._lock_key, self._database._schema)
+                rows = await self._fetch("schema.lock_holder", _NO_CLASS, *key)
+                who = ", ".join(f"process {row['pid']} (application {row['application_name']!r})" for row in rows)
+                raise StoreInUseError(
+                    [
+                        f"our tables are locked by {who or 'an unknown process'}: end it, or pass force=True to wait "
+                        "for it as long as lock_timeout"
+                    ]
+                )
+            await patience.wait()
         if "runtime_leases" in tables:
             self._object(await _holders(self._database, self._connection))
         dependents = await self._fetch("archive.dependents", self._database._schema, list(tables))
@@ -288,6 +294,16 @@ class _Loading:
                 for row in dependents
             ]
         )
+
+    async def _try_to_take(self, names: str) -> bool:
+        """One short try, behind which nobody has to queue for long."""
+        try:
+            with _busy():
+                await self._run(f"savepoint taking; lock table {names} in access exclusive mode")
+        except Busy:
+            await self._run("rollback to savepoint taking")
+            return False
+        return True
 
     def _object(self, reasons: Sequence[str]) -> None:
         if reasons and not self._terms.force:
@@ -565,15 +581,19 @@ async def _pieces(reader: Reader, table: str) -> AsyncGenerator[bytes, None]:
 class _Patience:
     """A bounded wait in short steps for what others hold."""
 
-    def __init__(self, database: "PostgresDatabase", seconds: float) -> None:
-        self._database = database
+    def __init__(self, seconds: float) -> None:
         self._began = time.monotonic()
         self._seconds = seconds
 
-    async def wait(self, busy: Busy) -> None:
-        waited = time.monotonic() - self._began
-        if waited >= self._seconds:
-            raise SchemaLockTimeoutError(waited, await self._database.lock_holder(apart=True)) from busy.__cause__
+    @property
+    def waited(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self.waited >= self._seconds
+
+    async def wait(self) -> None:
         await asyncio.sleep(random.uniform(0.05, 0.2))  # noqa: S311
 
 

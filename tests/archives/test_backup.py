@@ -168,6 +168,28 @@ async def test_a_backup_is_one_instant_under_traffic(lab: Lab, tmp_path: Path) -
     assert min(after) > min(before) + 1, "others went on meanwhile"
 
 
+async def test_a_backup_holds_up_nobody(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halfway through, however long that takes, others enqueue, claim, complete and boot; none of it is in it."""
+    await fill(lab)
+    halfway, go_on = threading.Event(), threading.Event()
+    write = archive.Writer.write
+
+    def slow(self: archive.Writer, piece: bytes) -> None:
+        halfway.set()
+        assert go_on.wait(30)
+        write(self, piece)
+
+    monkeypatch.setattr(archive.Writer, "write", slow)
+    task = asyncio.create_task(lab.repository().backup(tmp_path / "a.archive"))
+    await eventually(halfway.is_set)
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue("run", attempt_id="meanwhile", priority=100)
+        [lease] = await repo.leases.claim("worker")
+        await repo.attempts.complete(lease)
+    go_on.set()
+    assert (await task).rows["runtime_attempts"] == 30
+
+
 async def test_a_cancelled_backup_leaves_nothing(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a file nor a connection, a thread that writes or a lock."""
     await fill(lab)
