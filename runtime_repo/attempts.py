@@ -252,7 +252,8 @@ class Attempts:
         Return what claims could take from a queue, in their order: the highest priority first, then the oldest.
 
         Of delayed attempts whose time has come and that no claim has promoted yet, the longest due are among them, at
-        most *limit*. Nothing is locked, so by the time of a claim somebody else may have taken them.
+        most *limit*. Nothing is locked, so by the time of a claim somebody else may have taken them. While the store is
+        quiesced or the queue paused claims could take nothing; ``list`` shows what waits.
         """
         of_queue, at = check_id("queue", queue), instant_ms("now", now)
         return await page(
@@ -277,11 +278,23 @@ class Attempts:
         seconds, or every second where nobody can listen, the queues are polled all the same; on SQLite the file is
         polled 30 times a second. Delayed attempts are known beforehand. A waiting caller holds no lock and no
         connection of the pool. While transactions of this process's hold all that there are, it waits for
-        them, which may take 3 s beyond *timeout*. *now* is the instant at which the wait begins.
+        them, which may take 3 s beyond *timeout*. While the store is quiesced nothing can be claimed, nor of a queue
+        that is paused: whoever waits is told of the end of it. *now* is the instant at which the wait begins.
 
         Raises:
             ConfigurationError: A queue's name or the time-out is invalid, or it is called within a transaction.
         """
+        return await self._wait(queues, timeout, now=now)
+
+    async def _wait(
+        self,
+        queues: str | Sequence[str],
+        timeout: timedelta | None = None,  # noqa: ASYNC109 - as above
+        *,
+        now: datetime | None = None,
+        noticed: Callable[[bool], None] | None = None,
+    ) -> bool:
+        """As ``wait``; at each poll it is *noticed* whether the store is quiesced."""
         names = queue_names(queues)
         begun = time.monotonic()
         deadline = begun + (math.inf if timeout is None else span_ms("timeout", timeout) / 1000)
@@ -294,6 +307,8 @@ class Attempts:
                     if time.monotonic() >= deadline:
                         return False
                     continue
+                if noticed is not None:
+                    noticed(bool(row["is_quiesced"]))
                 now_ms = row["now_ms"] if begun_ms is None else begun_ms + (time.monotonic() - begun) * 1000
                 # What is no number is no time, and never comes.
                 next_ms = row["next_ms"] if isinstance(row["next_ms"], (int, float)) else math.inf

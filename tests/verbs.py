@@ -84,6 +84,10 @@ CALLS: dict[str, Write] = {
         actor_type="user", action="do", resource_type="x", result="ok", request_id="r", now=now
     ),
     "audit.list": lambda repo, *_: repo.audit.list(),
+    "control.quiesce": lambda repo, _, now: repo.control.quiesce(timeout=timedelta(0), now=now),
+    "control.pause": lambda repo, _, now: repo.control.pause("mail", now=now),
+    "control.resume": lambda repo, *_: repo.control.resume(),
+    "control.state": lambda repo, *_: repo.control.state(),
 }
 """Every verb of every noun, on what `prepare` has made; a test proves that none is missing."""
 

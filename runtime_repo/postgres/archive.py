@@ -36,13 +36,13 @@ from runtime_repo.errors import (
     UnsuitableDatabaseError,
 )
 from runtime_repo.postgres.boot import BootTransaction, begin
-from runtime_repo.postgres.connections import NO_LIMIT
+from runtime_repo.postgres.target import NO_LIMIT
 from runtime_repo.schema import Migration
 from runtime_repo.shielding import finish, settle
 
 if TYPE_CHECKING:
-    from runtime_repo.postgres.connections import Connection
     from runtime_repo.postgres.database import PostgresDatabase
+    from runtime_repo.postgres.target import Connection
 
 __all__ = ["export", "kept_prefix", "load"]
 
@@ -64,7 +64,7 @@ async def export(
     database: "PostgresDatabase", writer: Writer, migrations: Sequence[Migration], terms: Terms
 ) -> Manifest:
     """Write every row of one snapshot; our tables are locked against nothing but being rewritten or dropped."""
-    async with database._apart() as connection:
+    async with database._connections.apart() as connection:
         patience = _Patience(terms.patience)
         while True:
             try:
@@ -87,11 +87,11 @@ async def _exported(
     terms: Terms,
 ) -> tuple[Contents, Sequence[Grant]]:
     shipped = [migration.catalog for migration in migrations]
-    with _busy(), database._unlimited(connection):
+    with _busy(), database._connections.unlimited(connection):
         look = await database._looks.look(connection, shipped)
     tables = ", ".join(map(database.named, contents(look, migrations).columns))
     try:
-        with _busy(), database._unlimited(connection):
+        with _busy(), database._connections.unlimited(connection):
             # Without what a policy would hide in silence.
             start = f"{begin(connection.get_server_version().major, _SNAPSHOT)} set local row_security = off;"
             await connection.execute(f"{start} lock table {tables} in access share mode", timeout=NO_LIMIT)
@@ -117,15 +117,15 @@ async def _exported(
             await in_thread(writer.stop, writer.end, counter)
         return found, await _grants(database, connection, list(found.columns))
     finally:
-        await finish(database._roll_back(connection))
+        await finish(database._connections.roll_back(connection))
 
 
 async def load(database: "PostgresDatabase", reader: Reader, migrations: Sequence[Migration], terms: Terms) -> Loaded:
     """In one transaction under boot's lock, in which what is there is kept in another schema."""
-    async with database._apart() as connection, _locked(database, connection, terms):
+    async with database._connections.apart() as connection, _locked(database, connection, terms):
         loading = _Loading(database, connection, reader, migrations, terms)
         loaded = await loading.all()
-        with database._unlimited(connection):
+        with database._connections.unlimited(connection):
             await connection.execute("commit", timeout=NO_LIMIT)
     return loaded
 
@@ -140,18 +140,18 @@ async def _locked(database: "PostgresDatabase", connection: "Connection", terms:
             await database._try_lock(connection, begin(connection.get_server_version().major))
             break
         except Busy as busy:
-            await finish(database._roll_back(connection))
+            await finish(database._connections.roll_back(connection))
             if patience.is_exhausted:
                 holder = await database.lock_holder(apart=True)
                 raise SchemaLockTimeoutError(patience.waited, holder) from busy.__cause__
             await patience.wait()
         except BaseException:
-            await finish(database._roll_back(connection))
+            await finish(database._connections.roll_back(connection))
             raise
     try:
         yield
     except BaseException:
-        await finish(database._roll_back(connection))
+        await finish(database._connections.roll_back(connection))
         raise
 
 
@@ -172,7 +172,7 @@ class _Loading:
         self._migrations = migrations
         self._terms = terms
         self._boot = BootTransaction(
-            database._looks, connection, lambda: database._unlimited(connection), database._startup_timeout
+            database._looks, connection, lambda: database._connections.unlimited(connection), database._startup_timeout
         )
         self._tables = list(migrations[-1].catalog.tables)
         self._overridden: list[str] = []
@@ -357,7 +357,7 @@ class _Loading:
         pieces = _pieces(self._reader, table)
         try:
             # What the archive is damaged by is an error of ours, and none of the server's.
-            with self._database._unlimited(self._connection):
+            with self._database._connections.unlimited(self._connection):
                 await self._connection.copy_to_table(
                     table,
                     source=pieces,
@@ -383,7 +383,7 @@ class _Loading:
         if "lease_version" not in columns:
             await self._fetch("archive.raise_first_tokens", TOKEN_STEP)
             return 0
-        with self._database._unlimited(self._connection):
+        with self._database._connections.unlimited(self._connection):
             answer = await self._connection.execute(self._database.queries["archive.queue_held"], timeout=NO_LIMIT)
         await self._fetch("archive.end_leases")
         await self._fetch("archive.raise_tokens", TOKEN_STEP)
@@ -434,7 +434,7 @@ class _Loading:
         await self._run("release savepoint trying")
 
     async def _run(self, statement: str) -> None:
-        with self._database._unlimited(self._connection):
+        with self._database._connections.unlimited(self._connection):
             await self._connection.execute(statement, timeout=NO_LIMIT)
 
     async def _fetch(self, query: str, *args: object) -> Sequence[Row]:
@@ -452,12 +452,12 @@ def _quoted(name: str) -> str:
 
 async def _around(database: "PostgresDatabase", connection: "Connection") -> tuple[Look, bool]:
     shipped = [migration.catalog for migration in database.shipped()]
-    with database._unlimited(connection):
+    with database._connections.unlimited(connection):
         return await database._looks.look_around(connection, shipped)
 
 
 async def _look_closely(database: "PostgresDatabase", connection: "Connection", shipped: Sequence[Catalog]) -> Look:
-    with database._unlimited(connection):
+    with database._connections.unlimited(connection):
         around, is_readable = await database._looks.look_around(connection, shipped)
         if around.problems or not around.names:
             return around
@@ -465,7 +465,7 @@ async def _look_closely(database: "PostgresDatabase", connection: "Connection", 
 
 
 async def _holders(database: "PostgresDatabase", connection: "Connection") -> list[str]:
-    with database._unlimited(connection):
+    with database._connections.unlimited(connection):
         rows = await connection.fetch(database.queries["archive.holders"], timeout=NO_LIMIT)
     return [
         f"worker {row['worker_id']!r} holds {row['number']} active leases: stop it and wait for them to end"
@@ -474,7 +474,7 @@ async def _holders(database: "PostgresDatabase", connection: "Connection") -> li
 
 
 async def _grants(database: "PostgresDatabase", connection: "Connection", tables: list[str]) -> list[Grant]:
-    with database._unlimited(connection):
+    with database._connections.unlimited(connection):
         text = database.queries["archive.grants"]
         rows = await connection.fetch(text, database._schema, tables, timeout=NO_LIMIT)
     return [
@@ -487,7 +487,7 @@ async def _grants(database: "PostgresDatabase", connection: "Connection", tables
 
 async def _counter(database: "PostgresDatabase", connection: "Connection", table: str, column: str) -> Counter:
     name = database.named(table)
-    with database._unlimited(connection):
+    with database._connections.unlimited(connection):
         rows = await connection.fetch(database.queries["archive.counter"], name, column, timeout=NO_LIMIT)
         # What the role may not know is at least the largest that is there.
         [largest] = await connection.fetch(
@@ -507,7 +507,7 @@ async def _copied_out(
 ) -> None:
     sink = _Sink(work, stop)
     try:
-        with database._unlimited(connection):
+        with database._connections.unlimited(connection):
             # Of a table and not of a query: COPY has no plan then, by which a stranger's code could run.
             await connection.copy_from_table(
                 table, columns=list(columns), schema_name=database._schema, output=sink.take, timeout=NO_LIMIT

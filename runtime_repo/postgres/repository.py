@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import asyncpg
 
 from runtime_repo.errors import ConfigurationError
-from runtime_repo.postgres.connections import Target
 from runtime_repo.postgres.database import PostgresDatabase
+from runtime_repo.postgres.target import Target
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction, check_flag
 
 if TYPE_CHECKING:
-    from runtime_repo.postgres.connections import Connection, Pool
+    from runtime_repo.postgres.target import Connection, Pool
 
 __all__ = ["PostgresRuntimeRepository"]
 

@@ -278,7 +278,8 @@ select {attempt}
  limit $2;
 
 -- name: list_dispatchable 100 10000 2147483647 @postgres
--- What a claim could take, in its order: what is ready, and what is due and not yet promoted, the longest due first.
+-- What a claim could take, in its order: what is ready, and what is due and not yet promoted, the longest due first;
+-- nothing where nobody may claim.
 select {attempt_of_found}
   from (select attempt_id
           from (select attempt_id
@@ -312,7 +313,8 @@ select {attempt_of_found}
               and status in ('queued', 'retry_backoff')
             limit 1) as found
  order by priority desc, enqueued_at_ms, attempt_id
- limit $2;
+ limit case when (select 1 from (select $1::pg_catalog.text as value) as named where {is_open}) is not null
+            then $2 else 0 end;
 
 -- name: list_dispatchable 100 10000 2147483647 @sqlite
 select {attempt_of_a}
@@ -336,31 +338,36 @@ select {attempt_of_a}
  where a.attempt_id = w.attempt_id
    and a.status in ('queued', 'retry_backoff')
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id
- limit $2;
+ limit case when (select 1 from (select $1 as value) as named where {is_open}) is not null then $2 else 0 end;
 
 -- name: next @postgres
 -- When something of the queues ($1, a JSON array) can be claimed: NULL is never, as things stand. For EXISTS, which
 -- wants no order, PostgreSQL reads the table if much is queued anywhere, and SQLite all that is; the order leads them to
--- the queue's own.
-select pg_catalog.min(case when (select attempt_id
+-- the queue's own. Where nobody may claim it is never, but at once for the release that is to learn that it is outdated.
+select pg_catalog.min(case when {is_outdated} then 0
+                when {is_stopped} then null
+                when (select attempt_id
                         from {schema}.runtime_queue
-                       where queue = named.queue
+                       where queue = named.value
                          and retry_at_ms is null
                        order by priority desc, enqueued_at_ms, attempt_id
                        limit 1) is not null
                 then 0
                 else (select retry_at_ms
                         from {schema}.runtime_queue
-                       where queue = named.queue
+                       where queue = named.value
                          and retry_at_ms is not null
                        order by retry_at_ms, attempt_id
                        limit 1) end) as next_ms,
-       {now_ms} as now_ms
-  from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue);
+       {now_ms} as now_ms,
+       (select 1 from {schema}.runtime_control where name = 'quiesce') is not null as is_quiesced
+  from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (value);
 
 -- name: next @sqlite
 -- As above: each takes JSON apart in its own way.
-select min(case when (select attempt_id
+select min(case when {is_outdated} then 0
+                when {is_stopped} then null
+                when (select attempt_id
                         from {schema}.runtime_queue
                        where queue = named.value
                          and retry_at_ms is null
@@ -373,7 +380,8 @@ select min(case when (select attempt_id
                          and retry_at_ms is not null
                        order by retry_at_ms, attempt_id
                        limit 1) end) as next_ms,
-       {now_ms} as now_ms
+       {now_ms} as now_ms,
+       (select 1 from {schema}.runtime_control where name = 'quiesce') is not null as is_quiesced
   from json_each($1) as named;
 
 -- name: start
@@ -496,6 +504,48 @@ delete from {schema}.runtime_leases
             cross join {schema}.runtime_attempts as a
             where a.attempt_id = json_extract(given.value, '$.attempt_id')
               and a.status     = 'completed');
+
+-- name: complete_shared @postgres
+-- As complete, for each lease of a JSON array; returns what was completed. A row that somebody has locked is left alone:
+-- whoever asked for that one asks again by himself, and the others do not wait for it.
+with given as materialized (
+    select attempt_id, token, lease_id, result_json
+      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
+               attempt_id pg_catalog.text, token bigint, lease_id pg_catalog.text, result_json pg_catalog.text)
+     where attempt_id = attempt_id || ''
+       and attempt_id || '' = attempt_id
+     order by attempt_id
+), locked as materialized (
+    select a.attempt_id, given.token, given.lease_id, given.result_json
+      from given
+      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
+     where a.lease_version = given.token
+       and a.lease_id      = given.lease_id
+       and case when a.status in ('leased', 'running') then 1 end is not null
+     order by a.attempt_id
+       for update of a skip locked
+), done as (
+    update {schema}.runtime_attempts as a
+       set status         = 'completed',
+           result_json    = locked.result_json,
+           error          = null,
+           finished_at_ms = coalesce($2, {now_ms}),
+           ended_by       = 'complete'
+      from locked
+     where a.attempt_id    = locked.attempt_id
+       and a.lease_version = locked.token
+       and a.lease_id      = locked.lease_id
+       and case when a.status in ('leased', 'running') then 1 end is not null
+    returning {attempt_of_a}
+), ended as (
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from done))
+), listed as (
+    insert into {schema}.runtime_finished ({finished})
+    select {finished} from done
+)
+select {attempt}
+  from done;
 
 -- name: fail @postgres
 -- Record a failed try: try again after a delay ($4, NULL is never), unless this was the last one.

@@ -12,11 +12,13 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import sqlite3
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,7 +32,6 @@ from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     LockHolder,
-    RemainsError,
     RepositoryClosedError,
     RuntimeRepoError,
 )
@@ -39,12 +40,12 @@ from runtime_repo.repository import Unique
 from runtime_repo.schema import Migration
 from runtime_repo.shielding import CLEAN_UP, finish, settle
 from runtime_repo.sqlite.archive import Replacement, exporting, remains
-from runtime_repo.sqlite.backup import Copy, name_what_is_pending, remove_what_was_left
+from runtime_repo.sqlite.backup import Copy, backup_path, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.group import Group, Part, Query, reads
 from runtime_repo.sqlite.limits import Limit, Limits
-from runtime_repo.sqlite.look import looking
+from runtime_repo.sqlite.look import inspecting, looking
 from runtime_repo.sqlite.translation import is_writable, translated
 from runtime_repo.sqlite.turn import ALONE, Turn
 
@@ -108,6 +109,16 @@ class SqliteDatabase(Unique):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._path or ':memory:')!r})"
+
+    @property
+    def place(self) -> str:
+        return str(self._path or ":memory:")
+
+    def text(self, query: str) -> str:
+        return re.sub(r"^--.*\n", "", "\n".join(self._queries[query]), flags=re.MULTILINE)
+
+    def filled(self, text: str) -> str:
+        return fill(text, _TOKENS)
 
     async def close(self) -> None:
         self._limits.close()
@@ -413,7 +424,7 @@ class SqliteDatabase(Unique):
         with Limit(self._limits):
             if self._connection is not None:
                 async with self._turn.mine():
-                    return await self.look_now(shipped)
+                    return self._with_remains(await self.look_now(shipped))
             first = Hop(looking(self._queries, shipped))
             try:
                 await self._open(first)
@@ -421,13 +432,12 @@ class SqliteDatabase(Unique):
                 if self._path is None:
                     raise
                 # What is absent is fresh, and a verify-only boot must not create it.
-                if not self._writes and _is_absent(self._path):
-                    return Look(None, Catalog())
-                if _is_absent(self._path) and (found := remains(self._path)):
-                    raise RemainsError(found) from None
+                absent = self._with_remains(Look(None, Catalog()))
+                if _is_absent(self._path) and (not self._writes or absent.remains):
+                    return absent
                 # Whatever else is wrong is wrong again, unless another process has just created the file.
                 await self._open(first, create=self._writes)
-            return cast(Look, first.fetchall())
+            return self._with_remains(cast(Look, first.fetchall()))
 
     async def _open(self, first: Hop, *, create: bool = False) -> None:
         self._turn = Turn(self._begin_together)
@@ -538,7 +548,7 @@ class SqliteDatabase(Unique):
         """Look on a connection for this alone, which makes no file and waits for no transaction of this process."""
         deadline = time.monotonic() + self._lock_timeout
         while True:
-            first = Hop(looking(self._queries, shipped))
+            first = Hop(inspecting(self._queries, shipped))
             try:
                 connection = await self._connect(first)
             except Busy as busy:
@@ -548,12 +558,12 @@ class SqliteDatabase(Unique):
                 self._prove()
                 # What a boot would make is fresh.
                 if _is_absent(path) and (not self._writes or path.parent.is_dir()):
-                    return Look(None, Catalog())
+                    return self._with_remains(Look(None, Catalog()))
                 raise
             else:
                 await _closed(connection)
                 self._prove()
-                return cast(Look, first.fetchall())
+                return self._with_remains(cast(Look, first.fetchall()))
             await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
     def _prove(self) -> None:
@@ -562,8 +572,29 @@ class SqliteDatabase(Unique):
         if isinstance(own, Connection):
             own.prove(now=True)
 
-    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:  # noqa: ARG002 - nobody can know
-        return None
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator["_Reader | SqliteDatabase"]:
+        if self._path is None:
+            yield self  # nobody else has what is in memory
+            return
+        with Limit(self._limits):
+            connection = await self._patiently(lambda: self._connect(Hop(_nothing)))
+        try:
+            yield _Reader(self, connection)
+        finally:
+            await _closed(connection)
+
+    async def ask(self, text: str) -> Sequence[Row]:
+        """What is asked of a database in memory, in its turn."""
+        return await self._do(Part(Query([self.filled(text)], ()).alone))
+
+    async def read(self, statements: Sequence[str], args: Sequence[object], connection: aiosqlite.Connection) -> Any:
+        """Run *statements* on a connection of one's own, and again while the file is locked."""
+        with Limit(self._limits):
+            return await self._patiently(lambda: self.hop(Query(statements, args).alone, connection))
+
+    async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:  # noqa: ARG002
+        return None  # nobody can know
 
     async def serve(self, version: int) -> None:
         if self._writes and self._path is not None:
@@ -585,13 +616,19 @@ class SqliteDatabase(Unique):
         await self._take_copy(self._copy)
         return self._copy.target
 
+    def backup_name(self, from_version: int) -> str | None:
+        return str(backup_path(self._path, from_version, "<time>")) if self._backup and self._path is not None else None
+
     async def take_backup_again(self) -> None:
         """Where a try at the same boot was in vain, and the copy went with it: others may have written since."""
         if self._copy is not None and not self._copy.is_taken:
             await self._take_copy(self._copy)
 
-    async def remains(self, *, apart: bool = False) -> Sequence[str]:  # noqa: ARG002 - it only looks at names
-        return [] if self._path is None else remains(self._path)
+    def _with_remains(self, look: Look) -> Look:
+        """Where there is nothing, and only there, with what a restore has kept or left beside it."""
+        if self._path is None or not look.is_empty:
+            return look
+        return replace(look, remains=tuple(remains(self._path)))
 
     async def export(self, writer: Writer, migrations: Sequence[Migration], terms: Terms, target: Backend) -> Manifest:
         work = exporting(self._queries, writer, migrations, terms, target)
@@ -687,6 +724,22 @@ class SqliteDatabase(Unique):
             "(verb_timeout): a transaction of this process or of another is open for so long, or the disk hangs: "
             "keep transactions short, check the disk, or raise verb_timeout"
         )
+
+
+class _Reader:
+    """Statements on a connection of its own."""
+
+    def __init__(self, database: SqliteDatabase, connection: aiosqlite.Connection) -> None:
+        self._database = database
+        self._connection = connection
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        rows: Sequence[Row] = await self._database.read(_queries()[query], args, self._connection)
+        return rows
+
+    async def ask(self, text: str) -> Sequence[Row]:
+        rows: Sequence[Row] = await self._database.read([self._database.filled(text)], (), self._connection)
+        return rows
 
 
 class _Heartbeats:

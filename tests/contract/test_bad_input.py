@@ -220,6 +220,15 @@ VERBS: dict[str, tuple[Callable[[str], Call], Mapping[str, Sequence[Any]]]] = {
             "limit": COUNTS,
         },
     ),
+    "control.quiesce": (
+        on("control", "quiesce"),
+        {"reason": IDS, "timeout": SPANS, "progress": [7, "print"], "now": INSTANTS},
+    ),
+    "control.pause": (
+        on("control", "pause", queue="mail"),
+        {"queue": [*IDS, None], "reason": IDS, "timeout": SPANS, "now": INSTANTS},
+    ),
+    "control.resume": (on("control", "resume"), {"queue": IDS}),
 }
 NEVER_REFUSED = {
     "leases.hold": "it is a block; its arguments are tested with it",
@@ -227,6 +236,7 @@ NEVER_REFUSED = {
     "attempts.reindex": "it has no argument",
     "attempts.vacuum": "it has no argument",
     "api_keys.any": "it has no argument",
+    "control.state": "it has no argument",
 }
 ELSEWHERE = {"lease", "leases", "attempts", "results"}
 """The arguments that have tests of their own below."""
@@ -260,7 +270,7 @@ async def test_what_is_invalid_is_refused(repo: RuntimeRepository, lease: Lease,
 async def everything(repo: RuntimeRepository) -> object:
     """All that is stored."""
     nouns = (repo.attempts, repo.leases, repo.jobs, repo.interrupts, repo.api_keys, repo.audit)
-    return [await noun.list() for noun in nouns], await repo.step_reports.list("a")
+    return [await noun.list() for noun in nouns], await repo.step_reports.list("a"), await repo.control.state()
 
 
 def test_every_verb_and_every_argument_is_here(repo: RuntimeRepository) -> None:

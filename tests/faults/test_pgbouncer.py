@@ -172,7 +172,7 @@ async def test_a_pooler_behind_which_nobody_can_listen_is_found_out(
         await eventually(fell_back)
         await asyncio.sleep(0.5)
         assert caplog.text.count("once a second") == 1
-        assert repository._postgres._hearing is None
+        assert repository._postgres._connections._hearing is None
         await repository.attempts.enqueue("run", queue="mail")
         assert await waiting
         again = asyncio.ensure_future(repository.attempts.wait("post"))

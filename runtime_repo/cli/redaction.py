@@ -1,0 +1,38 @@
+"""What must not be shown of what was given."""
+
+import re
+from collections.abc import Iterable
+from urllib.parse import unquote_plus
+
+__all__ = ["Redaction"]
+
+_HIDDEN = "***"
+
+
+class Redaction:
+    """
+    The passwords in *texts*, such as this process's arguments, and what to show instead.
+
+    The library shows none. This is for what others repeat of an argument: a parser, or an error that nobody foresaw.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        found = {secret for text in texts for secret in _secrets(text)}
+        # The longest first, of which another may be a part.
+        self._secrets = sorted(found, key=len, reverse=True)
+
+    def of(self, text: str) -> str:
+        """*text*, without them."""
+        for secret in self._secrets:
+            text = text.replace(secret, _HIDDEN)
+        return text
+
+
+def _secrets(text: str) -> set[str]:
+    """The passwords of an address: between its first colon and its last @, and in its query, in either spelling."""
+    _, scheme, rest = text.partition("://")
+    found = set(re.findall(r"password=([^&\s'\"]+)", text)) if scheme or "password=" in text else set()
+    _, colon, password = rest.rpartition("@")[0].partition(":")
+    if colon:
+        found.add(password)
+    return {spelling for secret in found if secret for spelling in (secret, unquote_plus(secret), repr(secret)[1:-1])}
