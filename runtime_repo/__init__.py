@@ -1,56 +1,110 @@
-"""A durable store for async workers that brings its own schema to the right version at boot."""
+"""
+A durable store for async workers that brings its own schema to the right version at boot.
 
-from runtime_repo.api_keys import ApiKey, ApiKeyStatus
-from runtime_repo.audit import AuditEntry
-from runtime_repo.errors import (
-    ConfigurationError,
-    ConflictError,
-    DatabaseUnavailableError,
-    Difference,
-    ForeignSchemaError,
-    InvalidTransitionError,
-    LeaseLostError,
-    LockHolder,
-    MigrationError,
-    NotFoundError,
-    OverloadedError,
-    PayloadMismatchError,
-    RefusedError,
-    RepositoryClosedError,
-    RuntimeRepoError,
-    SchemaDriftError,
-    SchemaError,
-    SchemaHistoryError,
-    SchemaLockTimeoutError,
-    SchemaOutOfDateError,
-    SchemaTooNewError,
-    UnreadableRowError,
-    UnsuitableDatabaseError,
-)
-from runtime_repo.interrupts import Interrupt, InterruptStatus
-from runtime_repo.jobs import Job
-from runtime_repo.postgres import PostgresRuntimeRepository
-from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats
-from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
-from runtime_repo.retry import RetryPolicy
-from runtime_repo.rows import Page
-from runtime_repo.schema import AppliedMigration, SchemaReport, SchemaStatus
-from runtime_repo.sqlite import SqliteRuntimeRepository
-from runtime_repo.step_reports import StepReport
-from runtime_repo.url import repository_from_url
-from runtime_repo.worker import Handler, Worker
+A name is imported when it is first asked for: who uses one of the two databases does not load the other's driver, and
+the command answers ``--help`` at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime_repo.api_keys import ApiKey, ApiKeyStatus
+    from runtime_repo.audit import AuditEntry
+    from runtime_repo.control import ControlState, QuiesceProgress, Stop
+    from runtime_repo.doctor import Diagnosis, Finding
+    from runtime_repo.errors import (
+        ConfigurationError,
+        ConflictError,
+        DatabaseUnavailableError,
+        Difference,
+        ForeignSchemaError,
+        InvalidTransitionError,
+        LeaseHolder,
+        LeaseLostError,
+        LockHolder,
+        MigrationError,
+        NotFoundError,
+        NotQuietError,
+        OutdatedReleaseError,
+        OverloadedError,
+        PayloadMismatchError,
+        RefusedError,
+        RepositoryClosedError,
+        RuntimeRepoError,
+        SchemaDriftError,
+        SchemaError,
+        SchemaHistoryError,
+        SchemaLockTimeoutError,
+        SchemaOutOfDateError,
+        SchemaTooNewError,
+        UnreadableRowError,
+        UnsuitableDatabaseError,
+    )
+    from runtime_repo.interrupts import Interrupt, InterruptStatus
+    from runtime_repo.jobs import Job
+    from runtime_repo.observing import (
+        BootStep,
+        Claimed,
+        Completed,
+        Event,
+        Failed,
+        LeaseLost,
+        Migrated,
+        Observe,
+        OutageBegan,
+        OutageEnded,
+        Statement,
+        Swept,
+    )
+    from runtime_repo.postgres import PostgresRuntimeRepository
+    from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats
+    from runtime_repo.repairs import Repair
+    from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
+    from runtime_repo.retry import RetryPolicy
+    from runtime_repo.rows import Page
+    from runtime_repo.schema import (
+        AppliedMigration,
+        Compatibility,
+        PlannedMigration,
+        SchemaPlan,
+        SchemaReport,
+        SchemaStatus,
+    )
+    from runtime_repo.sqlite import SqliteRuntimeRepository
+    from runtime_repo.status import (
+        Activity,
+        QueueActivity,
+        RecordedMigration,
+        StoreStatus,
+        TableSize,
+        WorkerLeases,
+    )
+    from runtime_repo.step_reports import StepReport
+    from runtime_repo.url import repository_from_url
+    from runtime_repo.worker import Handler, Worker
 
 __all__ = [
+    "Activity",
     "ApiKey",
     "ApiKeyStatus",
     "AppliedMigration",
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
+    "BootStep",
+    "Claimed",
+    "Compatibility",
+    "Completed",
     "ConfigurationError",
     "ConflictError",
+    "ControlState",
     "DatabaseUnavailableError",
+    "Diagnosis",
     "Difference",
+    "Event",
+    "Failed",
+    "Finding",
     "ForeignSchemaError",
     "Handler",
     "Interrupt",
@@ -58,17 +112,30 @@ __all__ = [
     "InvalidTransitionError",
     "Job",
     "Lease",
+    "LeaseHolder",
+    "LeaseLost",
     "LeaseLostError",
     "LockHolder",
+    "Migrated",
     "MigrationError",
     "NewAttempt",
     "NotFoundError",
+    "NotQuietError",
+    "Observe",
+    "OutageBegan",
+    "OutageEnded",
+    "OutdatedReleaseError",
     "OverloadedError",
     "Page",
     "PayloadMismatchError",
+    "PlannedMigration",
     "PostgresRuntimeRepository",
+    "QueueActivity",
     "QueueStats",
+    "QuiesceProgress",
+    "RecordedMigration",
     "RefusedError",
+    "Repair",
     "RepositoryClosedError",
     "RetryPolicy",
     "RuntimeRepoError",
@@ -79,13 +146,39 @@ __all__ = [
     "SchemaHistoryError",
     "SchemaLockTimeoutError",
     "SchemaOutOfDateError",
+    "SchemaPlan",
     "SchemaReport",
     "SchemaStatus",
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
+    "Statement",
     "StepReport",
+    "Stop",
+    "StoreStatus",
+    "Swept",
+    "TableSize",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
     "Worker",
+    "WorkerLeases",
     "repository_from_url",
 ]
+
+_HOMES = [
+    *("errors", "retry", "rows", "records", "schema", "status", "control", "doctor", "repairs", "api_keys", "audit"),
+    *("interrupts", "jobs", "step_reports", "repository", "observing", "worker", "sqlite", "postgres", "url"),
+]
+"""Where the names above live, and are looked for in this order: what needs both drivers comes last."""
+
+if not TYPE_CHECKING:  # to a type checker every name would be there
+
+    def __getattr__(name: str) -> object:
+        for home in _HOMES if name in __all__ else ():
+            module = importlib.import_module(f"{__name__}.{home}")
+            if name in module.__all__:
+                globals()[name] = found = getattr(module, name)
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted(globals().keys() | set(__all__))

@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from runtime_repo import fencing
+from runtime_repo.bulk import Meant, Order, meant
 from runtime_repo.database import Gate, Queries, Row, together
 from runtime_repo.errors import (
     ConfigurationError,
@@ -253,7 +254,8 @@ class Attempts:
         Return what claims could take from a queue, in their order: the highest priority first, then the oldest.
 
         Of delayed attempts whose time has come and that no claim has promoted yet, the longest due are among them, at
-        most *limit*. Nothing is locked, so by the time of a claim somebody else may have taken them.
+        most *limit*. Nothing is locked, so by the time of a claim somebody else may have taken them. While the store is
+        quiesced or the queue paused claims could take nothing; ``list`` shows what waits.
         """
         of_queue, at = check_id("queue", queue), instant_ms("now", now)
         return await page(
@@ -278,11 +280,23 @@ class Attempts:
         seconds, or every second where nobody can listen, the queues are polled all the same; on SQLite the file is
         polled 30 times a second. Delayed attempts are known beforehand. A waiting caller holds no lock and no
         connection of the pool. While transactions of this process's hold all that there are, it waits for
-        them, which may take 3 s beyond *timeout*. *now* is the instant at which the wait begins.
+        them, which may take 3 s beyond *timeout*. While the store is quiesced nothing can be claimed, nor of a queue
+        that is paused: whoever waits is told of the end of it. *now* is the instant at which the wait begins.
 
         Raises:
             ConfigurationError: A queue's name or the time-out is invalid, or it is called within a transaction.
         """
+        return await self._wait(queues, timeout, now=now)
+
+    async def _wait(
+        self,
+        queues: str | Sequence[str],
+        timeout: timedelta | None = None,  # noqa: ASYNC109 - as above
+        *,
+        now: datetime | None = None,
+        noticed: Callable[[bool], None] | None = None,
+    ) -> bool:
+        """As ``wait``; at each poll it is *noticed* whether the store is quiesced."""
         names = queue_names(queues)
         begun = time.monotonic()
         deadline = begun + (math.inf if timeout is None else span_ms("timeout", timeout) / 1000)
@@ -295,6 +309,8 @@ class Attempts:
                     if time.monotonic() >= deadline:
                         return False
                     continue
+                if noticed is not None:
+                    noticed(bool(row["is_quiesced"]))
                 now_ms = row["now_ms"] if begun_ms is None else begun_ms + (time.monotonic() - begun) * 1000
                 # What is no number is no time, and never comes.
                 next_ms = row["next_ms"] if isinstance(row["next_ms"], (int, float)) else math.inf
@@ -496,7 +512,96 @@ class Attempts:
             raise skipped(f"attempt {attempt_id!r}")
         return attempt_from_row(rows[0])
 
-    async def prune(self, *, older_than: timedelta, limit: int = 1000, now: datetime | None = None) -> int:
+    async def retry_many(
+        self,
+        *,
+        actor: str,
+        queue: str | None = None,
+        error: str | None = None,
+        older_than: timedelta | None = None,
+        limit: int | None = None,
+        now: datetime | None = None,
+    ) -> int:
+        """
+        Give all failed attempts that fit one more try, by hand, and return how many: as ``retry`` for each.
+
+        It is done in batches of at most a thousand, each a transaction of its own, with an entry of audit: a call that
+        was cancelled or failed has been carried out in part, and can be repeated for the rest.
+
+        Args:
+            actor: Who wants it, for the audit.
+            queue: Only those of this queue.
+            error: Only those whose last error has these words in it, as they are written.
+            older_than: Only those that failed more than that ago.
+            limit: How many at most; all without one.
+        """
+        order = Order(
+            self._queries,
+            "retry_many",
+            meant(status=AttemptStatus.FAILED, queue=queue, error=error, older_than=older_than, now=now),
+            check_id("actor", actor),
+            limit,
+        )
+        try:
+            await order.carry_out("attempts.sift_ended", "attempts.retry_many")
+        finally:
+            self._queries.tell(order.queues)
+        return order.done
+
+    async def cancel_many(
+        self,
+        *,
+        actor: str,
+        status: AttemptStatus | None = None,
+        queue: str | None = None,
+        error: str | None = None,
+        older_than: timedelta | None = None,
+        limit: int | None = None,
+        now: datetime | None = None,
+    ) -> int:
+        """
+        End all attempts that fit and are not final, and return how many: as ``cancel`` for each, in batches as
+        ``retry_many``.
+
+        What is enqueued meanwhile may be among them or not: pause the queue before, or stop whoever enqueues.
+
+        Args:
+            actor: Who wants it, for the audit.
+            status: Only those of this status, which is not final; otherwise also those that somebody works on.
+            queue: Only those of this queue.
+            error: Only those whose last error has these words in it, as they are written.
+            older_than: Only those that were enqueued more than that ago.
+            limit: How many at most; all without one.
+
+        Raises:
+            ConfigurationError: Nothing says which, or the status is a final one.
+        """
+        wanted = meant(status=status, queue=queue, error=error, older_than=older_than, now=now)
+        if wanted.is_everything:
+            raise ConfigurationError(
+                "nothing says which attempts to cancel: give a status, a queue, an error or an age, such as "
+                "older_than=timedelta(0) for all"
+            )
+        if wanted.status is not None and wanted.status.is_final:
+            raise ConfigurationError(f"status is {wanted.status!r}: expected one that is not final")
+        order = Order(self._queries, "cancel_many", wanted, check_id("actor", actor), limit)
+        if wanted.status in (None, AttemptStatus.QUEUED, AttemptStatus.RETRY_BACKOFF):
+            await order.carry_out("attempts.sift_waiting", "attempts.cancel_many")
+        if wanted.status in (None, AttemptStatus.LEASED, AttemptStatus.RUNNING):
+            await order.carry_out("attempts.sift_held", "attempts.cancel_many")
+        return order.done
+
+    async def prune(
+        self,
+        *,
+        older_than: timedelta,
+        status: AttemptStatus | None = None,
+        queue: str | None = None,
+        error: str | None = None,
+        actor: str | None = None,
+        limit: int = 1000,
+        now: datetime | None = None,
+    ) -> int:
         """
         Delete final attempts that ended more than *older_than* ago, the oldest first, and return how many.
 
@@ -504,14 +609,31 @@ class Attempts:
         step reports and its interrupts go with it, a question that is still pending, too: answer or copy it before.
         Its tokens are forgotten, and the same id enqueued again begins with the first: let *older_than* be longer
         than any worker may hold on to a lease that is lost.
+
+        Args:
+            status: Only those of this status. It reads past the others, as for the next two, in batches as
+                ``retry_many``.
+            queue: Only those of this queue.
+            error: Only those whose error has these words in it, as they are written.
+            actor: Who wants it, for the audit, which has no entry without one.
+
+        Raises:
+            ConfigurationError: The status is not final.
         """
-        rows = await self._queries.fetch(
-            bounded("attempts.prune", check_count("limit", limit)),
-            span_ms("older_than", older_than),
-            limit,
-            instant_ms("now", now),
-        )
-        return len(rows)
+        wanted = meant(status=status, queue=queue, error=error, older_than=older_than, now=now)
+        if wanted.status is not None and not wanted.status.is_final:
+            raise ConfigurationError(f"status is {wanted.status!r}: expected a final one")
+        order = Order(self._queries, "prune", wanted, actor, check_count("limit", limit))
+        if (status, queue, error) != (None, None, None):
+            await order.prune()
+        elif actor is None:
+            return len(await self._prune(self._queries, wanted, limit))
+        else:
+            await order.in_one(lambda statements: self._prune(statements, wanted, limit))
+        return order.done
+
+    async def _prune(self, queries: Queries, wanted: Meant, limit: int) -> Sequence[Row]:
+        return await queries.fetch(bounded("attempts.prune", limit), wanted.age_ms, limit, wanted.now_ms)
 
     async def vacuum(self) -> None:
         """

@@ -16,6 +16,7 @@ from typing import Any
 from runtime_repo.errors import Difference
 
 __all__ = [
+    "CONTROL",
     "LEDGER",
     "Catalog",
     "Ledger",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 LEDGER = "runtime_schema_migrations"
+CONTROL = "runtime_control"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,22 @@ class Look:
     """Why the database cannot be served as it is, each a sentence."""
     reservations: tuple[Difference, ...] = ()
     """What keeps it from being migrated, but not from being served."""
+    oldest: str | None = None
+    """
+    Of a ledger that is newer than what this release ships, where it was inspected: the oldest version whose release can
+    still run beside it, as it stands in runtime_control, if it does.
+    """
+
+    def is_newer(self, shipped: Sequence[Catalog]) -> bool:
+        """Whether it may say so."""
+        table = self.catalog.tables.get(CONTROL)
+        return (
+            table is not None
+            and table.kind == "table"
+            and not self.problems
+            and not self.reservations
+            and any(row.version > len(shipped) for row in self.ledger or ())
+        )
 
 
 _CHANGES_MEANING = (

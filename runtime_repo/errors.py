@@ -4,6 +4,7 @@ Every error that leaves this package.
     RuntimeRepoError
     ├── SchemaError                    boot refused; the database was not touched
     │   ├── SchemaTooNewError          a newer release migrated it
+    │   │   └── OutdatedReleaseError   ... while this one was running, which may claim nothing more
     │   ├── SchemaHistoryError         the ledger has a gap, or a name that is not ours
     │   ├── ForeignSchemaError         our table names are taken by somebody else
     │   ├── SchemaDriftError           the live structure is not the one of its version
@@ -16,6 +17,7 @@ Every error that leaves this package.
     │   ├── LeaseLostError
     │   ├── InvalidTransitionError
     │   └── PayloadMismatchError
+    ├── NotQuietError                  something still runs that a quiesce has waited for
     ├── RepositoryClosedError
     ├── ConfigurationError(ValueError)
     ├── UnreadableRowError             a row holds what this release cannot read
@@ -29,6 +31,7 @@ A driver's exception leaves only as a ``__cause__``, and no text here ever conta
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 __all__ = [
@@ -38,10 +41,13 @@ __all__ = [
     "Difference",
     "ForeignSchemaError",
     "InvalidTransitionError",
+    "LeaseHolder",
     "LeaseLostError",
     "LockHolder",
     "MigrationError",
     "NotFoundError",
+    "NotQuietError",
+    "OutdatedReleaseError",
     "OverloadedError",
     "PayloadMismatchError",
     "RefusedError",
@@ -85,6 +91,24 @@ class SchemaTooNewError(SchemaError):
         super().__init__(
             f"the database's schema is at version {found}, but this release supports version {supported}: "
             f"deploy a release that knows version {found}, or restore the backup taken before that upgrade"
+        )
+
+
+class OutdatedReleaseError(SchemaTooNewError):
+    """
+    A newer release has migrated the database while this one was running, and this one cannot run beside it: it claims
+    nothing more. What it holds it may finish.
+
+    *oldest* is the oldest version of the schema whose release can.
+    """
+
+    def __init__(self, found: int, supported: int, oldest: int) -> None:
+        super().__init__(found, supported)
+        self.oldest = oldest
+        beside = "" if oldest == found else f", and releases from version {oldest} on can run beside it"
+        self.args = (
+            f"a newer release has migrated the database to version {found}{beside}; this one supports version "
+            f"{supported}, so it claims nothing more: deploy a release that knows version {found}",
         )
 
 
@@ -283,6 +307,55 @@ class PayloadMismatchError(ConflictError):
             f"{what} {key!r} is stored already with another {', '.join(differing)}: "
             "use a new id, or repeat the call with the content that is stored"
         )
+
+
+@dataclass(frozen=True)
+class LeaseHolder:
+    """A worker that holds leases."""
+
+    worker_id: str
+    leases: int
+    """How many."""
+    attempt_id: str
+    """What one of them is on."""
+    expires_at: datetime | None
+    """When the last of them runs out, unless it is renewed; None where that is no time."""
+
+    def __str__(self) -> str:
+        until = "an unknown time" if self.expires_at is None else self.expires_at.isoformat(" ", "seconds")
+        return f"worker {self.worker_id!r} ({self.leases}, such as on attempt {self.attempt_id!r}, until {until})"
+
+
+class NotQuietError(RuntimeRepoError):
+    """
+    After *waited* seconds something still runs that ``control.quiesce`` or ``control.pause`` has waited for. The switch
+    is set: nothing new begins.
+
+    *claims* are transactions that had begun before and may still claim, *holders* the workers that hold leases.
+    """
+
+    def __init__(self, waited: float, claims: Sequence[LockHolder], holders: Sequence[LeaseHolder]) -> None:
+        self.waited = waited
+        self.claims = tuple(claims)
+        self.holders = tuple(holders)
+        if claims:
+            what = f"transactions that had begun before may still claim: {_several(claims)}: end them"
+        else:
+            leases = sum(holder.leases for holder in holders)
+            what = f"leases that are held: {leases}, by {_several(holders)}: let them finish, or run out"
+        super().__init__(
+            f"waited {waited:.1f} s, and nothing new is claimed, but there are still {what}, and call it again; "
+            "resume() lets everybody claim"
+        )
+
+
+_SHOWN = 5
+
+
+def _several(found: Sequence[object]) -> str:
+    """The first of them, in words."""
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(map(str, found[:_SHOWN])) + more
 
 
 class RepositoryClosedError(RuntimeRepoError):

@@ -15,6 +15,7 @@ from runtime_repo.database import Gate, Heartbeats, Row, together
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
+    OutdatedReleaseError,
     OverloadedError,
     RefusedError,
     RuntimeRepoError,
@@ -44,6 +45,7 @@ from runtime_repo.values import (
     check_key,
     from_ms,
     instant_ms,
+    maybe_version,
     new_id,
     queue_names,
     skipped,
@@ -103,6 +105,8 @@ class Leases:
 
         A caller that is cancelled owns nothing: what was claimed is given back before the cancellation goes on.
 
+        While the store is quiesced, or a queue paused (``control``), nothing of it is eligible.
+
         Args:
             worker_id: Who takes them, for people to read in a list or an error: a worker's own name, any text. It need
                 not be unique, for ownership is told by the lease.
@@ -126,12 +130,14 @@ class Leases:
         self, attempt_id: str, worker_id: str, *, ttl: timedelta = DEFAULT_TTL, now: datetime | None = None
     ) -> Lease | None:
         """
-        Take this very attempt, or nothing: None when it is held, final, not due yet, or missing.
+        Take this very attempt, or nothing: None when it is held, final, not due yet, or missing, and while the store is
+        quiesced or its queue paused.
 
         A caller that is cancelled owns nothing, as with ``claim``.
 
         Raises:
             UnreadableRowError: It cannot be read; it is parked as by ``claim``.
+            OutdatedReleaseError: As by ``claim``.
         """
         given = (
             check_key("attempt_id", attempt_id),
@@ -159,7 +165,30 @@ class Leases:
         except (asyncio.CancelledError, OverloadedError):
             await finish(self._give_back(claim_id), within=_GIVE_BACK)
             raise
+        except RefusedError as error:
+            # A column that it names may be gone.
+            await self._check_release(error)
+            raise
+        if not leases and not leases.unreadable:
+            await self._check_release()
         return leases
+
+    async def _check_release(self, cause: RefusedError | None = None) -> None:
+        """
+        See whether nothing was claimed since this release may not.
+
+        Raises:
+            OutdatedReleaseError: So it is.
+        """
+        try:
+            rows = await self._queries.fetch("control.outdated")
+        except RuntimeRepoError as error:
+            _log.debug("whether this release is outdated is not known: %s", error)
+            return
+        if rows:
+            found = rows[0]["found"]
+            oldest = maybe_version(rows[0]["oldest"]) or found
+            raise OutdatedReleaseError(found, rows[0]["supported"], oldest) from cause
 
     async def _park(self, row: Row, error: UnreadableRowError, now: object) -> None:
         """Let an operator find what cannot be read among what has failed."""

@@ -27,26 +27,35 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Never, Self, SupportsIndex, get_args
 
 from runtime_repo.api_keys import ApiKeys
 from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
+from runtime_repo.control import Control
 from runtime_repo.database import Backend, Database, Gate, Heartbeats, Row, Source, Transaction, Watch
+from runtime_repo.doctor import Diagnosis, diagnose
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
+from runtime_repo.observing import Observe, ObservedSource, Observer, observed_boot
 from runtime_repo.schema import (
+    Compatibility,
     Policy,
+    SchemaPlan,
     SchemaReport,
     SchemaStatus,
+    can_run,
     ensure_schema,
     inspect_schema,
     load_migrations,
+    plan_schema,
 )
 from runtime_repo.shielding import CLEAN_UP, finish, leave
+from runtime_repo.status import Activity, StoreStatus, activity_of_store, status_of_store
 from runtime_repo.step_reports import StepReports
 
 __all__ = ["RuntimeRepository", "RuntimeTransaction", "Unique", "check_flag", "check_seconds", "is_known_to_be_sync"]
@@ -73,6 +82,7 @@ class Stores(Unique):
         api_keys: Who may use the application: put, authenticate, set_active.
         attempts: Units of work: enqueue, complete, fail.
         audit: Who did what: append, list.
+        control: The operator's switches: quiesce, pause, resume, state.
         interrupts: Questions and their answers: create, resume, cancel.
         jobs: What the application says of its threads: upsert, get, list.
         leases: Ownership of attempts: claim, heartbeat, requeue_expired.
@@ -86,6 +96,7 @@ class Stores(Unique):
         self.interrupts = Interrupts(queries)
         self.jobs = Jobs(queries)
         self.leases = Leases(queries)
+        self.control = Control(queries, self.leases)
         self.step_reports = StepReports(queries)
 
 
@@ -119,6 +130,7 @@ class RuntimeRepository(Stores):
         on_drift: Literal["refuse", "warn"],
         before_migrate: Callable[[], Awaitable[object]] | None,
         lock_timeout: float,
+        observe: Observe | None = None,
     ) -> None:
         check_flag("migrate", migrate)
         check_seconds("lock_timeout", lock_timeout)
@@ -131,7 +143,8 @@ class RuntimeRepository(Stores):
         self._boot: _Boot | None = None
         self._report: SchemaReport | None = None
         self._closed = False
-        self._gate = _Gate(database)
+        self._observer = None if observe is None else Observer(observe)
+        self._gate = _Gate(database if self._observer is None else ObservedSource(database, self._observer))
         super().__init__(self._gate)
         _constructed.add(self)
 
@@ -207,12 +220,95 @@ class RuntimeRepository(Stores):
             ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
             RepositoryClosedError: The repository was closed.
         """
+        with self._looking():
+            return await inspect_schema(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def plan(self) -> SchemaPlan:
+        """
+        Tell what a boot would do now: why it would be refused, or each migration that it would apply, with its SQL.
+
+        As ``inspect``, it writes nothing and needs no boot. Where it would migrate, it also reads every row that could
+        stand in the way, which takes about as long as in that boot; it waits for no lock.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await plan_schema(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def status(self) -> StoreStatus:
+        """
+        Tell all that an operator asks first: the server, the schema and its history, queues, leases, switches, sizes.
+
+        As ``inspect``, it writes nothing and needs no boot; what cannot be told, such as of a schema that is refused,
+        is said in ``unknown``. It reads all that waits and is held, as ``attempts.stats`` does.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await status_of_store(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def doctor(self) -> Diagnosis:
+        """
+        Find out what is wrong: drift, with the SQL that mends it, and whatever around the tables makes them slow or
+        unsafe.
+
+        As ``inspect``, it writes nothing and needs no boot; it judges as a verify-only boot that refuses drift. On
+        PostgreSQL it reads through two connections at once, to notice a pooler.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await diagnose(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def activity(self, *, over: timedelta = timedelta(seconds=10)) -> Activity:
+        """
+        Tell what moves in each queue: what waits and is held now, and how much of it ended within *over* until now.
+
+        As ``inspect``, it writes nothing and needs no boot, but only of a schema that a verify-only boot would serve.
+
+        Raises:
+            SchemaError: It would not; the subclass says why.
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: *over* is no span; it is open in another event loop or process, or this task has a
+                transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            migrations = load_migrations(self._database.backend)
+            return await activity_of_store(self._database, migrations, self._policy, over)
+
+    async def can_run(self) -> Compatibility:
+        """
+        Look at the schema as it is now, and tell whether this release can run on it, and which older ones can then.
+
+        As ``inspect``: it writes nothing, and needs no boot.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await can_run(self._database, load_migrations(self._database.backend), self._policy)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Something is looked at meanwhile, booted or not."""
         loop = _running_loop()
         if self._closed:
             raise RepositoryClosedError(f"{self!r} cannot look any more: construct another")
         self._gate.check()
         with self._gate.opening(loop):
-            return await inspect_schema(self._database, load_migrations(self._database.backend), self._policy)
+            yield
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[RuntimeTransaction]:
@@ -338,7 +434,12 @@ class RuntimeRepository(Stores):
         return call
 
     async def _ensure(self) -> SchemaReport:
-        return await ensure_schema(self._database, load_migrations(self._database.backend), self._policy)
+        report = await ensure_schema(
+            observed_boot(self._database, self._observer), load_migrations(self._database.backend), self._policy
+        )
+        if self._observer is not None:
+            self._observer.booted(report)
+        return report
 
     async def _join(self, boot: "_Boot") -> None:
         """

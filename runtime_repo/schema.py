@@ -11,20 +11,21 @@ import logging
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from runtime_repo.catalog import LEDGER, Catalog, Look, Table, catalog_from_json, compare
-from runtime_repo.database import BootTransaction, Busy, Database, Lost
+from runtime_repo.catalog import CONTROL, LEDGER, Catalog, Look, Table, catalog_from_json, compare
+from runtime_repo.database import BootTransaction, Busy, Database, Lost, Row
 from runtime_repo.errors import (
     ConfigurationError,
     Difference,
     ForeignSchemaError,
     MigrationError,
+    RefusedError,
     RuntimeRepoError,
     SchemaDriftError,
     SchemaError,
@@ -35,21 +36,29 @@ from runtime_repo.errors import (
     UnsuitableDatabaseError,
 )
 from runtime_repo.queries import split_statements
+from runtime_repo.values import maybe_version
 
 __all__ = [
     "AppliedMigration",
+    "Compatibility",
     "Decision",
     "Migrate",
     "Migration",
+    "PlannedMigration",
     "Policy",
     "Refuse",
+    "SchemaPlan",
     "SchemaReport",
     "SchemaStatus",
     "Serve",
+    "can_run",
     "decide",
     "ensure_schema",
     "inspect_schema",
+    "inspected",
     "load_migrations",
+    "plan_schema",
+    "status_of",
 ]
 
 _log = logging.getLogger("runtime_repo")
@@ -84,6 +93,19 @@ class Migration:
                     f"migration {self.version} ({self.name}) controls its own transaction ({bare.split()[0]}): "
                     "remove that statement; a migration commits together with its ledger row"
                 )
+        for line in re.findall(r"^--\s*oldest\b.*", self.sql, re.MULTILINE | re.IGNORECASE):
+            number = re.fullmatch(r"-- oldest: (\d+)", line)
+            if number is None or not 1 <= int(number[1]) <= self.version:
+                raise ConfigurationError(
+                    f"migration {self.version} ({self.name}) says {line!r}: expected '-- oldest: N', the oldest "
+                    f"version whose release can run beside it, from 1 to {self.version}"
+                )
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version whose release can still run beside it, as its line ``-- oldest: 2`` says; else its own."""
+        said = re.search(r"^-- oldest: (\d+)$", self.sql, re.MULTILINE)
+        return self.version if said is None else int(said[1])
 
 
 @dataclass(frozen=True)
@@ -164,6 +186,62 @@ class SchemaStatus:
     """Every drift from the version recorded, and everything extra."""
     refusal: str | None
     """Why a boot with this policy would be refused; None if it would serve, or migrate and serve."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PlannedMigration:
+    """A migration that a boot would apply, and all that it would execute for it, the ledger's row included."""
+
+    version: int
+    name: str
+    sql: str
+
+
+@dataclass(frozen=True)
+class SchemaPlan:
+    """What a boot would do."""
+
+    found: int
+    """The version recorded; 0 is a database that holds nothing of ours, or one whose ledger cannot be read."""
+    supported: int
+    """The newest version that this release knows."""
+    refusal: str | None
+    """Why a boot would be refused; None if it would serve, or migrate and serve."""
+    migrations: tuple[PlannedMigration, ...] = ()
+    """What it would apply, in order and in one transaction; nothing where it is refused or the schema is current."""
+    backup: str | None = None
+    """The copy that it would take before that (SQLite), with ``<time>`` in the place of the time."""
+    tolerated: tuple[Difference, ...] = ()
+    """What it would serve in spite of."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """Whether this release can run on a database as it is now, and which others can."""
+
+    found: int
+    """The version recorded; 0 is a database that holds nothing of ours, or one whose ledger cannot be read."""
+    supported: int
+    """The newest version that this release knows."""
+    oldest: int
+    """
+    The oldest release, by the version that it supports, whose workers go on: beside the schema that is there or, where
+    this release is newer, beside what a boot of it makes of that. Older ones end with ``OutdatedReleaseError``.
+    """
+    answer: bool
+    """Whether a boot of this release serves."""
+    is_outdated: bool
+    """Whether workers of this release that run already claim nothing more; where they may go on, no new one boots."""
+    why: str
+    """A sentence."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
@@ -309,7 +387,7 @@ async def ensure_schema(database: Database, migrations: Sequence[Migration], pol
                 if not isinstance(decision, Migrate):
                     continue
                 preparation = preparation or await _prepare(database, transaction, decision, policy)
-                applied = await _apply(transaction, look, decision)
+                applied = await _apply(transaction, look, decision, migrations)
                 verified = _verify(await transaction.look(catalogs), migrations, policy)
             await database.serve(len(migrations))
             return _report(decision.from_version, verified, patience, applied, preparation.backup)
@@ -335,7 +413,11 @@ async def inspect_schema(database: Database, migrations: Sequence[Migration], po
         DatabaseUnavailableError: The database cannot be read.
         SchemaLockTimeoutError: It was locked for longer than ``lock_timeout``.
     """
-    look = await _inspected(database, [migration.catalog for migration in migrations], _Patience(policy.lock_timeout))
+    return status_of(await inspected(database, migrations, policy), migrations, policy)
+
+
+def status_of(look: Look, migrations: Sequence[Migration], policy: Policy) -> SchemaStatus:
+    """What a boot would make of what was seen."""
     found = max((row.version for row in look.ledger or ()), default=0)
     recorded = next((migration for migration in migrations if migration.version == found), None)
     drift, extra = _compared(recorded, look) if recorded else ([], [])
@@ -347,6 +429,120 @@ async def inspect_schema(database: Database, migrations: Sequence[Migration], po
         (*drift, *extra, *look.reservations),
         str(decision.error) if isinstance(decision, Refuse) else None,
     )
+
+
+async def plan_schema(database: Database, migrations: Sequence[Migration], policy: Policy) -> SchemaPlan:
+    """
+    Say what a boot with this *policy* would do now, and in which words. Nothing is created or written.
+
+    Where it would migrate, the rows are read that it would be refused for: that takes as long as in a boot.
+
+    Raises:
+        DatabaseUnavailableError: The database cannot be read.
+        SchemaLockTimeoutError: It was locked for longer than ``lock_timeout``.
+    """
+    look = await inspected(database, migrations, policy)
+    decision = decide(look, migrations, policy)
+    found = max((row.version for row in look.ledger or ()), default=0)
+    supported = migrations[-1].version
+    if isinstance(decision, Refuse):
+        return SchemaPlan(found, supported, str(decision.error))
+    if isinstance(decision, Serve):
+        return SchemaPlan(found, supported, None, tolerated=decision.tolerated)
+    if found and (refusal := await _foreseen(database, decision.pending[0])):
+        return SchemaPlan(found, supported, refusal)
+    return SchemaPlan(
+        found,
+        supported,
+        None,
+        tuple(_planned(database, look, decision, migrations)),
+        database.backup_name(found) if found else None,
+        decision.tolerated,
+    )
+
+
+async def _foreseen(database: Database, first: Migration) -> str | None:
+    """Why a boot would be refused by the check of the *first* migration."""
+    if not first.check:
+        return None
+    try:
+        async with database.reading() as reader:
+            problems = _problems(await reader.ask(first.check))
+    except RefusedError as error:
+        return str(MigrationError(first.version, first.name, str(error)))
+    return str(UnsuitableDatabaseError(problems)) if problems else None
+
+
+def _planned(
+    database: Database, look: Look, decision: Migrate, migrations: Sequence[Migration]
+) -> Iterator[PlannedMigration]:
+    """In the words of ``_apply``."""
+
+    def said(query: str, *args: object) -> str:
+        text = database.text(query)
+        for number, value in enumerate(args, 1):
+            text = text.replace(f"${number}", f"'{value}'" if isinstance(value, str) else str(value))
+        return text
+
+    for migration in decision.pending:
+        statements = []
+        if migration is decision.pending[0]:
+            if not look.namespace:
+                statements.append(said("schema.create_namespace"))
+            if look.ledger is None:
+                statements.append(said("schema.create_ledger"))
+        statements.append(database.filled(migration.sql))
+        statements.append(said("schema.record", migration.version, migration.name))
+        if migration is decision.pending[-1] and (kept := _kept(look, migration, migrations)):
+            statements.append(said(*kept))
+        sql = "\n\n".join(f"{statement.strip().removesuffix(';')};" for statement in statements)
+        yield PlannedMigration(migration.version, migration.name, sql + "\n")
+
+
+async def inspected(database: Database, migrations: Sequence[Migration], policy: Policy) -> Look:
+    """
+    What a look at *database* sees, which creates and writes nothing.
+
+    Raises:
+        DatabaseUnavailableError: The database cannot be read.
+        SchemaLockTimeoutError: It was locked for longer than ``lock_timeout``.
+    """
+    catalogs = [migration.catalog for migration in migrations]
+    return await _inspected(database, catalogs, _Patience(policy.lock_timeout))
+
+
+async def can_run(database: Database, migrations: Sequence[Migration], policy: Policy) -> Compatibility:
+    """
+    Look at *database* and say whether this release can run on it. Nothing is created or written.
+
+    Raises:
+        As ``inspect_schema``.
+    """
+    look = await inspected(database, migrations, policy)
+    found = max((row.version for row in look.ledger or ()), default=0)
+    supported = migrations[-1].version
+    decision = decide(look, migrations, policy)
+    oldest = _oldest(migrations) if found <= supported else maybe_version(look.oldest) or found
+    is_outdated = found > supported and oldest > supported
+    match decision:
+        case Serve():
+            why = f"the schema is at version {found}, which this release serves"
+        case Migrate(pending=pending):
+            names = ", ".join(migration.name for migration in pending)
+            why = f"a boot of this release applies {names}, and serves"
+            if found and oldest > found:
+                why += f"; workers of releases that know no version {oldest} end then"
+        case Refuse(error=error):
+            why = str(error)
+            if found > supported:
+                going_on = "end" if is_outdated else "go on"
+                why += f"; workers of this release that run already {going_on}"
+    return Compatibility(found, supported, oldest, not isinstance(decision, Refuse), is_outdated, why)
+
+
+def _oldest(migrations: Sequence[Migration]) -> int:
+    """The oldest release that can run beside what all of *migrations* have made."""
+    return max(migration.oldest for migration in migrations)
 
 
 async def _inspected(database: Database, catalogs: Sequence[Catalog], patience: "_Patience") -> Look:
@@ -416,13 +612,17 @@ async def _check(transaction: BootTransaction, migration: Migration) -> None:
         rows = await transaction.ask(migration.check) if migration.check else ()
     except RuntimeRepoError as error:
         raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
-    problems = [
+    if problems := _problems(rows):
+        raise UnsuitableDatabaseError(problems)
+
+
+def _problems(rows: Iterable[Row]) -> list[str]:
+    """What a migration's check has found."""
+    return [
         f"{row['number']} rows have {row['what']}, such as the one of {row['example']!r}: change or delete them"
         for row in rows
         if row["number"]
     ]
-    if problems:
-        raise UnsuitableDatabaseError(problems)
 
 
 async def _prepare(database: Database, transaction: BootTransaction, decision: Migrate, policy: Policy) -> _Preparation:
@@ -441,8 +641,10 @@ async def _prepare(database: Database, transaction: BootTransaction, decision: M
     return _Preparation(backup)
 
 
-async def _apply(transaction: BootTransaction, look: Look, decision: Migrate) -> tuple[AppliedMigration, ...]:
-    """Apply what is pending, each with its ledger row."""
+async def _apply(
+    transaction: BootTransaction, look: Look, decision: Migrate, migrations: Sequence[Migration]
+) -> tuple[AppliedMigration, ...]:
+    """Apply what is pending, each with its ledger row, and keep which releases can run beside the last."""
     applied: list[AppliedMigration] = []
     for migration in decision.pending:
         started = time.monotonic()
@@ -456,12 +658,24 @@ async def _apply(transaction: BootTransaction, look: Look, decision: Migrate) ->
                 await _check(transaction, migration)
             await transaction.script(migration.sql)
             await transaction.fetch("schema.record", migration.version, migration.name)
+            if migration is decision.pending[-1] and (kept := _kept(look, migration, migrations)):
+                await transaction.fetch(*kept)
         except (ConfigurationError, SchemaError):
             raise
         except RuntimeRepoError as error:
             raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
         applied.append(AppliedMigration(migration.version, migration.name, time.monotonic() - started))
     return tuple(applied)
+
+
+def _kept(look: Look, last: Migration, migrations: Sequence[Migration]) -> tuple[str, str] | None:
+    """The query, with its argument, that keeps which releases can run beside the *last* of what is applied."""
+    if CONTROL not in last.catalog.tables:
+        return None
+    oldest = _oldest(migrations)
+    if oldest < last.version:
+        return "control.allow", str(oldest)
+    return ("control.clear", "oldest") if CONTROL in look.catalog.tables else None
 
 
 def _verify(look: Look, migrations: Sequence[Migration], policy: Policy) -> Serve:

@@ -39,6 +39,7 @@ __all__ = [
     "is_text",
     "json_text",
     "maybe_from_ms",
+    "maybe_version",
     "new_id",
     "new_ids",
     "no_thread",
@@ -330,6 +331,15 @@ def from_json(text: str | None) -> Any:
         return _on_its_own_stack(json.loads, text)
     except (ValueError, RuntimeError) as error:
         raise _no_json(error) from None
+
+
+def maybe_version(text: str | None) -> int | None:
+    """The version that a ``_json`` column holds, whatever another program has written there."""
+    try:
+        value = from_json(text)
+    except (TypeError, ValueError):
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _no_json(error: Exception) -> ValueError:

@@ -24,6 +24,7 @@ from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     LeaseLostError,
+    OutdatedReleaseError,
     OverloadedError,
     RefusedError,
     RepositoryClosedError,
@@ -82,8 +83,11 @@ class Worker:
 
     It also makes ready again, every *sweep_every*, what silent workers held, so no other process has to. While the
     database cannot be reached, or refuses, it keeps trying, and a result waits for it as long as the lease holds; its
-    log has one line when that begins and one when it ends. A result, or the words of an error, that the database
-    refuses to store fails the attempt.
+    log has one line when that begins and one when it ends, and so it has when the store is quiesced. A result, or the
+    words of an error, that the database refuses to store fails the attempt.
+
+    When a newer release has migrated the database, and this one cannot run beside it, it claims nothing more, gives
+    running handlers *grace* to end, and ``run`` raises.
 
     At SIGTERM or SIGINT, or ``stop()``, it claims nothing more and gives running handlers *grace* to end; those that
     have not ended by then are cancelled and their attempts released, the try not counted. It ends within 5 s of that,
@@ -142,7 +146,7 @@ class Worker:
             raise ConfigurationError(f"signals is {signals!r}: expected some of signal.Signals") from None
         self._claiming = _Patience(min(_PATIENCE, ttl.total_seconds()))
         self._sweeping = _Patience(_PATIENCE)
-        self._outages = Outages(f"worker {self.worker_id}", ttl=ttl.total_seconds())
+        self._outages = Outages(f"worker {self.worker_id}", ttl=ttl.total_seconds(), observer=repo._observer)
         self._room = asyncio.Semaphore(self._concurrency)
         self._claimed = 0
         self._is_worn = asyncio.Event()
@@ -150,6 +154,7 @@ class Worker:
         self._running: anyio.CancelScope | None = None
         self._searching: anyio.CancelScope | None = None
         self._failure: BaseException | None = None
+        self._is_quiesced = False
 
     def stop(self) -> None:
         """Tell it to stop, from its own event loop: ``run`` returns when the handlers have ended. May be repeated."""
@@ -165,6 +170,7 @@ class Worker:
             ConfigurationError: It has run before, a signal cannot be caught here, or the pool that the repository was
                 given has no room for heartbeats.
             RepositoryClosedError: The repository was closed.
+            OutdatedReleaseError: A newer release has migrated the database, and this one cannot run beside it.
         """
         if self._running is not None:
             raise ConfigurationError(
@@ -196,6 +202,9 @@ class Worker:
                 try:
                     await self._reserve()
                     await self._claim(handlers)
+                except OutdatedReleaseError as error:
+                    _log.error("worker %s stops: %s", self.worker_id, error)
+                    self._failure = error
                 except (ConfigurationError, RepositoryClosedError) as error:
                     self._failure = error
                 self.stop()
@@ -217,7 +226,7 @@ class Worker:
             began = time.monotonic()
             try:
                 leases, wanted = await self._claim_once()
-            except (ConfigurationError, RepositoryClosedError):
+            except (ConfigurationError, RepositoryClosedError, OutdatedReleaseError):
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed
                 self._outages.failed("claim", "claim", error, began=began)
@@ -256,13 +265,20 @@ class Worker:
         """Whether there was anything to wait for: the next claim tells what is wrong where there was not."""
         began = time.monotonic()
         try:
-            await self._repo.attempts.wait(self._queues)
+            await self._repo.attempts._wait(self._queues, noticed=self._notice)
         except (ConfigurationError, RepositoryClosedError):
             raise
         except Exception as error:  # noqa: BLE001 - as for a claim
             _log.debug("worker %s cannot wait for work: %s", self.worker_id, error)
             return False
         return time.monotonic() - began > _BLINK
+
+    def _notice(self, is_quiesced: bool) -> None:  # noqa: FBT001 - what is noticed
+        """Say once when the store is quiesced, and once when it is no more."""
+        if is_quiesced is not self._is_quiesced:
+            self._is_quiesced = is_quiesced
+            what = "claims nothing: the store is quiesced" if is_quiesced else "claims again: the store was resumed"
+            _log.warning("worker %s %s", self.worker_id, what)
 
     async def _sweep(self) -> None:
         while True:

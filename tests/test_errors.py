@@ -21,10 +21,13 @@ from runtime_repo import (
     Difference,
     ForeignSchemaError,
     InvalidTransitionError,
+    LeaseHolder,
     LeaseLostError,
     LockHolder,
     MigrationError,
     NotFoundError,
+    NotQuietError,
+    OutdatedReleaseError,
     OverloadedError,
     PayloadMismatchError,
     PostgresRuntimeRepository,
@@ -50,6 +53,7 @@ from tests.verbs import CALLS, prepare
 CLASSES = {name: kind for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)}
 
 HOLDER = LockHolder(42, "worker", "10.0.0.7", 3.25)
+WORKER = LeaseHolder("w-1", 3, "a-1", datetime(2030, 1, 1, tzinfo=UTC))
 
 # The error, its attributes, and what its message says: what was found, what was expected, what to do next.
 EXAMPLES: list[tuple[RuntimeRepoError, dict[str, Any], list[str]]] = [
@@ -126,6 +130,22 @@ EXAMPLES: list[tuple[RuntimeRepoError, dict[str, Any], list[str]]] = [
         PayloadMismatchError("attempt", "a-1", ["queue", "payload"]),
         {"what": "attempt", "key": "a-1", "differing": ("queue", "payload")},
         ["attempt 'a-1'", "queue, payload", "use a new id"],
+    ),
+    (
+        OutdatedReleaseError(4, 2, 3),
+        {"found": 4, "supported": 2, "oldest": 3},
+        ["version 4", "version 3", "supports version 2", "claims nothing more", "knows version 4"],
+    ),
+    (OutdatedReleaseError(3, 2, 3), {"found": 3, "supported": 2, "oldest": 3}, ["version 3", "supports version 2"]),
+    (
+        NotQuietError(60.25, [HOLDER], []),
+        {"waited": 60.25, "claims": (HOLDER,), "holders": ()},
+        ["60.2 s", "process 42", "may still claim", "end them", "resume()"],
+    ),
+    (
+        NotQuietError(1.0, [], [WORKER] * 7),
+        {"waited": 1.0, "claims": (), "holders": (WORKER,) * 7},
+        ["1.0 s", "held: 21", "worker 'w-1' (3, such as on attempt 'a-1', until 2030-01-01", "2 more", "resume()"],
     ),
     (RepositoryClosedError("words"), {}, ["words"]),
     (ConfigurationError("words"), {}, ["words"]),

@@ -50,6 +50,8 @@ CALLS: dict[str, Write] = {
     "attempts.fail": WRITES["fail"],
     "attempts.cancel": lambda repo, lease, now: repo.attempts.cancel(lease.attempt_id, now=now),
     "attempts.retry": lambda repo, *_: repo.attempts.retry("failed"),
+    "attempts.retry_many": lambda repo, _, now: repo.attempts.retry_many(actor="ops", now=now),
+    "attempts.cancel_many": lambda repo, _, now: repo.attempts.cancel_many(actor="ops", queue="default", now=now),
     "attempts.prune": lambda repo, _, now: repo.attempts.prune(older_than=timedelta(0), now=now),
     "attempts.reindex": lambda repo, *_: repo.attempts.reindex(),
     "attempts.vacuum": lambda repo, *_: repo.attempts.vacuum(),
@@ -84,6 +86,10 @@ CALLS: dict[str, Write] = {
         actor_type="user", action="do", resource_type="x", result="ok", request_id="r", now=now
     ),
     "audit.list": lambda repo, *_: repo.audit.list(),
+    "control.quiesce": lambda repo, _, now: repo.control.quiesce(timeout=timedelta(0), now=now),
+    "control.pause": lambda repo, _, now: repo.control.pause("mail", now=now),
+    "control.resume": lambda repo, *_: repo.control.resume(),
+    "control.state": lambda repo, *_: repo.control.state(),
 }
 """Every verb of every noun, on what `prepare` has made; a test proves that none is missing."""
 

@@ -13,12 +13,12 @@ from runtime_repo.catalog import LEDGER, Catalog, Ledger, Look
 from runtime_repo.database import Busy, Row
 from runtime_repo.errors import Difference
 from runtime_repo.postgres.catalog import Text, ledger_from_csv, tables_from_rows, text_from_copy
-from runtime_repo.postgres.connections import NO_LIMIT, rolled_back
+from runtime_repo.postgres.target import NO_LIMIT, rolled_back
 from runtime_repo.queries import fill
 from runtime_repo.shielding import finish
 
 if TYPE_CHECKING:
-    from runtime_repo.postgres.connections import Connection
+    from runtime_repo.postgres.target import Connection
 
 __all__ = ["LOCK_TIMEOUT", "BootTransaction", "Looks", "begin"]
 

@@ -1,524 +1,528 @@
-"""Where to connect and how, and how a connection is closed, given back and rolled back."""
+"""
+Every connection of one repository, and where it is: boot's own, in the pool or lent by it, kept for the next verb, the
+one that listens, the one that renews leases. What is asked on them has an end, also when the server falls silent.
+"""
 
 import asyncio
 import contextlib
-import inspect
-import itertools
-import os
-import re
-import socket
-import ssl
-import time
+import functools
+import logging
+import random
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Never, cast
-from urllib.parse import parse_qs, unquote, urlsplit
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
-from runtime_repo.errors import ConfigurationError
-from runtime_repo.shielding import CLEAN_UP
+from runtime_repo.database import Busy, Lost, Row
+from runtime_repo.errors import ConfigurationError, DatabaseUnavailableError, RepositoryClosedError, RuntimeRepoError
+from runtime_repo.postgres.heartbeats import Heartbeats
+from runtime_repo.postgres.refusals import bare, is_spoilt, meaning
+from runtime_repo.postgres.target import (
+    NO_LIMIT,
+    PATIENCE,
+    Target,
+    Unusable,
+    alive,
+    closed,
+    is_transient,
+    released,
+    rolled_back,
+    terminated,
+)
+from runtime_repo.shielding import finish
 
 if TYPE_CHECKING:
-    from asyncpg.pool import PoolConnectionProxy
+    from runtime_repo.postgres.target import Connection, Lent, Pool
 
-    Pool = asyncpg.Pool[asyncpg.Record]
-    Lent = PoolConnectionProxy[asyncpg.Record]
-    Connection = asyncpg.Connection[asyncpg.Record] | Lent
+__all__ = ["FAREWELL", "GRACE", "Connections"]
 
-__all__ = [
-    "DRIVER_ERRORS",
-    "NO_LIMIT",
-    "PATIENCE",
-    "SUSPECT",
-    "Target",
-    "Unusable",
-    "alive",
-    "closed",
-    "is_gone",
-    "is_transient",
-    "released",
-    "rolled_back",
-    "terminated",
-]
+_log = logging.getLogger("runtime_repo")
 
-DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+T = TypeVar("T")
 
-PATIENCE = CLEAN_UP - 0.2
-"""Seconds for the server's answer in a clean-up; then its connection is terminated, before itself is given up."""
+FAREWELL = 0.7
+"""Seconds for each step of closing, before what is left is dropped."""
 
-NO_LIMIT = 1e9
-"""Seconds, for the driver: None would be the application's own command_timeout."""
+_POOL_WAIT = 30.0
+"""Seconds to wait for a connection of the pool where verbs have no limit."""
 
-_TRY = 5.0
-"""Seconds in which one server, of one or several, has to answer who connects, unless it has been seen to need more."""
+GRACE = 1.0
+"""Seconds for the last try to connect, which begins when the time is up, and for an answer that is still under way."""
 
-_NEXT_TRY = 1.25
-_HURRIED_TRY = 0.5
-"""The same for each of several once one of them has answered, and for who has a lease to keep."""
+_OVERDUE = 3.0
+_WATCH = 2.0
+"""Seconds after which an answer is asked about, and between two looks for such ones."""
 
-_MOST_VAIN = 4
-"""How often that doubles: as often as it takes to come to a server's usual time."""
+_AT_WORK = """
+select pid, state, pid operator(pg_catalog.=) pg_catalog.pg_backend_pid() as asks
+  from pg_catalog.pg_stat_activity
+ where pid operator(pg_catalog.=) any (array(
+           select x::pg_catalog.int4 from pg_catalog.unnest($1::pg_catalog.text[]) as x))
+    or pid operator(pg_catalog.=) pg_catalog.pg_backend_pid()
+"""
+"""
+What the server does for some of its sessions, and for the one that asks.
 
-SUSPECT = 0.25
-"""Seconds after which whoever gives up connecting has had a reason to, unless the server is known to be as slow."""
-
-_FIRST_STEPS = 0.05
-"""Seconds for which nobody cancels the driver's connect: what has just begun would be left open, or logged as lost."""
-
-_SILENT_FOR = 30.0
-"""Seconds for which a server that was silent is tried after the others."""
-
-_POOL_OPTIONS = set(inspect.signature(asyncpg.create_pool).parameters) - {"connection_class", "record_class"}
-"""What a pool keeps for itself; it passes everything else to its connections."""
-
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:,]*)(:\d*)?")
-
-_KEEPALIVE = (
-    ("SOL_SOCKET", "SO_KEEPALIVE", 1),
-    ("IPPROTO_TCP", "TCP_KEEPIDLE", 10),
-    ("IPPROTO_TCP", "TCP_KEEPALIVE", 10),  # macOS's name for it
-    ("IPPROTO_TCP", "TCP_KEEPINTVL", 5),
-    ("IPPROTO_TCP", "TCP_KEEPCNT", 3),
-    ("IPPROTO_TCP", "TCP_USER_TIMEOUT", 15_000),
-)
-"""A peer that is gone is noticed within half a minute: by who waits for it, since the driver sets nothing of this."""
+For an array of numbers the driver would ask the server how to spell one, in words of its own, which resolve to whatever
+stands on the path; texts it knows.
+"""
 
 
-class Unusable(Exception):  # noqa: N818 - between the driver and the database; it never leaves the package
-    """The driver can't make anything of the DSN or the options. Its own words, which may repeat a part, stay behind."""
+class Connections:
+    """
+    The one owner of a repository's connections.
 
+    Args:
+        target: Where to connect, or the pool that was given.
+        startup_timeout: Seconds for boot to connect in, and for each connection outside of a pool of ours.
+        verb_timeout: Seconds for each answer of the server, and to wait for a connection of the pool; None is no limit.
+        verb: Runs a named query on a connection, for the heartbeats.
+    """
 
-@dataclass
-class _Host:
-    """One of the servers, as options that win over the DSN's, and what connecting to it was like."""
-
-    options: dict[str, Any]
-    took: float = 0.0
-    """Seconds that the slowest answer of the last ones took."""
-    silent_at: float = 0.0
-    """When it was found silent; 0 once it has answered."""
-    waiting: dict[asyncio.Timeout, float] = field(default_factory=dict)
-    """Of those that connect to it just now how long each waits, and until when at least."""
-
-    def answered(self, seconds: float) -> None:
-        self.silent_at = 0.0
-        self.took = max(seconds, self.took / 2)
-
-    def gave_up(self, seconds: float) -> None:
-        """Whoever connected has left after so long: where it might have answered by then, it is silent."""
-        if seconds >= max(SUSPECT, min(2 * self.took, _NEXT_TRY)):
-            self.silent_at = time.monotonic()
-
-    @contextlib.asynccontextmanager
-    async def answering(self, patience: float) -> AsyncIterator[None]:
-        """Let the block wait so many seconds for it, or twice as many as it needed lately."""
-        slow = 2 * self.took
-        async with asyncio.timeout(max(patience, slow)) as limit:
-            self.waiting[limit] = asyncio.get_running_loop().time() + max(_HURRIED_TRY, slow)
-            try:
-                yield
-            finally:
-                del self.waiting[limit]
-
-    def tell_others(self) -> None:
-        """It was silent to one of those who connect: the others, who came later, go on sooner."""
-        now = asyncio.get_running_loop().time()
-        for limit, at_least in self.waiting.items():
-            when = limit.when()
-            if when is not None and not limit.expired():
-                limit.reschedule(min(when, max(now, at_least)))
-
-
-class Target:
-    """Where to connect, and how; its repr shows no secret, and it cannot be pickled."""
-
-    def __init__(self, dsn: "str | Pool", options: dict[str, Any]) -> None:
-        self.pool = dsn if isinstance(dsn, asyncpg.Pool) else None
-        self._dsn = dsn if isinstance(dsn, str) else ""
-        self._connect = options.get("connect")
-        self._init = options.get("init")
-        self._setup = options.get("setup")
-        self._is_tuned = bool(options)
-        self._made: weakref.WeakSet[asyncpg.Connection[asyncpg.Record]] = weakref.WeakSet()
-        # Connections that are still being made, and that nobody waits for any more.
-        self._left: set[asyncio.Task[Connection]] = set()
-        self.can_reuse = not isinstance(dsn, asyncpg.Pool) and not options.keys() & {"setup", "reset"}
-        """Whether a connection may be used again before the pool has it back: it is ours, and calls nobody at that."""
-        # What we leave behind is no session state, so a connection needs no round trip to be reset.
-        self._options: dict[str, Any] = {"min_size": 0, "reset": _nothing_to_reset} | options | {"init": None}
-        self._shown = "an existing pool"
-        if self.pool is None:
-            self._shown = _shown(dsn) if isinstance(dsn, str) else ""
-            problem = None if self._shown else "it is no postgresql:// URL that can be parsed"
-        else:
-            problem = "an existing pool has its options already" if options else None
-        # A connect of the application's own finds its way by itself.
-        is_found = self.pool is not None or self._connect is not None or not self._shown
-        self._hosts = [_Host(host) for host in ([{}] if is_found else _hosts(self._dsn, options))]
-        self._rounds = _rounds(self._dsn, options) if len(self._hosts) > 1 else [{}]
-        # How often some were silent and none has answered since one did; None is before any has.
-        self._vain: int | None = None
-        dsn, options = "", {}
-        if problem:
-            raise ConfigurationError(
-                f"the DSN cannot be used: {problem}; expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with "
-                "special characters percent-encoded (it is not repeated here, since it may hold a password)"
-            )
-
-    def __repr__(self) -> str:
-        return self._shown
-
-    def __reduce__(self) -> Never:
-        raise ConfigurationError(f"{self!r} cannot be pickled or copied: it may hold a password; construct another")
+    def __init__(
+        self,
+        target: Target,
+        startup_timeout: float,
+        verb_timeout: float | None,
+        verb: Callable[["Connection", str, Sequence[object]], Coroutine[Any, Any, Sequence[Row]]],
+    ) -> None:
+        self._target = target
+        self._startup_timeout = startup_timeout
+        self._verb_timeout = verb_timeout
+        self._pool: Pool | None = None
+        # Boot's own connection. The first verb makes the pool, which takes it over.
+        self._own: Connection | None = None
+        self.has_booted = False
+        # Until when boot goes on connecting and looking, from its first try on.
+        self.boot_until: float | None = None
+        # The pool's connection that was used last, until the event loop's next turn.
+        self._spare: Lent | None = None
+        self._handing_back: asyncio.Future[None] | None = None
+        self._waiting = 0
+        # Those that a pool of ours has and since when, those that are in use, and since when which of these owes a verb
+        # its answer.
+        self._made: weakref.WeakKeyDictionary[Connection, float] = weakref.WeakKeyDictionary()
+        self._lent: set[Connection] = set()
+        self._unanswered: dict[Connection, float] = {}
+        # Those of which something is only read that may as well be read by another.
+        self._glancing: set[Connection] = set()
+        self._watch: asyncio.TimerHandle | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self._hearing: Connection | None = None
+        self.heartbeats = Heartbeats(functools.partial(self.lend, hurried=True), verb, target.pool)
 
     @property
-    def is_eager(self) -> bool:
-        """Whether the pool shall have connections before somebody wants one."""
-        return bool(self._options["min_size"] or self._options.get("init_size"))
+    def is_open(self) -> bool:
+        """Whether boot has a connection, or is over."""
+        return self.has_booted or (self._own is not None and not self._own.is_closed())
 
-    def patience(self, startup_timeout: float, *, hurried: bool = False) -> float:
-        """For how long, in seconds, one server may be silent to who connects, so that there is time for all of them."""
-        usual = _TRY
-        if len(self._hosts) > 1 and self._vain is not None:
-            # They may all be slow rather than silent.
-            usual = min((_HURRIED_TRY if hurried else _NEXT_TRY) * 2**self._vain, _TRY)
-        return min(usual, startup_timeout / (len(self._hosts) * len(self._rounds) + 1))
+    @property
+    def is_late(self) -> bool:
+        """Whether boot's time is up."""
+        return self.boot_until is not None and self.boot_until <= asyncio.get_running_loop().time()
 
-    def new_pool(self, connect: Callable[..., Awaitable["Connection"]]) -> "Pool":
-        """
-        A pool, not yet open, that connects by *connect*.
+    @property
+    def seconds_left(self) -> float:
+        """For how long boot goes on connecting and looking; a look of its own has all the time that a boot has."""
+        if self.boot_until is None:
+            return self._startup_timeout
+        return max(self.boot_until - asyncio.get_running_loop().time(), GRACE)
 
-        Raises:
-            Unusable: asyncpg refuses the options.
-        """
+    async def open(self) -> None:
+        """Connect for boot, trying again while the server may come up, until ``boot_until``."""
+        self._own = await self._connected()
+
+    async def serve(self) -> None:
+        """Boot is over: from here on connections are the pool's."""
+        self.has_booted = True
+        if self._target.pool is not None and self._own is not None:
+            own, self._own = self._own, None
+            await released(self._target.pool, own)
+        elif self._target.is_eager:
+            with self.translated(connecting=True):
+                await self._open_pool()
+
+    async def quieten(self) -> None:
+        """Leave no heartbeats, and ask about no answer."""
+        await asyncio.gather(self.heartbeats.close(FAREWELL), self._stopped_watching())
+
+    def drop(self) -> None:
+        """Say no goodbye to those of a pool of ours: the server is silent."""
+        if self._pool is not self._target.pool:
+            terminated(self._pool)
+
+    async def close(self) -> None:
+        """Leave no connection."""
+        pool, self._pool = self._pool, None
+        own, self._own = self._own, None
+        self.has_booted = False
+        self.boot_until = None
+        if pool is not None:
+            self._hand_back(pool)
+        if own is not None:
+            # The pool, if it is ours, has not been opened.
+            await self.returned(own)
+        elif pool is not None and pool is not self._target.pool:
+            await closed(pool, FAREWELL)
+        # What was told in the end was an answer to wait for.
+        self._stop_watching()
+        await self._target.close(FAREWELL)
+
+    def abandon(self) -> None:
+        """Let go of everything without waiting."""
         with contextlib.suppress(Exception):
-            return asyncpg.create_pool(self._dsn, **self._options | {"connect": connect})
-        raise Unusable
-
-    async def lend(self, patience: float) -> "Connection":
-        """
-        A connection as a pool lends it: a plain one, which costs less than to make and close a pool for it.
-
-        Of a pool that was given it is one of the pool's, however long that takes. *patience* as in ``connect``.
-        """
-        if self.pool is not None:
-            await self.pool
-            connection = await self.pool.acquire()
-            alive(connection)
-            return connection
-        if self._is_tuned:
-            self.new_pool(asyncpg.connect)  # not to be used: it refuses invalid sizes
-        options = {name: value for name, value in self._options.items() if name not in _POOL_OPTIONS}
-        return await self.connect(self._dsn, patience=patience, setup=self._setup, **options)
-
-    async def connect(
-        self, *args: Any, patience: float, setup: Callable[..., Any] | None = None, **options: Any
-    ) -> "Connection":
-        """
-        Connect as asyncpg's pools do, for the pool or instead of it; each server has *patience* seconds to answer.
-
-        A server that needed longer for its last answer has twice that.
-
-        Raises:
-            Unusable: asyncpg cannot make anything of the DSN or the options.
-            Exception: Whatever the driver raises, or the application's own *connect*, *init* or *setup*.
-        """
-        connection = await self._first_of_all(args, options, patience)
-        self._made.add(cast("asyncpg.Connection[asyncpg.Record]", connection))
-        try:
-            alive(connection)
-            for prepare in (self._init, setup):
-                if prepare is not None:
-                    await prepare(connection)
-        except BaseException:
-            connection.terminate()
-            raise
-        return connection
-
-    async def close(self, within: float) -> None:
-        """Leave nothing of what was given up while it connected."""
-        if self._left:
-            await asyncio.wait(self._left, timeout=within)
-
-    def check_loop(self) -> None:
-        """
-        Let a pool be used that was given.
-
-        Raises:
-            ConfigurationError: It belongs to another event loop.
-        """
-        # There is no public way to its loop.
-        if self.pool is not None and getattr(self.pool, "_loop", None) is not asyncio.get_running_loop():
-            raise ConfigurationError(
-                "the pool belongs to another event loop, or to the parent of this process: create one here"
-            )
+            self._stop_watching()
+        pool, self._pool = self._pool, None
+        own, self._own = self._own, None
+        self.heartbeats.abandon()
+        for opened in (own, pool):
+            if opened is not self._target.pool:
+                # The event loop may be closed by now; its end has closed the sockets then.
+                terminated(opened)
 
     def inherited(self) -> None:
-        """
-        In the child of a fork: put nothing in the place of each socket, without shutting it down.
+        self._target.inherited()
 
-        So the server sees at once when the parent ends, whatever the child does, and rolls back what it had begun.
-        """
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for connection in list(self._made):
-            # One that is closed has no socket; one whose socket cannot be found stays as it is.
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                # There is no public way to it.
-                transport: Any = getattr(connection, "_transport", None)
-                os.dup2(nothing, transport.get_extra_info("socket").fileno(), inheritable=False)
-        os.close(nothing)
-
-    def forget_silence(self) -> None:
-        """Try the servers in the order in which they are named: those that answer are not as they should be."""
-        for host in self._hosts:
-            host.silent_at = 0.0
-
-    async def _first_of_all(self, args: Sequence[Any], options: dict[str, Any], patience: float) -> "Connection":
-        """
-        The first server that answers as it should; one that was silent a moment ago is as good as not there.
-
-        asyncpg would go through them by itself, but under one time-out for all: one that is silent takes all of it.
-        """
-        failures: list[Exception] = []
-        for wanted, host in self._in_order():
-            began = time.monotonic()
-            try:
-                async with host.answering(patience):
-                    connection = await self._connected(args, options | host.options | wanted)
-            except asyncio.CancelledError:
-                # Whoever has less patience begins with the next server when he tries again.
-                host.gave_up(time.monotonic() - began)
-                raise
-            except Exception as error:
-                if not is_transient(error):
-                    raise
-                if isinstance(error, TimeoutError):
-                    host.silent_at = time.monotonic()
-                    if len(self._hosts) > 1 and self._vain == 0:
-                        host.tell_others()
-                failures.append(error)
-            else:
-                host.answered(time.monotonic() - began)
-                self._vain = 0
-                return connection
-        if self._vain is not None and any(isinstance(failure, TimeoutError) for failure in failures):
-            self._vain = min(self._vain + 1, _MOST_VAIN)
-        # One that refuses says more than one that is silent.
-        raise next((failure for failure in failures if not isinstance(failure, TimeoutError)), failures[0])
-
-    def _in_order(self) -> list[tuple[dict[str, Any], _Host]]:
-        """What to ask of which server: in the order that is wanted, but first of those that were not silent lately."""
-        since = time.monotonic() - _SILENT_FOR
-        return sorted(
-            itertools.product(self._rounds, self._hosts),
-            key=lambda found: found[1].silent_at if found[1].silent_at > since else 0.0,
-        )
-
-    async def _connected(self, args: Sequence[Any], options: dict[str, Any]) -> "Connection":
-        """
-        A connection of one server.
-
-        Whoever is cancelled does not wait for the driver's end, and neither is the driver cancelled in its first steps:
-        between two of them nobody hears how they end but asyncio's log.
-        """
-        began = time.monotonic()
-        connecting = asyncio.create_task(self._connect_now(args, options), name="runtime_repo connect")
+    @contextlib.asynccontextmanager
+    async def acquired(self) -> AsyncIterator["Connection"]:
+        """A connection: boot's own until it has ended, then one of the pool's."""
+        if self._own is not None and not self.has_booted:
+            yield self._own
+            return
+        connection, pool = self._taken_spare(), self._pool
+        if connection is None or pool is None:
+            with self.translated(connecting=True):
+                pool = await self._open_pool()
+            connection = await self._waited_for(pool)
+        self._lent.add(connection)
         try:
-            await asyncio.wait([connecting])
-        except asyncio.CancelledError:
-            self._left.add(connecting)
-            connecting.add_done_callback(self._dropped)
-            left = _FIRST_STEPS - (time.monotonic() - began)
-            asyncio.get_running_loop().call_later(max(left, 0), connecting.cancel)
+            yield connection
+        except BaseException as error:
+            if is_spoilt(error):
+                self._dismiss(connection, error)
+            # It is back when the server is done with it, whoever does not want to wait for that.
+            await finish(self._give_back(pool, connection))
             raise
-        return connecting.result()
-
-    def _dropped(self, connecting: "asyncio.Task[Connection]") -> None:
-        """It has ended, too late."""
-        self._left.discard(connecting)
-        if not connecting.cancelled() and connecting.exception() is None:
-            terminated(connecting.result())
-
-    async def _connect_now(self, args: Sequence[Any], options: dict[str, Any]) -> "Connection":
-        is_theirs = self._connect is not None or callable(options.get("password"))
-        try:
-            connection: Connection = await (self._connect or asyncpg.connect)(*args, **options)
-        except Exception as error:
-            known = isinstance(error, (asyncpg.PostgresError, OSError)) or type(error) is asyncpg.InterfaceError
-            if known or is_transient(error) or (is_theirs and not isinstance(error, (TypeError, ValueError))):
-                raise
+        finally:
+            self._lent.discard(connection)
+        # Release and acquire cost about a tenth of a quick query, so the connection is kept for one turn of the loop: a
+        # verb that follows at once reuses it, unless another task waits for one.
+        if self._target.can_reuse and self._spare is None and not self._waiting:
+            self._spare = connection
+            asyncio.get_running_loop().call_soon(self._hand_back, pool)
         else:
-            return connection
-        # asyncpg meets many things only when they fail it: IndexError, TypeError, its ClientConfigurationError. Raised
-        # out here this has no context, whose frames would hold the DSN.
-        raise Unusable
+            await self._give_back(pool, connection)
 
+    @contextlib.asynccontextmanager
+    async def apart(self) -> AsyncIterator["Connection"]:
+        """A connection beside that of a boot which may be under way, or one of the pool's once that has ended."""
+        if self.has_booted:
+            async with self.acquired() as connection:
+                yield connection
+            return
+        answer = await self._try_to_connect(
+            asyncio.get_running_loop().time() + self._startup_timeout, self._target.patience(self._startup_timeout)
+        )
+        if isinstance(answer, RuntimeRepoError):
+            raise answer
+        try:
+            yield answer
+        finally:
+            await finish(self.returned(answer))
 
-def _shown(dsn: str) -> str:
-    """The DSN without what may be secret: the password, and the query, where asyncpg takes one too."""
-    try:
-        dsn.encode()
-        parts = urlsplit(dsn)
-        _, _, hosts = parts.netloc.rpartition("@")
-        user = parts.username
-    except ValueError:
-        return ""
-    if parts.scheme not in ("postgresql", "postgres") or "\0" in dsn:
-        return ""
-    if "@" in parts.path + parts.query + parts.fragment or not all(map(_HOST.fullmatch, hosts.split(","))):
-        # A character of the password that should have been encoded cuts it wrongly: its rest may be anywhere.
-        return f"{parts.scheme}://..."
-    return f"{parts.scheme}://{f'{user}@' if user else ''}{hosts}{parts.path}"
+    async def lend(self, *, hurried: bool = False) -> "Connection":
+        """A connection for something else than verbs: outside of a pool of ours, and one of a pool that was given."""
+        if self._target.pool is not None:
+            return await self._waited_for(self._target.pool)
+        async with self.in_time(self._startup_timeout, "startup_timeout"):
+            with self.translated(connecting=True):
+                return await self._target.lend(self._target.patience(self._startup_timeout, hurried=hurried))
 
+    @contextlib.contextmanager
+    def glancing(self, connection: "Connection") -> Iterator[Callable[[], bool]]:
+        """What is asked in the block may as well be asked of another; yields whether it was given up for that."""
+        self._glancing.add(connection)
+        was_given_up = False
+        try:
+            yield lambda: was_given_up
+        finally:
+            was_given_up = connection not in self._glancing
+            self._glancing.discard(connection)
 
-async def _nothing_to_reset(_connection: "Connection") -> None:
-    pass
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the pool is open, and has neither an idle connection nor room for another."""
+        pool = self._pool
+        return pool is not None and not pool.get_idle_size() and pool.get_size() >= pool.get_max_size()
 
+    @contextlib.asynccontextmanager
+    async def hearing(self) -> AsyncIterator["Connection"]:
+        """One that listens."""
+        self._hearing = connection = await self.lend()
+        try:
+            yield connection
+        finally:
+            self._hearing = None
+            await finish(self._hung_up(connection))
 
-def _hosts(dsn: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """
-    Each server that is named, as options that win over the DSN's; where it is only one, or asyncpg has to look
-    elsewhere for it or to refuse it, a single one without options.
-    """
-    try:
-        found = list(_named(dsn, options))
-    except (ValueError, TypeError, AttributeError):
-        found = []
-    return found if len(found) > 1 else [{}]
+    async def returned(self, connection: "Connection") -> None:
+        """Leave a connection that was lent as it was."""
+        given = self._target.pool
+        await (closed(connection, FAREWELL) if given is None else released(given, connection, FAREWELL))
 
+    async def _hung_up(self, connection: "Connection") -> None:
+        """Leave one that listens, which nobody else could use."""
+        await closed(connection, FAREWELL)
+        if self._target.pool is not None:
+            await released(self._target.pool, connection, FAREWELL)
 
-def _named(dsn: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The servers as asyncpg finds them: in the options, in the DSN, in its query, or in the environment."""
-    parts = urlsplit(dsn)
-    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    names, port = options.get("host"), options.get("port")
-    if isinstance(names, str) or "service" in query or "service" in options:
-        return
-    netloc = "" if names else parts.netloc.rpartition("@")[2]
-    text = netloc or query.get("host") or os.environ.get("PGHOST", "")
-    specs = [(name, "") for name in names] if names else [_split(spec, quoted=bool(netloc)) for spec in text.split(",")]
-    if not netloc and not port and "port" in query:
-        port = query["port"].split(",")
-    if not all(name for name, _ in specs):
-        return
-    ports: list[Any] = list(port) if isinstance(port, (list, tuple)) else [port] * len(specs)
-    if not port:
-        usual = os.environ.get("PGPORT", "5432").split(",")
-        usual = usual * len(specs) if len(usual) == 1 else usual
-        ports = [own or other for (_, own), other in zip(specs, usual, strict=True)]
-    for (name, _), number in zip(specs, ports * len(specs) if len(ports) == 1 else ports, strict=True):
-        yield {"host": name, "port": int(number)}
+    async def answer(self, connection: "Connection", ask: Callable[..., Awaitable[T]], *args: object) -> T:
+        """The server's answer to one statement on *connection*, within ``verb_timeout``."""
+        self._watch_over(connection)
+        limit = asyncio.timeout(self._verb_timeout)
+        try:
+            async with limit:
+                return await ask(*args)
+        except Exception as error:  # noqa: BLE001 - as in translated()
+            late = limit.expired() and isinstance(error, TimeoutError)
+            raise self._late(self._verb_timeout, "verb_timeout") if late else self._meaning(error) from bare(error)
+        finally:
+            self._unanswered.pop(connection, None)
 
+    @contextlib.contextmanager
+    def unlimited(self, connection: "Connection") -> Iterator[None]:
+        """For boot's statements under the lock, which take their time: only an answer that was lost ends them."""
+        self._watch_over(connection)
+        try:
+            with self.translated():
+                yield
+        finally:
+            self._unanswered.pop(connection, None)
 
-def _split(spec: str, *, quoted: bool) -> tuple[str, str]:
-    """A host and its port, which may be empty."""
-    if spec.startswith("/"):
-        return spec, ""
-    if spec.startswith("["):
-        name, _, port = spec[1:].partition("]")
-        port = port.removeprefix(":")
-    else:
-        name, _, port = spec.partition(":")
-    return (unquote(name), unquote(port)) if quoted else (name, port)
+    @contextlib.asynccontextmanager
+    async def in_time(self, seconds: float | None, name: str) -> AsyncIterator[None]:
+        """
+        For the driver's calls within ``translated``, whose own time-outs have become errors of ours.
 
+        Raises:
+            DatabaseUnavailableError: The block has been cancelled after so many seconds.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError as error:
+            raise self._late(seconds, name) from bare(error)
 
-def _rounds(dsn: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is asked of each server, in as many rounds: asyncpg itself can't prefer one when it is shown one only."""
-    with contextlib.suppress(ValueError):
-        query = parse_qs(urlsplit(dsn).query).get("target_session_attrs", [None])
-        wanted = options.get("target_session_attrs") or query[-1] or os.environ.get("PGTARGETSESSIONATTRS")
-        if wanted == "prefer-standby":
-            return [{"target_session_attrs": "standby"}, {"target_session_attrs": "any"}]
-    return [{}]
+    @contextlib.contextmanager
+    def translated(self, *, connecting: bool = False) -> Iterator[None]:
+        """Let no driver's exception out but as a cause, without its frames: a verb may have had to connect anew."""
+        try:
+            yield
+        except (RuntimeRepoError, Busy, Lost):
+            raise
+        except Unusable:
+            failure = self._meaning(Unusable(), connecting=connecting)
+        except Exception as error:  # noqa: BLE001 - nothing else leaves a verb, whatever the driver meets
+            raise self._meaning(error, connecting=connecting) from bare(error)
+        else:
+            return
+        raise failure
 
+    async def roll_back(self, connection: "Connection", rollback: str = "rollback") -> None:
+        if not await rolled_back(connection, rollback):
+            self.fell_silent()
 
-def alive(connection: "Connection") -> None:
-    """Let the system notice when the other side is gone."""
-    # There is no public way to the socket.
-    transport = getattr(connection, "_transport", None)
-    found = transport.get_extra_info("socket") if transport is not None else None
-    if found is not None and found.family in (socket.AF_INET, socket.AF_INET6):
-        for level, name, value in _KEEPALIVE:
-            if hasattr(socket, name):
-                # Some systems know an option and refuse it all the same.
-                with contextlib.suppress(OSError):
-                    found.setsockopt(getattr(socket, level), getattr(socket, name), value)
+    def fell_silent(self) -> None:
+        """
+        The server, or the network, has answered nothing on a connection of ours for a clean-up: what else is idle may
+        be as dead, unless it was made since. What only reads is asked again on another connection.
 
+        A pool that was given is its owner's: of it only the connection that was silent has gone.
+        """
+        if self._target.pool is None:
+            self._drop_idle(PATIENCE)
+            self.heartbeats.doubt(PATIENCE)
+            terminated(self._hearing)
+            while self._glancing:
+                terminated(self._glancing.pop())
 
-def is_gone(connection: "Connection") -> bool:
-    """Whether it can't be used any more, also because its pool has it back."""
-    with contextlib.suppress(asyncpg.InterfaceError):
-        return connection.is_closed()
-    return True
+    async def _connected(self) -> "Connection":
+        """Connect, trying again while the server may come up; the last try begins when the time is up."""
+        now = asyncio.get_running_loop().time
+        deadline = self.boot_until = self.boot_until or now() + self._startup_timeout
+        pause = 0.05
+        patience = self._target.patience(self._startup_timeout)
+        failure: RuntimeRepoError | None = None
+        while True:
+            answer = await self._try_to_connect(max(deadline, now() + GRACE), patience)
+            if not isinstance(answer, RuntimeRepoError):
+                return answer
+            cause = answer.__cause__
+            if cause is None or not is_transient(cause) or now() >= deadline:
+                self.boot_until = None
+                # One that was cut short says less than the one before it.
+                raise failure if failure and isinstance(cause, TimeoutError) else answer
+            if failure is None or not isinstance(cause, TimeoutError):
+                failure = answer
+            if isinstance(cause, TimeoutError):
+                # It may be slow rather than silent.
+                patience *= 2
+            await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(deadline - now(), 0)))  # noqa: S311
+            pause = min(pause * 2, 1.0)
 
+    async def _try_to_connect(self, deadline: float, patience: float) -> "Connection | RuntimeRepoError":
+        """Try once. An error is returned, not raised, so that asyncpg's own frames and words stay behind."""
+        self._target.check_loop()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._target.lend(patience)
+        except Exception as error:  # noqa: BLE001 - also what the application's own connect or init raises
+            failure = self._meaning(error, connecting=True)
+            if not isinstance(error, Unusable):
+                failure.__cause__ = bare(error)
+        return failure
 
-def terminated(opened: "Pool | Connection | None") -> None:
-    """Let go of it at once, whatever state it and its event loop are in."""
-    if opened is not None:
-        with contextlib.suppress(Exception):
-            opened.terminate()
+    async def _take_over(self, *args: Any, **options: Any) -> "Connection":
+        """Connect for the pool: its first connection is boot's, if that still lives."""
+        own, self._own = self._own, None
+        if own is None or own.is_closed():
+            own = await self._target.connect(*args, patience=self._target.patience(self._startup_timeout), **options)
+        self._made[own] = asyncio.get_running_loop().time()
+        return own
 
+    async def _open_pool(self) -> "Pool":
+        if not self.has_booted:
+            raise RepositoryClosedError(f"{self!r} is not open: await the repository first, and not after close()")
+        if self._pool is None:
+            self._pool = self._target.pool or self._target.new_pool(self._take_over)
+        return await self._pool
 
-async def closed(opened: "Pool | Connection", within: float = PATIENCE) -> bool:
-    """Say goodbye to the server; drop what is open, and return False, when it does not answer."""
-    try:
-        async with asyncio.timeout(within):
-            await opened.close()
-    except TimeoutError:
-        opened.terminate()
-        return False
-    except DRIVER_ERRORS:
-        opened.terminate()
-    return True
+    def _watch_over(self, connection: "Connection") -> None:
+        loop = asyncio.get_running_loop()
+        self._unanswered[connection] = loop.time()
+        if self._watch is None:
+            self._watch = loop.call_later(_WATCH, self._look_after)
 
+    def _taken_spare(self) -> "Lent | None":
+        spare, self._spare = self._spare, None
+        return spare
 
-async def released(pool: "Pool", connection: "Connection", within: float = PATIENCE) -> bool:
-    """
-    Give it back when the server is done with what was cancelled; drop it, and return False, when it does not answer.
-    """
-    try:
-        await pool.release(cast("Lent", connection), timeout=within)
-    except TimeoutError:
-        # It has been dropped by its pool.
-        return False
-    except DRIVER_ERRORS:
-        # As has one that cannot be reset.
-        pass
-    return True
+    async def _waited_for(self, pool: "Pool") -> "Lent":
+        """A connection of the pool, which may have to connect, in bounded time."""
+        seconds, name = self._verb_timeout or _POOL_WAIT, "verb_timeout"
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(seconds):
+                with self.translated(connecting=True):
+                    connection = await pool.acquire()
+        except TimeoutError as error:
+            if pool.get_idle_size() or pool.get_size() < pool.get_max_size():
+                raise self._late(seconds, name) from bare(error)
+            raise DatabaseUnavailableError(
+                f"PostgreSQL {self._target}: none of the pool's {pool.get_max_size()} connections became free within "
+                f"{seconds:g} s ({name}), transactions of other tasks hold them: within a transaction use the nouns of "
+                "what it yields, end transactions sooner, or raise the pool's max_size"
+            ) from bare(error)
+        finally:
+            self._waiting -= 1
+        if self._target.pool is not None:
+            alive(connection)
+        return connection
 
+    def _hand_back(self, pool: "Pool") -> None:
+        if (spare := self._taken_spare()) is not None:
+            self._handing_back = asyncio.ensure_future(self._give_back(pool, spare))
 
-async def rolled_back(connection: "Connection", rollback: str = "rollback") -> bool:
-    """Roll back; drop the connection, and return False, when the server does not answer."""
-    try:
-        # It also waits for the end of what was cancelled.
-        async with asyncio.timeout(PATIENCE):
-            await connection.execute(rollback, timeout=NO_LIMIT)
-    except TimeoutError:
+    async def _give_back(self, pool: "Pool", connection: "Connection") -> None:
+        if not await released(pool, connection):
+            self.fell_silent()
+
+    def _dismiss(self, connection: "Connection", error: BaseException) -> None:
+        """Give up a connection that would go on failing, and with one that is read-only all that may be so."""
         terminated(connection)
-        return False
-    except DRIVER_ERRORS:
-        # A connection that is gone has rolled back already.
-        pass
-    return True
+        if is_spoilt(error, "25006"):
+            self._target.forget_silence()
+            self._drop_idle()
 
+    def _drop_idle(self, older_than: float = 0.0) -> None:
+        """Let the pool, if it is ours, connect anew, where a connection is as many seconds old."""
+        terminated(self._taken_spare())
+        made_by = asyncio.get_running_loop().time() - older_than
+        busy = set()
+        for connection in self._lent:
+            with contextlib.suppress(asyncpg.InterfaceError):
+                busy.add(connection.get_server_pid())
+        for made, made_at in tuple(self._made.items()):
+            if made_at <= made_by and not made.is_closed() and made.get_server_pid() not in busy:
+                terminated(made)
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the server may accept the very same connection a moment later."""
-    if isinstance(error, asyncpg.PostgresConnectionError):
-        return not isinstance(error, asyncpg.ProtocolViolationError)
-    if isinstance(error, RuntimeError):
-        # To resolve a name takes a thread.
-        return "can't start new thread" in str(error)
-    return isinstance(
-        error,
-        (
-            asyncpg.AdminShutdownError,
-            asyncpg.CannotConnectNowError,
-            asyncpg.CrashShutdownError,
-            asyncpg.TooManyConnectionsError,
-            asyncpg.exceptions.TargetServerAttributeNotMatched,
-            OSError,
-        ),
-    ) and not isinstance(error, ssl.SSLError)
+    def _look_after(self) -> None:
+        """Ask about what has not been answered for a while; look again as long as anything is under way."""
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(_WATCH, self._look_after) if self._unanswered else None
+        overdue = {one: began for one, began in self._unanswered.items() if began < loop.time() - _OVERDUE}
+        if overdue and self._asking is None:
+            self._asking = asyncio.create_task(self._ask_about(overdue), name="runtime_repo inquiry")
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        if self._asking is not None:
+            self._asking.cancel()
+
+    async def _stopped_watching(self) -> None:
+        asking = self._asking
+        self._stop_watching()
+        if asking is not None:
+            await asyncio.wait([asking], timeout=FAREWELL)
+
+    async def _ask_about(self, overdue: dict["Connection", float]) -> None:
+        """
+        End what waits for an answer that was lost: a new connection works, and the server is at work on nothing there.
+
+        Nobody else can know: a statement may wait for a lock for as long, and a network that lost a connection says
+        nothing. Behind a pooler, whose process ids are its own, it is left to ``verb_timeout``.
+        """
+        try:
+            pids = {}
+            for one in overdue:
+                with contextlib.suppress(asyncpg.InterfaceError):
+                    pids[one] = one.get_server_pid()
+            asking = await self.lend()
+            try:
+                async with asyncio.timeout(_OVERDUE):
+                    rows = await asking.fetch(_AT_WORK, [str(pid) for pid in pids.values()], timeout=NO_LIMIT)
+            finally:
+                await finish(self.returned(asking))
+            if [row["pid"] for row in rows if row["asks"]] != [asking.get_server_pid()]:
+                return
+            # Of another role's session the state may not be told.
+            at_work = {row["pid"] for row in rows if not (row["state"] or "").startswith("idle")}
+            await asyncio.sleep(GRACE)
+            lost = [
+                one for one in overdue if pids.get(one) not in at_work and self._unanswered.get(one) == overdue[one]
+            ]
+            for one in lost:
+                terminated(one)
+            if lost:
+                self.fell_silent()
+        except Exception as error:  # noqa: BLE001 - the answers have a limit of their own
+            _log.debug("the server cannot be asked about what it does not answer: %s", type(error).__name__)
+        finally:
+            self._asking = None
+
+    def _meaning(self, error: BaseException, *, connecting: bool = False) -> RuntimeRepoError:
+        if isinstance(error, Unusable):
+            return ConfigurationError(
+                f"asyncpg cannot use the DSN or the pool options for {self._target}: check their spelling "
+                "(its message is not repeated here, since it may hold a password)"
+            )
+        return meaning(error, f"PostgreSQL {self._target}", connecting=connecting)
+
+    def _late(self, seconds: float | None, name: str) -> DatabaseUnavailableError:
+        return DatabaseUnavailableError(
+            f"PostgreSQL {self._target}: no answer within {seconds:g} s ({name}), so whether it has happened is not "
+            "known: check that the server runs and can be reached from here, then repeat it"
+        )

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from runtime_repo.database import Row, Transaction
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
-from runtime_repo.postgres.connections import PATIENCE, SUSPECT, closed, is_gone, released, terminated
+from runtime_repo.postgres.target import PATIENCE, SUSPECT, closed, is_gone, released, terminated
 from runtime_repo.shielding import leave
 
 if TYPE_CHECKING:
-    from runtime_repo.postgres.connections import Connection, Pool
+    from runtime_repo.postgres.target import Connection, Pool
 
 __all__ = ["Heartbeats"]
 

@@ -105,7 +105,8 @@ class Listener:
 
     def _hear(self, queue: str) -> None:
         for watch in self._waiting:
-            if queue in watch.queues:
+            # What has no name concerns all queues.
+            if not queue or queue in watch.queues:
                 watch.hint.set()
 
     def _wake(self) -> None:

@@ -12,10 +12,12 @@ A statement under ``-- name: verb 1 10 100`` is there once for each number, as `
 of ``{most}``: ``bounded`` says which of them serves. PostgreSQL keeps one plan for all values of a parameter, and plans
 anew each time where it takes that one to be dear; a number in the text it knows.
 
-What stands under ``-- part: name`` is no statement but what several have in common: ``{name}``.
+What stands under ``-- part: name`` is no statement but what several have in common: ``{name}``. A part may have others
+in it that stand before it, in its file or in one whose name comes earlier.
 
-The other tokens: ``{schema}`` and ``{now_ms}`` are the database's; ``{skipped}`` is what a statement that must fail
-says, and ``{too_long}`` what no lease lasts; the rest is what one dialect says and the other need not.
+The other tokens: ``{schema}`` and ``{now_ms}`` are the database's; ``{supported}`` is the newest version that this
+release knows, and ``{known}`` all of them, as texts; ``{skipped}`` is what a statement that must fail says, and
+``{too_long}`` what no lease lasts; the rest is what one dialect says and the other need not.
 """
 
 import re
@@ -78,8 +80,11 @@ def load_queries(backend: str, *, schema: str, now_ms: str) -> Mapping[str, str]
     text = schema.replace("\\", "\\\\").replace("'", "\\'")
     tokens = {"schema": schema, "schema_text": text, "now_ms": now_ms}
     tokens |= _WORDS | _DIALECTS[backend]
+    tokens |= {"supported": str(_KNOWN[backend][-1]), "known": ", ".join(f"'{known}'" for known in _KNOWN[backend])}
     tokens |= {name: fill(columns, _ROWS) for name, columns in _ROWS.items()}
-    return _Filled(_TEXTS[backend], tokens | {name: fill(part, tokens) for name, part in _PARTS.items()})
+    for name, part in _PARTS.items():
+        tokens[name] = fill(part, tokens)
+    return _Filled(_TEXTS[backend], tokens)
 
 
 class _Filled(Mapping[str, str]):
@@ -126,10 +131,20 @@ def _read() -> None:
 
 _FILES = {
     file.name.removesuffix(".sql"): file.read_text(encoding="utf-8")
-    for file in files(__name__).iterdir()
+    for file in sorted(files(__name__).iterdir(), key=lambda file: file.name)
     if file.name.endswith(".sql")
 }
 """Read at import: constructing a repository does no I/O."""
+
+_KNOWN = {
+    backend: sorted(
+        int(file.name.partition("_")[0])
+        for file in (files("runtime_repo") / "migrations" / backend).iterdir()
+        if file.name.endswith(".sql")
+    )
+    for backend in _DIALECTS
+}
+"""The versions of the migrations that this release ships."""
 
 _TEXTS: dict[str, dict[str, str]] = {"sqlite": {}, "postgres": {}}
 _BOUNDS: dict[str, list[int]] = {}

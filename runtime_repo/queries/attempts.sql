@@ -292,7 +292,8 @@ select {attempt}
  limit $2;
 
 -- name: list_dispatchable 100 10000 2147483647 @postgres
--- What a claim could take, in its order: what is ready, and what is due and not yet promoted, the longest due first.
+-- What a claim could take, in its order: what is ready, and what is due and not yet promoted, the longest due first;
+-- nothing where nobody may claim.
 select {attempt_of_found}
   from (select attempt_id
           from (select attempt_id
@@ -326,7 +327,8 @@ select {attempt_of_found}
               and status in ('queued', 'retry_backoff')
             limit 1) as found
  order by priority desc, enqueued_at_ms, attempt_id
- limit $2;
+ limit case when (select 1 from (select $1::pg_catalog.text as value) as named where {is_open}) is not null
+            then $2 else 0 end;
 
 -- name: list_dispatchable 100 10000 2147483647 @sqlite
 select {attempt_of_a}
@@ -350,31 +352,36 @@ select {attempt_of_a}
  where a.attempt_id = w.attempt_id
    and a.status in ('queued', 'retry_backoff')
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id
- limit $2;
+ limit case when (select 1 from (select $1 as value) as named where {is_open}) is not null then $2 else 0 end;
 
 -- name: next @postgres
 -- When something of the queues ($1, a JSON array) can be claimed: NULL is never, as things stand. For EXISTS, which
 -- wants no order, PostgreSQL reads the table if much is queued anywhere, and SQLite all that is; the order leads them to
--- the queue's own.
-select pg_catalog.min(case when (select attempt_id
+-- the queue's own. Where nobody may claim it is never, but at once for the release that is to learn that it is outdated.
+select pg_catalog.min(case when {is_outdated} then 0
+                when {is_stopped} then null
+                when (select attempt_id
                         from {schema}.runtime_queue
-                       where queue = named.queue
+                       where queue = named.value
                          and retry_at_ms is null
                        order by priority desc, enqueued_at_ms, attempt_id
                        limit 1) is not null
                 then 0
                 else (select retry_at_ms
                         from {schema}.runtime_queue
-                       where queue = named.queue
+                       where queue = named.value
                          and retry_at_ms is not null
                        order by retry_at_ms, attempt_id
                        limit 1) end) as next_ms,
-       {now_ms} as now_ms
-  from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue);
+       {now_ms} as now_ms,
+       (select 1 from {schema}.runtime_control where name = 'quiesce') is not null as is_quiesced
+  from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (value);
 
 -- name: next @sqlite
 -- As above: each takes JSON apart in its own way.
-select min(case when (select attempt_id
+select min(case when {is_outdated} then 0
+                when {is_stopped} then null
+                when (select attempt_id
                         from {schema}.runtime_queue
                        where queue = named.value
                          and retry_at_ms is null
@@ -387,7 +394,8 @@ select min(case when (select attempt_id
                          and retry_at_ms is not null
                        order by retry_at_ms, attempt_id
                        limit 1) end) as next_ms,
-       {now_ms} as now_ms
+       {now_ms} as now_ms,
+       (select 1 from {schema}.runtime_control where name = 'quiesce') is not null as is_quiesced
   from json_each($1) as named;
 
 -- name: start
@@ -519,6 +527,48 @@ delete from {schema}.runtime_leases
             cross join {schema}.runtime_attempts as a
             where a.attempt_id = json_extract(given.value, '$.attempt_id')
               and a.status     = 'completed');
+
+-- name: complete_shared @postgres
+-- As complete, for each lease of a JSON array; returns what was completed. A row that somebody has locked is left alone:
+-- whoever asked for that one asks again by himself, and the others do not wait for it.
+with given as materialized (
+    select attempt_id, token, lease_id, result_json
+      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
+               attempt_id pg_catalog.text, token bigint, lease_id pg_catalog.text, result_json pg_catalog.text)
+     where attempt_id = attempt_id || ''
+       and attempt_id || '' = attempt_id
+     order by attempt_id
+), locked as materialized (
+    select a.attempt_id, given.token, given.lease_id, given.result_json
+      from given
+      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
+     where a.lease_version = given.token
+       and a.lease_id      = given.lease_id
+       and case when a.status in ('leased', 'running') then 1 end is not null
+     order by a.attempt_id
+       for update of a skip locked
+), done as (
+    update {schema}.runtime_attempts as a
+       set status         = 'completed',
+           result_json    = locked.result_json,
+           error          = null,
+           finished_at_ms = coalesce($2, {now_ms}),
+           ended_by       = 'complete'
+      from locked
+     where a.attempt_id    = locked.attempt_id
+       and a.lease_version = locked.token
+       and a.lease_id      = locked.lease_id
+       and case when a.status in ('leased', 'running') then 1 end is not null
+    returning {attempt_of_a}
+), ended as (
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from done))
+), listed as (
+    insert into {schema}.runtime_finished ({finished})
+    select {finished} from done
+)
+select {attempt}
+  from done;
 
 -- name: fail @postgres
 -- Record a failed try: try again after a delay ($4, NULL is never), unless this was the last one.
@@ -673,29 +723,8 @@ delete from {schema}.runtime_finished
    and attempt_id = $1
    and changes() > 0;
 
--- name: prune 1000 100000 2147483647 @postgres
--- Delete final attempts that are older than a span ($1), the oldest first, skipping what somebody is writing, and what
--- was reported and asked in them: the same id enqueued again must not find its steps done. What says of an attempt that
--- it ended then, and that is no longer so, goes as well, and whatever a race has left behind of those that go.
-with old as (
-    select finished_at_ms, attempt_id
-      from (select finished_at_ms, attempt_id
-              from (select finished_at_ms, attempt_id
-                      from {schema}.runtime_finished
-                     where finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint
-                     order by finished_at_ms, attempt_id
-                     limit {most}) as first
-             limit $2) as first
-     where attempt_id = attempt_id || ''
-       and attempt_id || '' = attempt_id
-), locked as (
-    select a.attempt_id
-      from old
-      join {schema}.runtime_attempts as a on a.attempt_id = old.attempt_id
-     where case when a.status in ('completed', 'failed', 'cancelled') then 1 end is not null
-       and case when a.finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint then 1 end is not null
-     order by a.attempt_id
-       for update of a skip locked
+-- part: pruned_with_all
+-- On PostgreSQL, delete what is locked, and of what is old whatever says that it ended then and is no longer so.
 ), pruned as (
     delete from {schema}.runtime_attempts as a
      using locked
@@ -730,16 +759,8 @@ with old as (
 )
 select attempt_id from pruned;
 
--- name: prune 1000 100000 2147483647 @sqlite
--- As above, in statements of one transaction. The clock moves between them, so the first ones mark what goes.
-update or replace {schema}.runtime_finished
-   set finished_at_ms = -9223372036854775807
- where (finished_at_ms, attempt_id) in (
-           select finished_at_ms, attempt_id
-             from {schema}.runtime_finished
-            where finished_at_ms <= coalesce($3, {now_ms}) - $1
-            order by finished_at_ms, attempt_id
-            limit $2);
+-- part: marked_are_deleted
+-- On SQLite, delete what is marked as the oldest of all.
 update {schema}.runtime_attempts
    set finished_at_ms = -9223372036854775807
  where attempt_id in (
@@ -769,6 +790,263 @@ delete from {schema}.runtime_attempts
 returning attempt_id;
 delete from {schema}.runtime_finished
  where finished_at_ms = -9223372036854775807;
+
+-- name: prune 1000 100000 2147483647 @postgres
+-- Delete final attempts that are older than a span ($1), the oldest first, skipping what somebody is writing, and what
+-- was reported and asked in them: the same id enqueued again must not find its steps done. What says of an attempt that
+-- it ended then, and that is no longer so, goes as well, and whatever a race has left behind of those that go.
+with old as (
+    select finished_at_ms, attempt_id
+      from (select finished_at_ms, attempt_id
+              from (select finished_at_ms, attempt_id
+                      from {schema}.runtime_finished
+                     where finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint
+                     order by finished_at_ms, attempt_id
+                     limit {most}) as first
+             limit $2) as first
+     where attempt_id = attempt_id || ''
+       and attempt_id || '' = attempt_id
+), locked as (
+    select a.attempt_id
+      from old
+      join {schema}.runtime_attempts as a on a.attempt_id = old.attempt_id
+     where case when a.status in ('completed', 'failed', 'cancelled') then 1 end is not null
+       and case when a.finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint then 1 end is not null
+     order by a.attempt_id
+       for update of a skip locked
+{pruned_with_all}
+
+-- name: prune 1000 100000 2147483647 @sqlite
+-- As above, in statements of one transaction. The clock moves between them, so the first ones mark what goes.
+update or replace {schema}.runtime_finished
+   set finished_at_ms = -9223372036854775807
+ where (finished_at_ms, attempt_id) in (
+           select finished_at_ms, attempt_id
+             from {schema}.runtime_finished
+            where finished_at_ms <= coalesce($3, {now_ms}) - $1
+            order by finished_at_ms, attempt_id
+            limit $2);
+{marked_are_deleted}
+
+-- part: fits
+-- Whether an attempt is among those that an operator means: of a status ($2), of a queue ($3), with words in its error
+-- ($4), and of an age ($5) since it ended, or was enqueued if it has not, as far as they are given.
+(cast($2 as {pg_catalog}text) is null or a.status = $2)
+                    and (cast($3 as {pg_catalog}text) is null or a.queue = $3)
+                    and (cast($4 as {pg_catalog}text) is null or {pg_catalog}replace(a.error, $4, '') <> a.error)
+                    and (cast($5 as bigint) is null
+                         or coalesce(a.finished_at_ms, a.enqueued_at_ms) <= coalesce($6, {now_ms}) - cast($5 as bigint))
+
+-- name: sift_waiting 1000
+-- Of the next attempts ($7) behind an id ($1) that wait, which of them fit. Nothing is locked.
+select here.attempt_id,
+       (select case when a.status in ('queued', 'retry_backoff')
+                    and {fits} then 1 end
+          from {schema}.runtime_attempts as a
+         where a.attempt_id = here.attempt_id) as fits
+  from (select attempt_id
+          from (select attempt_id
+                  from {schema}.runtime_queue
+                 where attempt_id > $1
+                 order by attempt_id
+                 limit {most}) as first
+         limit $7) as here
+ order by here.attempt_id;
+
+-- name: sift_held 1000
+-- As above, of those that are held.
+select here.attempt_id,
+       (select case when a.status in ('leased', 'running')
+                    and {fits} then 1 end
+          from {schema}.runtime_attempts as a
+         where a.attempt_id = here.attempt_id) as fits
+  from (select attempt_id
+          from (select attempt_id
+                  from {schema}.runtime_leases
+                 where attempt_id > $1
+                 order by attempt_id
+                 limit {most}) as first
+         limit $7) as here
+ order by here.attempt_id;
+
+-- name: sift_ended 1000
+-- As above, of those that have ended in a status ($2) which is not completed. For its being named twice see list_ended.
+select here.attempt_id,
+       (select case when {fits} then 1 end
+          from {schema}.runtime_attempts as a
+         where a.attempt_id = here.attempt_id) as fits
+  from (select attempt_id
+          from (select distinct status, attempt_id
+                  from {schema}.runtime_finished
+                 where status in ($2, $2)
+                   and status <> 'completed'
+                   and attempt_id > $1
+                 order by status, attempt_id
+                 limit {most}) as first
+         limit $7) as here
+ order by here.attempt_id;
+
+-- name: sift_old 1000
+-- As above, of those that ended so long ago ($5), the oldest first, behind a place ($8, $1).
+select here.finished_at_ms, here.attempt_id,
+       (select case when a.status in ('completed', 'failed', 'cancelled')
+                     and a.finished_at_ms = here.finished_at_ms
+                     and {fits} then 1 end
+          from {schema}.runtime_attempts as a
+         where a.attempt_id = here.attempt_id) as fits
+  from (select finished_at_ms, attempt_id
+          from (select finished_at_ms, attempt_id
+                  from {schema}.runtime_finished
+                 where (finished_at_ms, attempt_id) > ($8, $1)
+                   and finished_at_ms <= coalesce($6, {now_ms}) - cast($5 as bigint)
+                 order by finished_at_ms, attempt_id
+                 limit {most}) as first
+         limit $7) as here
+ order by here.finished_at_ms, here.attempt_id;
+
+-- name: retry_many @postgres
+-- As retry, for each of a JSON array ($1) of ids that still fits; returns their queues.
+with given as (
+    select value as attempt_id
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as x (value)
+     where value = value || ''
+), locked as (
+    select a.attempt_id
+      from given
+      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
+     where case when a.status = 'failed'
+                    and {fits} then 1 end is not null
+     order by a.attempt_id
+       for no key update of a
+), again as (
+    update {schema}.runtime_attempts as a
+       set status = 'queued', retry_at_ms = null, finished_at_ms = null, ended_by = 'retry'
+      from locked
+     where a.attempt_id = locked.attempt_id
+    returning {waiting_of_a}
+), listed as (
+    delete from {schema}.runtime_finished
+     where status <> 'completed'
+       and status = 'failed'
+       and attempt_id = any (array(select attempt_id from again))
+), queued as (
+    insert into {schema}.runtime_queue ({waiting})
+    select {waiting} from again
+        on conflict (attempt_id) {replaced}
+)
+select queue from again;
+
+-- name: retry_many @sqlite
+-- As above, in statements of one transaction; the failed ones that did not fit are failed still.
+update {schema}.runtime_attempts as a
+   set status = 'queued', retry_at_ms = null, finished_at_ms = null, ended_by = 'retry'
+ where a.attempt_id in (select value from json_each($1))
+   and a.status = 'failed'
+   and {fits}
+returning queue;
+insert into {schema}.runtime_queue ({waiting})
+select {waiting}
+  from {schema}.runtime_attempts
+ where attempt_id in (select value from json_each($1))
+   and status   = 'queued'
+   and ended_by = 'retry'
+    on conflict (attempt_id) {replaced};
+delete from {schema}.runtime_finished
+ where status <> 'completed'
+   and status = 'failed'
+   and attempt_id in (
+           select a.attempt_id
+             from json_each($1) as given
+            cross join {schema}.runtime_attempts as a
+            where a.attempt_id = given.value
+              and a.status     = 'queued');
+
+-- name: cancel_many @postgres
+-- As cancel, for each of a JSON array ($1) of ids that still fits.
+with {given_and_waiting}, locked as (
+    select a.attempt_id
+      from given
+      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
+     where array(select attempt_id from waiting) is not null
+       and case when a.status in ('queued', 'leased', 'running', 'retry_backoff')
+                    and {fits} then 1 end is not null
+     order by a.attempt_id
+       for no key update of a
+), cancelled as (
+    update {schema}.runtime_attempts as a
+       set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($6, {now_ms}), ended_by = 'cancel'
+      from locked
+     where a.attempt_id = locked.attempt_id
+    returning {finished_of_a}, a.queue
+), unqueued as (
+    delete from {schema}.runtime_queue
+     where attempt_id = any (array(select attempt_id from cancelled))
+), ended as (
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from cancelled))
+), listed as (
+    insert into {schema}.runtime_finished ({finished})
+    select {finished} from cancelled
+        on conflict do nothing
+)
+select queue from cancelled;
+
+-- name: cancel_many @sqlite
+-- As above, in statements of one transaction; what is cancelled neither waits nor is held.
+update {schema}.runtime_attempts as a
+   set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($6, {now_ms}), ended_by = 'cancel'
+ where a.attempt_id in (select value from json_each($1))
+   and a.status in ('queued', 'leased', 'running', 'retry_backoff')
+   and {fits}
+returning queue;
+insert or replace into {schema}.runtime_finished ({finished})
+select {finished_of_a}
+  from json_each($1) as given
+ cross join {schema}.runtime_attempts as a
+ where a.attempt_id = given.value
+   and a.status     = 'cancelled';
+delete from {schema}.runtime_queue
+ where attempt_id in (
+           select a.attempt_id
+             from json_each($1) as given
+            cross join {schema}.runtime_attempts as a
+            where a.attempt_id = given.value
+              and a.status     = 'cancelled');
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select a.attempt_id
+             from json_each($1) as given
+            cross join {schema}.runtime_attempts as a
+            where a.attempt_id = given.value
+              and a.status     = 'cancelled');
+
+-- name: prune_many @postgres
+-- As prune, of the ends that a JSON array ($2) tells, each a time and an id, as far as they are still so. On SQLite
+-- nobody writes between the look and this.
+with old as (
+    select finished_at_ms, attempt_id
+      from pg_catalog.json_to_recordset($2::pg_catalog.text::pg_catalog.json) as x (
+               finished_at_ms bigint, attempt_id pg_catalog.text)
+     where attempt_id = attempt_id || ''
+       and attempt_id || '' = attempt_id
+), locked as (
+    select a.attempt_id
+      from old
+      join {schema}.runtime_attempts as a on a.attempt_id = old.attempt_id
+     where case when a.status in ('completed', 'failed', 'cancelled') then 1 end is not null
+       and case when a.finished_at_ms = old.finished_at_ms
+                    and a.finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint then 1 end is not null
+     order by a.attempt_id
+       for update of a skip locked
+{pruned_with_all}
+
+-- name: prune_many @sqlite
+update or replace {schema}.runtime_finished
+   set finished_at_ms = -9223372036854775807
+ where (finished_at_ms, attempt_id) in (
+           select json_extract(value, '$.finished_at_ms'), json_extract(value, '$.attempt_id')
+             from json_each($2));
+{marked_are_deleted}
 
 -- name: stats
 -- How much there is to do, queue by queue; what is due counts as ready. No time may be so early that its age is beyond

@@ -22,9 +22,13 @@ do update
 -- A lease that a cancel did not see, or one of version 1's, goes first: to insert where there may be one costs a tenth more.
 with moment as (
     select coalesce($5::bigint, {now_ms}) as at
+), open as (
+    select named.value as queue
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (value)
+     where {is_open}
 ), ready as (
     select found.place, found.attempt_id, found.priority, found.enqueued_at_ms
-      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
+      from open as named
      cross join lateral (
                select place, attempt_id, priority, enqueued_at_ms
                  from (select ctid as place, attempt_id, priority, enqueued_at_ms
@@ -37,7 +41,7 @@ with moment as (
                 limit $6) as found
 ), due as (
     select found.place, found.attempt_id, found.priority, found.enqueued_at_ms
-      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as named (queue)
+      from open as named
      cross join lateral (
                select place, attempt_id, priority, enqueued_at_ms
                  from (select ctid as place, attempt_id, priority, enqueued_at_ms
@@ -123,7 +127,8 @@ select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at f
 -- On SQLite, what a claim promotes of what is due in several queues.
              from json_each($1) as named
             cross join {schema}.runtime_queue as w
-            where w.rowid in (
+            where {is_open}
+              and w.rowid in (
                       select rowid
                         from {schema}.runtime_queue
                        where queue = named.value
@@ -138,7 +143,8 @@ select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at f
            select w.rowid as place, w.attempt_id
              from json_each($1) as named
             cross join {schema}.runtime_queue as w
-            where w.rowid in (
+            where {is_open}
+              and w.rowid in (
                       select rowid
                         from {schema}.runtime_queue
                        where queue = named.value
@@ -202,9 +208,10 @@ select {lease}
 -- name: claim_attempt @postgres
 -- Take this attempt ($1), if it is ready or due, under the lease id $4.
 with taken as (
-    delete from {schema}.runtime_queue
-     where attempt_id = $1
-       and (retry_at_ms is null or retry_at_ms <= coalesce($5, {now_ms}))
+    delete from {schema}.runtime_queue as w
+     where w.attempt_id = $1
+       and (w.retry_at_ms is null or w.retry_at_ms <= coalesce($5, {now_ms}))
+       and (select 1 from (select w.queue as value) as named where {is_open}) is not null
     returning attempt_id
 ), claimed as (
     update {schema}.runtime_attempts
@@ -242,6 +249,7 @@ select $4, a.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms})
  cross join {schema}.runtime_attempts as a
  where w.attempt_id = $1
    and (w.retry_at_ms is null or w.retry_at_ms <= coalesce($5, {now_ms}))
+   and (select 1 from (select w.queue as value) as named where {is_open}) is not null
    and a.attempt_id = w.attempt_id
    and a.status in ('queued', 'retry_backoff')
     on conflict (attempt_id) {leased_anew};
@@ -255,7 +263,8 @@ select json_extract('[]', '{skipped}')
  where a.attempt_id = $1
    and changes() = 0
    and a.status in ('queued', 'retry_backoff')
-   and (w.retry_at_ms is null or exists (select 1 from {schema}.runtime_leases where lease_id = $4));
+   and (w.retry_at_ms is null or exists (select 1 from {schema}.runtime_leases where lease_id = $4))
+   and (select 1 from (select w.queue as value) as named where {is_open}) is not null;
 delete from {schema}.runtime_queue
  where attempt_id = $1
    and exists (select 1 from {schema}.runtime_leases where lease_id = $4);

@@ -23,7 +23,7 @@ from runtime_repo.errors import RuntimeRepoError
 from runtime_repo.shielding import settle
 from runtime_repo.sqlite.connection import Connection
 
-__all__ = ["Copy", "name_what_is_pending", "remove_what_was_left"]
+__all__ = ["Copy", "backup_path", "name_what_is_pending", "remove_what_was_left"]
 
 _PARTIAL = ".partial"
 _PENDING = ".pending"
@@ -41,7 +41,7 @@ class Copy:
 
     def __init__(self, source: Path, version: int) -> None:
         moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
-        self.target = source.with_name(f"{source.name}.v{version}-{moment}.backup")
+        self.target = backup_path(source, version, moment)
         self.is_taken = False
         self._source = source
         self._partial = self.target.with_name(self.target.name + _PARTIAL)
@@ -101,6 +101,11 @@ class Copy:
         ):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def backup_path(source: Path, version: int, moment: str) -> Path:
+    """What a copy of *source* is called in the end."""
+    return source.with_name(f"{source.name}.v{version}-{moment}.backup")
 
 
 def remove_what_was_left(source: Path) -> None:

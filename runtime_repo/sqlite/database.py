@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import sqlite3
 import sys
 import threading
@@ -25,6 +26,7 @@ import aiosqlite
 
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Backend, Busy, Heartbeats, Row
+from runtime_repo.doctor import Examined, Finding
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -33,14 +35,16 @@ from runtime_repo.errors import (
     RuntimeRepoError,
 )
 from runtime_repo.queries import fill, load_queries, split_statements
+from runtime_repo.repairs import Repair
 from runtime_repo.repository import Unique
 from runtime_repo.shielding import CLEAN_UP, finish
-from runtime_repo.sqlite.backup import Copy, name_what_is_pending, remove_what_was_left
+from runtime_repo.sqlite.backup import Copy, backup_path, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
+from runtime_repo.sqlite.doctor import examine
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.group import Group, Part, Query, reads
 from runtime_repo.sqlite.limits import Limit, Limits
-from runtime_repo.sqlite.look import looking
+from runtime_repo.sqlite.look import inspecting, looking
 from runtime_repo.sqlite.translation import is_writable, translated
 from runtime_repo.sqlite.turn import ALONE, Turn
 
@@ -101,6 +105,16 @@ class SqliteDatabase(Unique):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._path or ':memory:')!r})"
+
+    @property
+    def place(self) -> str:
+        return str(self._path or ":memory:")
+
+    def text(self, query: str) -> str:
+        return re.sub(r"^--.*\n", "", "\n".join(self._queries[query]), flags=re.MULTILINE)
+
+    def filled(self, text: str) -> str:
+        return fill(text, _TOKENS)
 
     async def close(self) -> None:
         self._limits.close()
@@ -529,7 +543,7 @@ class SqliteDatabase(Unique):
         """Look on a connection for this alone, which makes no file and waits for no transaction of this process."""
         deadline = time.monotonic() + self._lock_timeout
         while True:
-            first = Hop(looking(self._queries, shipped))
+            first = Hop(inspecting(self._queries, shipped))
             try:
                 connection = await self._connect(first)
             except Busy as busy:
@@ -553,8 +567,38 @@ class SqliteDatabase(Unique):
         if isinstance(own, Connection):
             own.prove(now=True)
 
-    async def lock_holder(self, *, apart: bool = False) -> LockHolder | None:  # noqa: ARG002 - nobody can know
-        return None
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator["_Reader | SqliteDatabase"]:
+        if self._path is None:
+            yield self  # nobody else has what is in memory
+            return
+        with Limit(self._limits):
+            connection = await self._patiently(lambda: self._connect(Hop(_nothing)))
+        try:
+            yield _Reader(self, connection)
+        finally:
+            await _closed(connection)
+
+    async def ask(self, text: str) -> Sequence[Row]:
+        """What is asked of a database in memory, in its turn."""
+        return await self._do(Part(Query([self.filled(text)], ()).alone))
+
+    async def read(self, statements: Sequence[str], args: Sequence[object], connection: aiosqlite.Connection) -> Any:
+        """Run *statements* on a connection of one's own, and again while the file is locked."""
+        with Limit(self._limits):
+            return await self._patiently(lambda: self.hop(Query(statements, args).alone, connection))
+
+    async def examine(self, examined: Examined) -> tuple[Sequence[Finding], Sequence[Repair]]:
+        async with self.reading() as reader:
+            return await examine(reader, self._path, examined)
+
+    def script(self, statements: Sequence[str]) -> str:
+        # A table that others refer to can be made anew only so.
+        before = ["pragma foreign_keys = off;", "pragma legacy_alter_table = on;", "begin immediate;"]
+        return "\n".join([*before, *statements, "commit;", "pragma legacy_alter_table = off;"]) + "\n"
+
+    async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:  # noqa: ARG002
+        return None  # nobody can know
 
     async def serve(self, version: int) -> None:
         if self._writes and self._path is not None:
@@ -575,6 +619,9 @@ class SqliteDatabase(Unique):
         self._copy = Copy(self._path, from_version)
         await self._take_copy(self._copy)
         return self._copy.target
+
+    def backup_name(self, from_version: int) -> str | None:
+        return str(backup_path(self._path, from_version, "<time>")) if self._backup and self._path is not None else None
 
     async def take_backup_again(self) -> None:
         """Where a try at the same boot was in vain, and the copy went with it: others may have written since."""
@@ -613,6 +660,22 @@ class SqliteDatabase(Unique):
             "(verb_timeout): a transaction of this process or of another is open for so long, or the disk hangs: "
             "keep transactions short, check the disk, or raise verb_timeout"
         )
+
+
+class _Reader:
+    """Statements on a connection of its own."""
+
+    def __init__(self, database: SqliteDatabase, connection: aiosqlite.Connection) -> None:
+        self._database = database
+        self._connection = connection
+
+    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
+        rows: Sequence[Row] = await self._database.read(_queries()[query], args, self._connection)
+        return rows
+
+    async def ask(self, text: str) -> Sequence[Row]:
+        rows: Sequence[Row] = await self._database.read([self._database.filled(text)], (), self._connection)
+        return rows
 
 
 class _Heartbeats:

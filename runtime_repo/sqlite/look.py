@@ -9,7 +9,21 @@ from runtime_repo.catalog import LEDGER, Catalog, Look
 from runtime_repo.sqlite.catalog import catalog_from_rows, fingerprint, ledger_from_rows
 from runtime_repo.sqlite.connection import Connection
 
-__all__ = ["looking"]
+__all__ = ["inspecting", "looking"]
+
+
+def inspecting(queries: Mapping[str, Sequence[str]], shipped: Sequence[Catalog]) -> Callable[[Connection], Look]:
+    """The look, and what one that is not to lead to a boot asks besides."""
+    look = looking(queries, shipped)
+
+    def work(connection: Connection) -> Look:
+        found = look(connection)
+        if not found.is_newer(shipped):
+            return found
+        row = connection.execute(queries["control.oldest"][0]).fetchone()
+        return replace(found, oldest=row["value_json"] if row else None)
+
+    return work
 
 
 def looking(queries: Mapping[str, Sequence[str]], shipped: Sequence[Catalog]) -> Callable[[Connection], Look]:

@@ -114,6 +114,7 @@ NEW: dict[str, Sequence[Any]] = {
     "not_before": INSTANTS,
     "max_attempts": COUNTS,
 }
+MEANT: dict[str, Sequence[Any]] = {"queue": IDS, "error": IDS, "limit": COUNTS, "now": INSTANTS}
 VERBS: dict[str, tuple[Callable[[str], Call], Mapping[str, Sequence[Any]]]] = {
     "attempts.enqueue": (on("attempts", "enqueue", run_id="run"), NEW | {"now": INSTANTS}),
     "attempts.enqueue_many": (enqueue_many, NEW | {"now": INSTANTS}),
@@ -140,7 +141,15 @@ VERBS: dict[str, tuple[Callable[[str], Call], Mapping[str, Sequence[Any]]]] = {
     "attempts.retry": (on("attempts", "retry"), {"attempt_id": IDS}),
     "attempts.prune": (
         on("attempts", "prune", older_than=timedelta(0)),
-        {"older_than": SPANS, "limit": COUNTS, "now": INSTANTS},
+        {"older_than": SPANS, "actor": IDS} | MEANT | {"status": [*STATUSES, "queued"]},
+    ),
+    "attempts.retry_many": (
+        on("attempts", "retry_many", actor="ann"),
+        {"actor": [*IDS, None], "older_than": SPANS} | MEANT,
+    ),
+    "attempts.cancel_many": (
+        on("attempts", "cancel_many", actor="ann", older_than=timedelta(0)),
+        {"actor": [*IDS, None], "older_than": SPANS} | MEANT | {"status": [*STATUSES, "failed"]},
     ),
     "leases.claim": (
         on("leases", "claim", worker_id="worker"),
@@ -220,6 +229,15 @@ VERBS: dict[str, tuple[Callable[[str], Call], Mapping[str, Sequence[Any]]]] = {
             "limit": COUNTS,
         },
     ),
+    "control.quiesce": (
+        on("control", "quiesce"),
+        {"reason": IDS, "timeout": SPANS, "progress": [7, "print"], "now": INSTANTS},
+    ),
+    "control.pause": (
+        on("control", "pause", queue="mail"),
+        {"queue": [*IDS, None], "reason": IDS, "timeout": SPANS, "now": INSTANTS},
+    ),
+    "control.resume": (on("control", "resume"), {"queue": IDS}),
 }
 NEVER_REFUSED = {
     "leases.hold": "it is a block; its arguments are tested with it",
@@ -227,6 +245,7 @@ NEVER_REFUSED = {
     "attempts.reindex": "it has no argument",
     "attempts.vacuum": "it has no argument",
     "api_keys.any": "it has no argument",
+    "control.state": "it has no argument",
 }
 ELSEWHERE = {"lease", "leases", "attempts", "results"}
 """The arguments that have tests of their own below."""
@@ -260,7 +279,7 @@ async def test_what_is_invalid_is_refused(repo: RuntimeRepository, lease: Lease,
 async def everything(repo: RuntimeRepository) -> object:
     """All that is stored."""
     nouns = (repo.attempts, repo.leases, repo.jobs, repo.interrupts, repo.api_keys, repo.audit)
-    return [await noun.list() for noun in nouns], await repo.step_reports.list("a")
+    return [await noun.list() for noun in nouns], await repo.step_reports.list("a"), await repo.control.state()
 
 
 def test_every_verb_and_every_argument_is_here(repo: RuntimeRepository) -> None:

@@ -54,6 +54,8 @@ VERBS: dict[str, tuple[str, Call]] = {
     "heartbeat_many": ("leases", lambda repo, lease: repo.leases.heartbeat_many([lease])),
     "set_active": ("api_keys", lambda repo, _: repo.api_keys.set_active("known", active=False)),
     "put": ("api_keys", lambda repo, _: repo.api_keys.put("k", "secret")),
+    "quiesce": ("control", lambda repo, _: repo.control.quiesce()),
+    "pause": ("control", lambda repo, _: repo.control.pause("mail")),
 }
 
 SKIP = {

@@ -131,6 +131,10 @@ USES: dict[str, Callable[[RuntimeRepository], Awaitable[object]]] = {
     "transaction": lambda repo: repo.transaction().__aenter__(),
     "ensure_schema": lambda repo: repo.ensure_schema(),
     "inspect": lambda repo: repo.inspect(),
+    "plan": lambda repo: repo.plan(),
+    "status": lambda repo: repo.status(),
+    "activity": lambda repo: repo.activity(),
+    "doctor": lambda repo: repo.doctor(),
 }
 
 

@@ -71,6 +71,22 @@ async def failed(repo: RuntimeRepository, clock: Clock) -> Lease:
     return lease
 
 
+async def quiesced(repo: RuntimeRepository, clock: Clock) -> Lease:
+    """Something is ready, and nobody may claim it; a lease on something else that has ended."""
+    lease = await failed(repo, clock)
+    await repo.attempts.enqueue("run")
+    await repo.control.quiesce()
+    return lease
+
+
+async def paused(repo: RuntimeRepository, clock: Clock) -> Lease:
+    """As above, of one queue."""
+    lease = await failed(repo, clock)
+    await repo.attempts.enqueue("run", queue="mail")
+    await repo.control.pause("mail")
+    return lease
+
+
 Verb = Callable[[RuntimeRepository, Any], Awaitable[object]]
 BRINGS: dict[str, tuple[Callable[[RuntimeRepository, Clock], Awaitable[Lease]] | None, Verb]] = {
     "attempts.enqueue": (None, lambda repo, _: repo.attempts.enqueue("run")),
@@ -87,6 +103,8 @@ BRINGS: dict[str, tuple[Callable[[RuntimeRepository, Clock], Awaitable[Lease]] |
     "leases.release, later": (held, lambda repo, lease: repo.leases.release(lease, delay=SOON)),
     "leases.requeue_expired": (held, lambda repo, lease: repo.leases.requeue_expired(now=lease.expires_at)),
     "attempts.retry": (failed, lambda repo, lease: repo.attempts.retry(lease.attempt_id)),
+    "attempts.retry_many": (failed, lambda repo, _: repo.attempts.retry_many(actor="ann")),
+    "control.resume": (quiesced, lambda repo, _: repo.control.resume()),
 }
 
 
@@ -101,9 +119,22 @@ async def test_whoever_brings_work_wakes_those_who_wait(factory: Factory, clock:
         assert await asyncio.gather(*tasks) == [True, True, True]
 
 
+async def test_a_queue_that_is_resumed_wakes_those_who_wait_for_it(factory: Factory, clock: Clock) -> None:
+    """In another process as in this one; who waits for others only waits on."""
+    async with asyncio.timeout(15), factory() as repo, factory() as other:
+        await paused(other, clock)
+        tasks = [await waiting(repo, "mail"), await waiting(repo, ["default", "mail"]), await waiting(other, "mail")]
+        idle = await waiting(repo)
+        await other.control.resume("mail")
+        assert await asyncio.gather(*tasks) == [True, True, True]
+        assert not idle.done()
+        idle.cancel()
+
+
 async def test_no_other_verb_brings_work(repo: RuntimeRepository, clock: Clock) -> None:
     """Of any noun: what makes something ready is in the table above, and wakes whoever waits."""
-    for name in CALLS.keys() - BRINGS.keys() - {"attempts.wait", "attempts.vacuum", "leases.hold"}:
+    outside = {"attempts.wait", "attempts.vacuum", "leases.hold", "control.quiesce", "control.pause"}
+    for name in CALLS.keys() - BRINGS.keys() - outside:
         with contextlib.suppress(ZeroDivisionError):
             async with repo.transaction() as transaction:
                 lease = await prepare(transaction, clock.now)

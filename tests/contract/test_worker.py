@@ -269,13 +269,13 @@ async def test_a_failure_in_the_instant_of_a_time_out_is_a_failure(
     A time-out cancels its task for a moment. Who takes that for the end of the worker ends with it, without a word.
     """
     waiting: list[asyncio.Timeout] = []
-    wait = Attempts.wait
+    wait = Attempts._wait
 
-    async def wait_with_a_time_out(self: Attempts, *arguments: Any) -> bool:
+    async def wait_with_a_time_out(self: Attempts, *arguments: Any, **options: Any) -> bool:
         try:
             async with asyncio.timeout(None) as timeout:
                 waiting.append(timeout)
-                return await wait(self, *arguments)
+                return await wait(self, *arguments, **options)
         except TimeoutError:
             return False
         finally:
@@ -292,7 +292,7 @@ async def test_a_failure_in_the_instant_of_a_time_out_is_a_failure(
             await turn
             raise ValueError("at the same instant")
 
-    monkeypatch.setattr(Attempts, "wait", wait_with_a_time_out)
+    monkeypatch.setattr(Attempts, "_wait", wait_with_a_time_out)
     await repo.attempts.enqueue("run", attempt_id="a")
     async with running(Worker(repo, handle, retry=AT_ONCE, signals=())) as (task,):
         assert (await until(repo, "a", AttemptStatus.COMPLETED)).attempt_no == 2

@@ -28,7 +28,8 @@ from runtime_repo import (
 )
 from runtime_repo.database import Lost
 from runtime_repo.leases import Leases
-from runtime_repo.postgres import PostgresDatabase, Target, connections, database, heartbeats
+from runtime_repo.postgres import PostgresDatabase, Target, connections, heartbeats
+from runtime_repo.postgres import target as targets
 from runtime_repo.schema import load_migrations
 from runtime_repo.shielding import finish, settle
 from tests.contract.conftest import eventually
@@ -274,7 +275,7 @@ async def test_a_verb_works_again_as_soon_as_a_new_connection_does(
             async with asyncio.timeout(0.1):
                 await upsert(repo)
         for _ in range(6):
-            with within(1):
+            with within(SOON):
                 await upsert(repo)
 
 
@@ -294,7 +295,7 @@ async def test_what_waits_for_an_answer_that_was_lost_is_told(
     relay.work()
     with within(5), pytest.raises(DatabaseUnavailableError):
         await lost
-    with within(1):
+    with within(SOON):
         await verb(repo)
 
 
@@ -315,10 +316,10 @@ async def test_what_waits_for_a_lock_goes_on_waiting(
 
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let what is overdue be asked about soon."""
-    monkeypatch.setattr(database, "_WATCH", 0.05)
-    monkeypatch.setattr(database, "_OVERDUE", 0.1)
-    monkeypatch.setattr(database, "_GRACE", 0.1)
-    monkeypatch.setattr(connections, "_TRY", 0.2)
+    monkeypatch.setattr(connections, "_WATCH", 0.05)
+    monkeypatch.setattr(connections, "_OVERDUE", 0.1)
+    monkeypatch.setattr(connections, "GRACE", 0.1)
+    monkeypatch.setattr(targets, "_TRY", 0.2)
 
 
 async def test_a_silent_look_ends_with_the_startup_timeout(relay: Relay, make: Make) -> None:
@@ -362,8 +363,9 @@ async def test_a_connection_that_is_lost_under_the_lock_has_rolled_back(
         async def migrate() -> None:
             async with boot.lock() as transaction:
                 await transaction.execute("schema.create_namespace")
-                assert boot._own is not None
-                await postgres.fetch("select pg_terminate_backend($1)", boot._own.get_server_pid())
+                own = boot._connections._own
+                assert own is not None
+                await postgres.fetch("select pg_terminate_backend($1)", own.get_server_pid())
                 await transaction.execute("schema.create_ledger")
 
         with pytest.raises(Lost) as caught:
@@ -437,7 +439,7 @@ async def test_of_several_hosts_a_silent_one_is_passed_over(
         else:
             dsn = f"postgresql://{user}@{parts.path}"
             options |= {"host": ["127.0.0.1", "127.0.0.1"], "port": ports}
-        with within(2):
+        with within(2 * SOON):
             async with PostgresRuntimeRepository(dsn, schema=postgres_schema, startup_timeout=1.5, **options) as repo:
                 assert await repo.attempts.find("a") is None
 
@@ -465,8 +467,8 @@ async def claim_again_and_again(repo: PostgresRuntimeRepository, patience: float
     ("patience", "seconds"),
     [
         # A try on the silent connection and its clean-up, then the first host has what patience it gets.
-        pytest.param(2.0, 2.0 + SOON + connections._NEXT_TRY, id="enough for both"),
-        pytest.param(0.5, 0.5 + SOON + 0.5, id="too little for one"),
+        pytest.param(2.0, 2.0 + SOON + targets._NEXT_TRY, id="enough for both"),
+        pytest.param(0.5, 0.5 + SOON + 1.0, id="too little for one"),
     ],
 )
 async def test_whoever_has_little_time_reaches_the_second_host(
@@ -480,7 +482,7 @@ async def test_whoever_has_little_time_reaches_the_second_host(
         relay.work()
         async with busy(repo, 4):
             assert relay.links == 0
-        monkeypatch.setattr(connections, "_SILENT_FOR", 0.0)
+        monkeypatch.setattr(targets, "_SILENT_FOR", 0.0)
         async with busy(repo, 6):
             assert relay.links > 0
 
@@ -520,7 +522,7 @@ async def test_a_lease_outlives_the_silence_of_the_first_host(relay: Relay, othe
 async def test_a_slow_server_of_several_is_given_more_and_more_time() -> None:
     """Where none of them answers in time, they may all be slow rather than silent."""
     target = Target("postgresql://a,b/db", {})
-    assert target.patience(60) == connections._TRY
+    assert target.patience(60) == targets._TRY
     target._vain = 0
     assert [target.patience(60), target.patience(60, hurried=True)] == [1.25, 0.5]
     async with silent_host() as silent:
@@ -540,12 +542,12 @@ async def test_who_connects_later_need_not_find_out_for_himself(
     relay: Relay, other: Relay, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That the first host is silent, unless none has answered for a while: then each has all of its time."""
-    monkeypatch.setattr(connections, "_HURRIED_TRY", 0.1)
+    monkeypatch.setattr(targets, "_HURRIED_TRY", 0.1)
     async with two_hosts(relay, other, postgres_schema) as repo:
         assert isinstance(repo._database, PostgresDatabase)
         target = repo._database._target
         relay.fall_silent()
-        for vain, least, most in [(0, 0.1, 0.7), (1, 0.95, 2.0)]:
+        for vain, least, most in [(0, 0.1, 0.9), (1, 0.95, 3.0)]:
             target.forget_silence()
             target._vain = vain
             one = asyncio.ensure_future(target.lend(0.3))
@@ -654,10 +656,10 @@ async def test_a_silent_heartbeat_is_given_up_at_once(relay: Relay, make: Make) 
     kept = leases(await repo._database.heartbeats())
     await kept.heartbeat(lease)
     relay.cut()
-    with within(0.1 + 0.3), pytest.raises(TimeoutError):
+    with within(0.1 + 0.9), pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await kept.heartbeat(lease)
-    with within(1):
+    with within(SOON):
         await kept.heartbeat(lease)
 
 
@@ -678,7 +680,7 @@ async def test_a_connection_that_is_being_made_outlives_whoever_gives_up(
     async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema, connect=connect) as repo:
         lease = await a_lease(repo)
         assert isinstance(repo._database, PostgresDatabase)
-        beats = repo._database._heartbeats
+        beats = repo._database._connections.heartbeats
         kept = leases(beats)
         made = 0
         for suspect, expected in [(60.0, 1), (0.01, 3)]:
@@ -697,7 +699,7 @@ async def test_a_connection_that_is_being_made_outlives_whoever_gives_up(
         answers.clear()
         waiting = asyncio.ensure_future(kept.heartbeat(lease))
         await asyncio.sleep(0.01)
-        with within(1):
+        with within(SOON):
             await repo.close()
             with pytest.raises(RepositoryClosedError):
                 await waiting
@@ -711,16 +713,16 @@ async def test_a_heartbeat_that_was_just_answered_is_not_given_up_for_another_co
     repo = await make()
     lease = await a_lease(repo)
     assert isinstance(repo._database, PostgresDatabase)
-    beats = repo._database._heartbeats
+    beats = repo._database._connections.heartbeats
     kept = leases(beats)
     await kept.heartbeat(lease)
     before = beats._connection
     relay.cut()
-    repo._database._fell_silent()
+    repo._database._connections.fell_silent()
     assert beats._connection is before
     beats._answered_at -= 60
-    repo._database._fell_silent()
-    with within(2):
+    repo._database._connections.fell_silent()
+    with within(SOON):
         await kept.heartbeat(lease)
 
 
@@ -733,7 +735,7 @@ async def test_a_look_is_repeated_when_another_connection_was_silent(relay: Rela
     relay.cut()
     look = asyncio.ensure_future(repo._database.glance("attempts.next", '["default"]', within=3))
     await asyncio.sleep(0.1)
-    repo._database._fell_silent()
+    repo._database._connections.fell_silent()
     with within(2):
         assert await look
 
@@ -744,12 +746,12 @@ async def test_what_was_made_since_is_not_dropped_for_another_connections_silenc
     async with busy(repo, 3):
         pass
     assert isinstance(repo._database, PostgresDatabase)
-    repo._database._fell_silent()
+    repo._database._connections.fell_silent()
     await asyncio.sleep(0.05)
     assert relay.links == 3
-    for made in repo._database._made:
-        repo._database._made[made] -= 60
-    repo._database._fell_silent()
+    for made in repo._database._connections._made:
+        repo._database._connections._made[made] -= 60
+    repo._database._connections.fell_silent()
     await eventually(lambda: not relay.links)
 
 
@@ -763,7 +765,7 @@ async def test_who_gives_up_while_connecting_leaves_nothing_to_the_log(
     for _ in range(steps):
         await asyncio.sleep(0)
     connecting.cancel()
-    with within(1), pytest.raises(asyncio.CancelledError):
+    with within(SOON), pytest.raises(asyncio.CancelledError):
         await connecting
     await target.close(1)
     await asyncio.sleep(0)

@@ -233,21 +233,21 @@ async def test_reports_outlive_connections_that_fall_silent_together(
 
     # One for each of them.
     repo = await make(min_size=10)
-    ttl = 3 * SECOND
+    ttl = 6 * SECOND
     worker = Worker(repo, handle, ttl=ttl, signals=())
     async with asyncio.timeout(30), PostgresRuntimeRepository(postgres_url, schema=postgres_schema) as direct:
         await direct.attempts.enqueue_many(NewAttempt("run") for _ in range(10))
         task = asyncio.create_task(worker.run())
         for _ in range(10):
             await ready.acquire()
-        await asyncio.sleep(1.1)  # a heartbeat of each
+        await asyncio.sleep(2.1)  # a heartbeat of each
         relay.fall_silent()
         end.set()
         with within(ttl.total_seconds()):
             await asyncio.sleep(0.4)
             relay.work()
-            while len(found := await direct.attempts.list(status=AttemptStatus.COMPLETED)) < 10:
-                pass
+            while len(found := await direct.attempts.list(status=AttemptStatus.COMPLETED)) < 10:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
         assert {attempt.attempt_no for attempt in found} == {1}
         worker.stop()
         await task

@@ -7,42 +7,51 @@ A line that stops type-checking here breaks somebody's code.
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 import asyncpg
 
 from runtime_repo import (
+    Activity,
     ApiKey,
     ApiKeyStatus,
     AppliedMigration,
     Attempt,
     AttemptStatus,
     AuditEntry,
+    Compatibility,
+    ControlState,
     Difference,
     Interrupt,
     InterruptStatus,
     Job,
     Lease,
+    LeaseHolder,
     LeaseLostError,
     LockHolder,
     MigrationError,
     NewAttempt,
     NotFoundError,
+    NotQuietError,
     Page,
     PayloadMismatchError,
     PostgresRuntimeRepository,
     QueueStats,
+    QuiesceProgress,
     RetryPolicy,
     RuntimeRepository,
     RuntimeTransaction,
     SchemaDriftError,
     SchemaHistoryError,
     SchemaLockTimeoutError,
+    SchemaPlan,
     SchemaReport,
     SchemaStatus,
     SchemaTooNewError,
     SqliteRuntimeRepository,
     StepReport,
+    Stop,
+    StoreStatus,
     repository_from_url,
 )
 
@@ -78,6 +87,10 @@ async def boot_is_reported(repo: RuntimeRepository) -> None:
     assert_type(report.tolerated, tuple[Difference, ...])
     status = await repo.inspect()
     assert_type(status, SchemaStatus)
+    plan = await repo.plan()
+    assert_type(plan, SchemaPlan)
+    assert_type([(step.version, step.name, step.sql) for step in plan.migrations], list[tuple[int, str, str]])
+    assert_type((plan.refusal, plan.backup, plan.tolerated), tuple[str | None, str | None, tuple[Difference, ...]])
     assert_type((status.found, status.supported, status.pending), tuple[int, int, tuple[str, ...]])
     assert_type(status.differences, tuple[Difference, ...])
     assert_type(status.refusal, str | None)
@@ -124,6 +137,9 @@ async def a_worker_claims_and_finishes(repo: RuntimeRepository) -> None:
     assert_type(await repo.attempts.cancel("a"), Attempt)
     assert_type(await repo.attempts.retry("a"), Attempt)
     assert_type(await repo.attempts.prune(older_than=timedelta(days=7)), int)
+    assert_type(await repo.attempts.prune(older_than=timedelta(0), status=AttemptStatus.FAILED, actor="ann"), int)
+    assert_type(await repo.attempts.retry_many(actor="ann", error="disk full"), int)
+    assert_type(await repo.attempts.cancel_many(actor="ann", queue="mail"), int)
     assert_type(attempt.status, AttemptStatus)
     assert_type(attempt.status.is_final, bool)
     assert_type(attempt.payload, Any)
@@ -201,6 +217,25 @@ async def a_caller_is_authenticated(repo: RuntimeRepository) -> None:
     assert_type(await repo.api_keys.list(after="key", limit=10), Page[ApiKey])
 
 
+async def an_operator_stops_and_resumes(repo: RuntimeRepository) -> None:
+    """The verbs of control."""
+
+    def show(progress: QuiesceProgress) -> None:
+        assert_type((progress.waited, progress.leases), tuple[float, int])
+        assert_type(progress.holders, tuple[LeaseHolder, ...])
+
+    try:
+        assert_type(await repo.control.quiesce("why", timeout=timedelta(seconds=1), progress=show), ControlState)
+    except NotQuietError as error:
+        assert_type(error.claims, tuple[LockHolder, ...])
+    assert_type(await repo.control.pause("mail", "why"), ControlState)
+    assert_type((await repo.control.resume("mail")).paused, tuple[Stop, ...])
+    assert_type((await repo.control.state()).quiesced, Stop | None)
+    said = await repo.can_run()
+    assert_type(said, Compatibility)
+    assert_type((said.answer, said.oldest, said.why), tuple[bool, int, str])
+
+
 async def verbs_commit_together(embedded: SqliteRuntimeRepository, shared: PostgresRuntimeRepository) -> None:
     """In a transaction of their own, or in one that is open."""
     async with embedded.transaction() as transaction:
@@ -238,3 +273,21 @@ async def errors_carry_their_numbers(repo: RuntimeRepository) -> Mapping[str, ob
     except NotFoundError as error:
         assert_type((error.what, error.key), tuple[str, str])
     return {}
+
+
+async def a_store_is_told_of(repo: RuntimeRepository) -> None:
+    """What is there, and what moves."""
+    status = await repo.status()
+    assert_type(status, StoreStatus)
+    assert_type((status.backend, status.server), tuple[Literal["sqlite", "postgres"], str | None])
+    assert_type([row.applied_at for row in status.ledger], list[datetime])
+    assert_type(status.schema, SchemaStatus)
+    assert_type(status.migrating, LockHolder | None)
+    assert_type(status.queues, tuple[QueueStats, ...])
+    assert_type([(worker.leases, worker.first_expiry) for worker in status.workers], list[tuple[int, datetime]])
+    assert_type([(table.size, table.rows) for table in status.tables], list[tuple[int, int | None]])
+    assert_type((status.failed, status.pending_interrupts, status.size), tuple[int | None, int | None, int | None])
+    assert_type((status.unknown, status.as_dict()), tuple[tuple[str, ...], dict[str, Any]])
+    activity = await repo.activity(over=timedelta(minutes=1))
+    assert_type(activity, Activity)
+    assert_type([(queue.oldest_age, queue.completed) for queue in activity.queues], list[tuple[timedelta | None, int]])

@@ -1,0 +1,80 @@
+"""``runtime-repo migrate``: bring the schema to this release's version."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from runtime_repo.cli.shared import YES, Call, on_database
+from runtime_repo.cli.text import differences, said, table
+from runtime_repo.cli.working import working
+
+if TYPE_CHECKING:
+    from runtime_repo.schema import SchemaReport
+
+__all__ = ["command"]
+
+
+@on_database(
+    "migrate", "runtime-repo migrate runtime.db", "runtime-repo migrate postgresql://migrator@db.example/app --json"
+)
+@click.option(
+    "--backup/--no-backup",
+    default=None,
+    help="On SQLite, copy the file beside itself first.  [default: --backup]",
+)
+@click.option(
+    "--lock-timeout",
+    type=click.FloatRange(0, min_open=False),
+    metavar="SECONDS",
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for another's migration, or for the locks of live traffic.",
+)
+async def command(call: Call, *, backup: bool | None, lock_timeout: float) -> int:
+    """
+    Bring the schema to this release's version, as a boot would, and show each step with its time.
+
+    All of it is one transaction: whatever fails or interrupts it leaves the database as it was. Where the schema is
+    current nothing is done.
+
+    Exit codes: 0 the schema is this release's; 1 it was refused, and nothing was changed; 2 it could not be told.
+    """
+    options: dict[str, Any] = {"lock_timeout": lock_timeout}
+    if backup is not None:
+        if call.place.is_postgres:
+            raise click.UsageError("--backup is for SQLite: on PostgreSQL take one first, by runtime-repo backup")
+        options["backup"] = backup
+    with working(call, "migrating"):
+        async with call.place.repository(**options) as repository:
+            report = repository.boot_report
+    call.answer(_as_dict(report), lambda console: _show(console, report))
+    return YES
+
+
+def _as_dict(report: "SchemaReport") -> dict[str, Any]:
+    from runtime_repo.status import plain
+
+    values: dict[str, Any] = plain(report)
+    return values
+
+
+def _show(console: Console, report: "SchemaReport") -> None:
+    for line in differences(report.tolerated):
+        console.print(line)
+    if not report.applied:
+        waited = (
+            f" (another process migrated it, {report.waited:.1f} s)" if report.from_version < report.to_version else ""
+        )
+        console.print(said(f"Nothing to do: version {report.to_version} is current.{waited}", style="green"))
+        return
+    steps = table("version", "migration", "time", align="rlr")
+    for step in report.applied:
+        steps.add_row(str(step.version), step.name, f"{step.duration:.3f} s")
+    console.print(steps)
+    if report.backup is not None:
+        console.print(said(f"copied before, to {report.backup}"))
+    if report.waited >= 0.1:
+        console.print(said(f"waited {report.waited:.1f} s for locks"))
+    found = f"version {report.from_version}" if report.from_version else "nothing"
+    console.print(said(f"From {found} to version {report.to_version}.", style="green"))
