@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from runtime_repo.api_keys import ApiKey, ApiKeyStatus
     from runtime_repo.audit import AuditEntry
     from runtime_repo.control import ControlState, QuiesceProgress, Stop
+    from runtime_repo.doctor import Diagnosis, Finding
     from runtime_repo.errors import (
         ConfigurationError,
         ConflictError,
@@ -42,8 +43,23 @@ if TYPE_CHECKING:
     )
     from runtime_repo.interrupts import Interrupt, InterruptStatus
     from runtime_repo.jobs import Job
+    from runtime_repo.observing import (
+        BootStep,
+        Claimed,
+        Completed,
+        Event,
+        Failed,
+        LeaseLost,
+        Migrated,
+        Observe,
+        OutageBegan,
+        OutageEnded,
+        Statement,
+        Swept,
+    )
     from runtime_repo.postgres import PostgresRuntimeRepository
     from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats
+    from runtime_repo.repairs import Repair
     from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
     from runtime_repo.retry import RetryPolicy
     from runtime_repo.rows import Page
@@ -61,7 +77,6 @@ if TYPE_CHECKING:
         QueueActivity,
         RecordedMigration,
         StoreStatus,
-        Switch,
         TableSize,
         WorkerLeases,
     )
@@ -77,12 +92,19 @@ __all__ = [
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
+    "BootStep",
+    "Claimed",
     "Compatibility",
+    "Completed",
     "ConfigurationError",
     "ConflictError",
     "ControlState",
     "DatabaseUnavailableError",
+    "Diagnosis",
     "Difference",
+    "Event",
+    "Failed",
+    "Finding",
     "ForeignSchemaError",
     "Handler",
     "Interrupt",
@@ -91,12 +113,17 @@ __all__ = [
     "Job",
     "Lease",
     "LeaseHolder",
+    "LeaseLost",
     "LeaseLostError",
     "LockHolder",
+    "Migrated",
     "MigrationError",
     "NewAttempt",
     "NotFoundError",
     "NotQuietError",
+    "Observe",
+    "OutageBegan",
+    "OutageEnded",
     "OutdatedReleaseError",
     "OverloadedError",
     "Page",
@@ -108,6 +135,7 @@ __all__ = [
     "QuiesceProgress",
     "RecordedMigration",
     "RefusedError",
+    "Repair",
     "RepositoryClosedError",
     "RetryPolicy",
     "RuntimeRepoError",
@@ -123,10 +151,11 @@ __all__ = [
     "SchemaStatus",
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
+    "Statement",
     "StepReport",
     "Stop",
     "StoreStatus",
-    "Switch",
+    "Swept",
     "TableSize",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
@@ -136,8 +165,8 @@ __all__ = [
 ]
 
 _HOMES = [
-    *("errors", "retry", "rows", "records", "schema", "status", "control", "api_keys", "audit", "interrupts", "jobs"),
-    *("step_reports", "repository", "worker", "sqlite", "postgres", "url"),
+    *("errors", "retry", "rows", "records", "schema", "status", "control", "doctor", "repairs", "api_keys", "audit"),
+    *("interrupts", "jobs", "step_reports", "repository", "observing", "worker", "sqlite", "postgres", "url"),
 ]
 """Where the names above live, and are looked for in this order: what needs both drivers comes last."""
 

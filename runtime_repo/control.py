@@ -25,7 +25,7 @@ from runtime_repo.values import (
     written,
 )
 
-__all__ = ["Control", "ControlState", "QuiesceProgress", "Stop"]
+__all__ = ["Control", "ControlState", "QuiesceProgress", "Stop", "control_state"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=1)
 
@@ -151,7 +151,7 @@ class Control:
         stays = await self._queries.fetch("control.list")
         if not any((found["name"], found["updated_at_ms"]) == (_QUIESCE, row["updated_at_ms"]) for found in stays):
             raise ConflictError("somebody resumed the store while it was quiesced: agree, and quiesce it again")
-        return _state(stays)
+        return control_state(stays)
 
     async def pause(
         self,
@@ -189,7 +189,7 @@ class Control:
         rows = await self._queries.fetch("control.list")
         if not cleared and any(row["name"] == name for row in rows):
             raise skipped(f"the switch {name!r}")
-        return _state(rows)
+        return control_state(rows)
 
     async def state(self) -> ControlState:
         """
@@ -198,7 +198,7 @@ class Control:
         Raises:
             UnreadableRowError: The time of a switch cannot be read, which another program has written.
         """
-        return _state(await self._queries.fetch("control.list"))
+        return control_state(await self._queries.fetch("control.list"))
 
     async def _set(self, name: str, reason: str | None, at: int | None) -> Row:
         said = None if reason is None else json_text("reason", {"reason": check_id("reason", reason)})
@@ -257,7 +257,8 @@ class _Wait:
         self._pause = min(self._pause * 2, _POLL_LAST)
 
 
-def _state(rows: Sequence[Row]) -> ControlState:
+def control_state(rows: Sequence[Row]) -> ControlState:
+    """What the switches say."""
     quiesced: Stop | None = None
     paused: list[Stop] = []
     oldest: int | None = None

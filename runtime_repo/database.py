@@ -10,10 +10,14 @@ import random
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.errors import DatabaseUnavailableError, LockHolder
+
+if TYPE_CHECKING:
+    from runtime_repo.doctor import Examined, Finding
+    from runtime_repo.repairs import Repair
 
 __all__ = [
     "Backend",
@@ -278,6 +282,14 @@ class Database(Source, Protocol):
         Raises:
             DatabaseUnavailableError: It cannot be reached or opened.
         """
+        ...
+
+    async def examine(self, examined: "Examined") -> tuple[Sequence["Finding"], Sequence["Repair"]]:
+        """What a doctor finds around our tables, and what mends their drift. Nothing is written."""
+        ...
+
+    def script(self, statements: Sequence[str]) -> str:
+        """What mends drift, as one script that does all of it or nothing."""
         ...
 
     def lock(self) -> AbstractAsyncContextManager[BootTransaction]:

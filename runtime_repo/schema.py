@@ -455,7 +455,7 @@ async def plan_schema(database: Database, migrations: Sequence[Migration], polic
         found,
         supported,
         None,
-        tuple(_planned(database, look, decision)),
+        tuple(_planned(database, look, decision, migrations)),
         database.backup_name(found) if found else None,
         decision.tolerated,
     )
@@ -473,19 +473,29 @@ async def _foreseen(database: Database, first: Migration) -> str | None:
     return str(UnsuitableDatabaseError(problems)) if problems else None
 
 
-def _planned(database: Database, look: Look, decision: Migrate) -> Iterator[PlannedMigration]:
+def _planned(
+    database: Database, look: Look, decision: Migrate, migrations: Sequence[Migration]
+) -> Iterator[PlannedMigration]:
     """In the words of ``_apply``."""
+
+    def said(query: str, *args: object) -> str:
+        text = database.text(query)
+        for number, value in enumerate(args, 1):
+            text = text.replace(f"${number}", f"'{value}'" if isinstance(value, str) else str(value))
+        return text
+
     for migration in decision.pending:
         statements = []
         if migration is decision.pending[0]:
             if not look.namespace:
-                statements.append(database.text("schema.create_namespace"))
+                statements.append(said("schema.create_namespace"))
             if look.ledger is None:
-                statements.append(database.text("schema.create_ledger"))
+                statements.append(said("schema.create_ledger"))
         statements.append(database.filled(migration.sql))
-        record = database.text("schema.record").replace("$1", str(migration.version))
-        statements.append(record.replace("$2", f"'{migration.name}'"))
-        sql = "\n\n".join(statement.strip() for statement in statements)
+        statements.append(said("schema.record", migration.version, migration.name))
+        if migration is decision.pending[-1] and (kept := _kept(look, migration, migrations)):
+            statements.append(said(*kept))
+        sql = "\n\n".join(f"{statement.strip().removesuffix(';')};" for statement in statements)
         yield PlannedMigration(migration.version, migration.name, sql + "\n")
 
 
@@ -648,18 +658,24 @@ async def _apply(
                 await _check(transaction, migration)
             await transaction.script(migration.sql)
             await transaction.fetch("schema.record", migration.version, migration.name)
-            if migration is decision.pending[-1] and CONTROL in migration.catalog.tables:
-                oldest = _oldest(migrations)
-                if oldest < migration.version:
-                    await transaction.fetch("control.allow", str(oldest))
-                elif CONTROL in look.catalog.tables:
-                    await transaction.fetch("control.clear", "oldest")
+            if migration is decision.pending[-1] and (kept := _kept(look, migration, migrations)):
+                await transaction.fetch(*kept)
         except (ConfigurationError, SchemaError):
             raise
         except RuntimeRepoError as error:
             raise MigrationError(migration.version, migration.name, str(error)) from error.__cause__
         applied.append(AppliedMigration(migration.version, migration.name, time.monotonic() - started))
     return tuple(applied)
+
+
+def _kept(look: Look, last: Migration, migrations: Sequence[Migration]) -> tuple[str, str] | None:
+    """The query, with its argument, that keeps which releases can run beside the *last* of what is applied."""
+    if CONTROL not in last.catalog.tables:
+        return None
+    oldest = _oldest(migrations)
+    if oldest < last.version:
+        return "control.allow", str(oldest)
+    return ("control.clear", "oldest") if CONTROL in look.catalog.tables else None
 
 
 def _verify(look: Look, migrations: Sequence[Migration], policy: Policy) -> Serve:

@@ -11,20 +11,20 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar, cast
 
-from runtime_repo.catalog import LEDGER, LedgerRow, Look
+from runtime_repo.catalog import CONTROL, LEDGER, LedgerRow, Look
+from runtime_repo.control import ControlState, control_state
 from runtime_repo.database import Backend, Database, Reader, Row
 from runtime_repo.errors import DatabaseUnavailableError, LockHolder, RuntimeRepoError, UnreadableRowError
 from runtime_repo.records import QueueStats, stats_from_row
 from runtime_repo.rows import UNREADABLE, check_types, readable
 from runtime_repo.schema import Migration, Policy, Refuse, SchemaStatus, decide, inspected, status_of
-from runtime_repo.values import from_json, from_ms, span_ms
+from runtime_repo.values import from_ms, span_ms
 
 __all__ = [
     "Activity",
     "QueueActivity",
     "RecordedMigration",
     "StoreStatus",
-    "Switch",
     "TableSize",
     "WorkerLeases",
     "activity_of_store",
@@ -73,15 +73,6 @@ class TableSize:
 
 
 @dataclass(frozen=True)
-class Switch:
-    """A row of ``runtime_control``: something that an operator has set."""
-
-    name: str
-    value: Any
-    updated_at: datetime
-
-
-@dataclass(frozen=True)
 class StoreStatus:
     """
     A store as it is. What is None or empty was not there or could not be told; *unknown* says which.
@@ -99,7 +90,8 @@ class StoreStatus:
     ledger: tuple[RecordedMigration, ...] = ()
     migrating: LockHolder | None = None
     """Who holds the migration lock; on SQLite nobody can know."""
-    control: tuple[Switch, ...] = ()
+    control: ControlState | None = None
+    """What the operator has stopped."""
     queues: tuple[QueueStats, ...] = ()
     workers: tuple[WorkerLeases, ...] = ()
     """Who holds leases, those who hold the most first: a thousand of them at most."""
@@ -190,8 +182,8 @@ async def _told(pieces: "_Pieces", reader: Reader, look: Look, schema: SchemaSta
         if tables or look.catalog.tables:
             pieces.unknown.append("what the tables hold: the schema is refused, so nothing of it is read")
         return told
-    if "runtime_control" in tables:
-        told["control"] = await pieces.all(reader, "the control", "status.control", _switch)
+    if CONTROL in tables:
+        told["control"] = await pieces.whole(reader, "the control", "control.list", control_state)
     if "runtime_queue" in tables:
         told["queues"] = await pieces.all(reader, "the queues", "attempts.stats", stats_from_row, None)
     elif "runtime_attempts" in tables:
@@ -251,19 +243,24 @@ class _Pieces:
     def __init__(self) -> None:
         self.unknown: list[str] = []
 
+    async def whole(
+        self, reader: Reader, what: str, query: str, read: Callable[[Sequence[Row]], T], *args: object
+    ) -> T | None:
+        """What all rows of a query say; None where it has no answer."""
+        try:
+            return read(await reader.fetch(query, *args))
+        except RuntimeRepoError as error:
+            self.unknown.append(f"{what}: {error}")
+            return None
+
     async def all(
         self, reader: Reader, what: str, query: str, read: Callable[[Row], T], *args: object
     ) -> tuple[T, ...]:
-        """What the rows of a query say; nothing, where it has no answer."""
-        try:
-            rows = await reader.fetch(query, *args)
-        except RuntimeRepoError as error:
-            self.unknown.append(f"{what}: {error}")
-            return ()
-        return self.read(what, rows, read)
+        """What each of them says, as far as it can be read."""
+        return await self.whole(reader, what, query, lambda rows: self.read(what, rows, read), *args) or ()
 
     async def one(self, reader: Reader, what: str, query: str, read: Callable[[Row], T], *args: object) -> T | None:
-        """As above, of one row."""
+        """What the only one says."""
         found = await self.all(reader, what, query, read, *args)
         return found[0] if found else None
 
@@ -290,11 +287,6 @@ def _worker(row: Row) -> WorkerLeases:
 
 def _size(row: Row) -> TableSize:
     return TableSize(row["name"], row["bytes"], row["row_count"])
-
-
-def _switch(row: Row) -> Switch:
-    check_types((row["name"],), 0)
-    return Switch(row["name"], from_json(row["value_json"]), from_ms(row["updated_at_ms"]))
 
 
 def plain(value: Any) -> Any:

@@ -50,6 +50,8 @@ CALLS: dict[str, Write] = {
     "attempts.fail": WRITES["fail"],
     "attempts.cancel": lambda repo, lease, now: repo.attempts.cancel(lease.attempt_id, now=now),
     "attempts.retry": lambda repo, *_: repo.attempts.retry("failed"),
+    "attempts.retry_many": lambda repo, _, now: repo.attempts.retry_many(actor="ops", now=now),
+    "attempts.cancel_many": lambda repo, _, now: repo.attempts.cancel_many(actor="ops", queue="default", now=now),
     "attempts.prune": lambda repo, _, now: repo.attempts.prune(older_than=timedelta(0), now=now),
     "attempts.reindex": lambda repo, *_: repo.attempts.reindex(),
     "attempts.vacuum": lambda repo, *_: repo.attempts.vacuum(),

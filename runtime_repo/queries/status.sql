@@ -32,12 +32,6 @@ select c.relname::pg_catalog.text as name, pg_catalog.pg_total_relation_size(c.o
 -- SQLite would have to read the whole file to know.
 select value as name, null as bytes, null as row_count from json_each($1) where 0;
 
--- name: control
--- The operator's switches.
-select name, value_json, updated_at_ms
-  from {schema}.runtime_control
- order by name;
-
 -- name: workers
 -- Who holds leases: those who hold the most, at most $1 of them.
 select worker_id, {pg_catalog}count(*) as leases,

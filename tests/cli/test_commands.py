@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime_repo import NewAttempt, SchemaError, SchemaReport
-from tests.cli.program import Program, ran
+from tests.cli.program import GIVEN, ON_DATABASE, Program, ran
 from tests.lab import Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 from tests.versions import HISTORY, NEWEST, NEXT
 
@@ -214,6 +214,19 @@ async def test_status_tells_what_the_library_does(lab: Lab, program: Program) ->
     assert datetime.fromisoformat(found["ledger"][0]["applied_at"])
 
 
+async def test_nothing_that_is_stored_gives_the_terminal_orders(lab: Lab, program: Program) -> None:
+    """Whoever may enqueue could write to the operator's screen otherwise."""
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue("run", queue="a\x1b]0;x\x07\nb")
+        await repo.leases.claim("w\x1b[2J", queues="a\x1b]0;x\x07\nb")
+        await repo.control.pause("c\x1b[2J", "r\x1b[2J")
+    for name in ("status", "top", "verify", "resume"):
+        done = await program.run(name, *GIVEN.get(name, ()))
+        assert done.code == YES
+        assert "\x1b" not in done.output
+    assert r"a\x1b]0;x\x07\nb" in (await program.run("status")).output
+
+
 async def test_status_says_no_where_a_boot_would_be_refused_and_tells_the_rest(lab: Lab, program: Program) -> None:
     """Of a drifted schema, what waits is still shown."""
     async with lab.repository() as repo:
@@ -233,6 +246,64 @@ async def test_status_of_nothing_creates_nothing(lab: Lab, program: Program) -> 
     assert (done.code, done.errors) == (YES, "")
     assert "nothing yet" in done.output
     assert await lab.snapshot() == before
+
+
+async def test_what_is_quiesced_stays_so_until_it_is_resumed(lab: Lab, program: Program) -> None:
+    """Nobody can claim meanwhile, and the status says since when and why."""
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue("run")
+        found = await program.json("quiesce", "--reason", "an upgrade")
+        assert found["quiesced"]["reason"] == "an upgrade"
+        assert found == (await repo.control.state()).as_dict()
+        assert await repo.leases.claim("x") == []
+        done = await program.run("status")
+        assert "an upgrade" in done.output
+        assert (await program.json("status"))["control"] == found
+        done = await program.run("resume")
+        assert (done.code, done.errors) == (YES, "")
+        assert "Everybody may claim" in done.output
+        assert len(await repo.leases.claim("x")) == 1
+
+
+async def test_quiesce_says_no_where_something_is_still_held(lab: Lab, program: Program) -> None:
+    """And who holds it; it is quiesced all the same."""
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue_many([NewAttempt("run"), NewAttempt("run")])
+        await repo.leases.claim("worker-7")
+        done = await program.run("quiesce", "--timeout", "0.05")
+        assert (done.code, done.output) == (NO, "")
+        assert "worker-7" in done.errors
+        assert await repo.leases.claim("x") == []
+
+
+async def test_a_queue_is_paused_by_its_name_and_resumed_by_it(lab: Lab, program: Program) -> None:
+    """The others go on; to resume the store does not resume it."""
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue_many([NewAttempt("run", queue=queue) for queue in ("emails", "reports")])
+        done = await program.run("pause", "emails", "--reason", "the server is down")
+        assert (done.code, done.errors) == (YES, "")
+        assert "emails" in done.output
+        assert "the server is down" in done.output
+        assert [stop["queue"] for stop in (await program.json("resume"))["paused"]] == ["emails"]
+        [lease] = await repo.leases.claim("x", queues=["emails", "reports"], limit=2)
+        assert lease.attempt.queue == "reports"
+        assert (await program.json("resume", "--queue", "emails"))["paused"] == []
+        assert len(await repo.leases.claim("x", queues="emails")) == 1
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+async def test_can_run_answers_as_the_library_does(lab: Lab, program: Program, state: str | None) -> None:
+    """Before a deployment, of whatever there is."""
+    if state is not None:
+        await lab.boot()
+        await lab.execute(state or "select 1")
+    repository = lab.repository()
+    expected = await repository.can_run()
+    await repository.close()
+    done = await program.run("can-run")
+    assert (done.code, done.errors) == (YES if expected.answer else NO, "")
+    assert expected.why in done.output
+    assert await program.json("can-run", code=done.code) == expected.as_dict()
 
 
 async def test_top_shows_what_moves(lab: Lab, program: Program) -> None:
@@ -278,15 +349,15 @@ async def test_top_says_no_of_an_earlier_version(lab: Lab, program: Program) -> 
     assert "version 1" in done.errors
 
 
-@pytest.mark.parametrize("name", ["status", "plan", "verify", "migrate", "top"])
+@pytest.mark.parametrize("name", ON_DATABASE)
 async def test_what_cannot_be_reached_is_not_known(lab: Lab, program: Program, name: str) -> None:
     """2, with the library's words, and nothing but them."""
     if isinstance(lab, SqliteLab):
         lab.path.write_bytes(b"no database" * 100)
         program = Program(lab.place)
-        done = await program.run(name)
+        done = await program.run(name, *GIVEN.get(name, ()))
     else:
-        done = await ran(name, "postgresql://u:hush@127.0.0.1:1/d", "--wait", "0.1")
+        done = await ran(name, "postgresql://u:hush@127.0.0.1:1/d", *GIVEN.get(name, ()), "--wait", "0.1")
     assert (done.code, done.output) == (UNKNOWN, "")
     assert len(done.errors.splitlines()) == 1
     assert "hush" not in done.errors

@@ -21,6 +21,7 @@ from runtime_repo import (
     SqliteRuntimeRepository,
     StoreStatus,
 )
+from runtime_repo.schema import Policy, plan_schema
 from tests.lab import LEDGER, ONE, Lab, PostgresLab, SqliteLab, on_postgres
 from tests.schema.version_1 import SOON
 from tests.versions import HISTORY, NEWEST, NEXT
@@ -78,7 +79,9 @@ async def test_of_a_store_all_is_told(lab: Lab) -> None:
     assert status.size > 50_000
     assert status.server is not None
     assert status.server.startswith({"sqlite": "SQLite 3.", "postgres": "PostgreSQL 1"}[lab.backend])
-    assert (status.control, status.migrating, status.unknown) == ((), None, ())
+    assert (status.migrating, status.unknown) == (None, ())
+    assert status.control is not None
+    assert not status.control.is_quiesced
     assert lab.place.where.rpartition("/")[2] in status.place
 
 
@@ -177,17 +180,45 @@ async def test_nothing_of_a_strangers_is_read(lab: Lab) -> None:
     assert (status.queues, status.ledger) == ((), ())
 
 
+async def test_a_view_in_a_tables_place_is_not_read(lab: Lab) -> None:
+    """The rest of the store is told of."""
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue("run")
+        await repo.leases.claim("x")
+    trap = {"sqlite": "abs(-9223372036854775808)", "postgres": "1 / (random() * 0)::int"}[lab.backend]
+    await lab.execute(f"drop table runtime_interrupts; create view runtime_interrupts as select {trap} as status")
+    status = await status_of(lab)
+    assert "runtime_interrupts" in str(status.schema.refusal)
+    assert (status.pending_interrupts, status.unknown) == (None, ())
+    assert [worker.worker_id for worker in status.workers] == ["x"]
+
+
 async def test_a_row_that_cannot_be_read_hides_no_other(lab: Lab) -> None:
     """What another program wrote is said, with the reason."""
     async with lab.repository():
         pass
     await lab.execute(
-        "insert into runtime_control (name, value_json, updated_at_ms) values"
-        " ('broken', '{', 5), ('fine', '{\"a\": 1}', 5), ('late', 'null', 9223372036854775807)"
+        f"insert into {lab.table('leases')} values ('a', 'a', 'worker', 9223372036854775807, 5, 1, 0),"
+        " ('b', 'b', 'another', 5, 5, 1, 0)"
     )
+    await lab.execute("insert into runtime_control values ('quiesce', 'null', 9223372036854775807)")
     status = await status_of(lab)
-    assert [(switch.name, switch.value) for switch in status.control] == [("fine", {"a": 1})]
-    assert len(status.unknown) == 2
+    assert [worker.worker_id for worker in status.workers] == ["another"]
+    assert status.control is None
+    assert sorted(unknown.partition(":")[0] for unknown in status.unknown) == ["one of the leases", "the control"]
+
+
+async def test_what_the_operator_has_stopped_is_told(lab: Lab) -> None:
+    """As the control says it."""
+    async with lab.repository() as repo:
+        assert (await repo.status()).control == await repo.control.state()
+        await repo.control.pause("emails", "the mail server is down")
+        await repo.control.quiesce("an upgrade")
+        state = await repo.control.state()
+    status = await status_of(lab)
+    assert status.control == state
+    assert state.is_quiesced
+    assert status.as_dict()["control"] == state.as_dict()
 
 
 async def test_who_migrates_is_told_and_keeps_nothing_from_being_told(lab: Lab) -> None:
@@ -289,6 +320,24 @@ async def test_a_plans_statements_do_what_a_boot_does(lab: Lab, version: int) ->
         await lab.execute(f"begin; {''.join(migration.sql for migration in plan.migrations)} commit;")
     assert (await lab.boot(migrate=False)).to_version == NEWEST
     assert await lab.recorded() == HISTORY
+
+
+async def test_the_plan_says_which_releases_may_run_beside_it(lab: Lab) -> None:
+    """A migration's own line is kept in the control, by hand as by a boot."""
+    *before, last = lab.migrations
+    shipped = (*before, replace(last, sql=f"-- oldest: 1\n{last.sql}"))
+    kept = []
+    for by_hand in (True, False):
+        other = lab.another()
+        await other.reach(1)
+        if by_hand:
+            async with other.opened() as database:
+                plan = await plan_schema(database, shipped, Policy())
+            await other.execute(f"begin; {''.join(migration.sql for migration in plan.migrations)} commit;")
+        else:
+            await other.ship(shipped)
+        kept.append([(row["name"], row["value_json"]) for row in await other.all("runtime_control")])
+    assert kept == [[("oldest", "1")]] * 2
 
 
 async def test_no_copy_is_planned_where_none_is_wanted(lab: Lab) -> None:

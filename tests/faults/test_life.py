@@ -433,6 +433,7 @@ ALL_USES: dict[str, Use] = {
     "plan": lambda repository: repository.plan(),
     "status": lambda repository: repository.status(),
     "activity": lambda repository: repository.activity(),
+    "doctor": lambda repository: repository.doctor(),
     "close": lambda repository: repository.close(),
 }
 
