@@ -35,6 +35,7 @@ from runtime_repo.records import (
 from runtime_repo.retry import RetryPolicy
 from runtime_repo.rows import Page, page, readable
 from runtime_repo.values import (
+    Columns,
     as_read,
     canonical,
     check_after,
@@ -404,21 +405,29 @@ class Attempts:
         have 64 MiB of JSON together.
         """
         keys: list[_Token] = []
-        given: dict[_Token, dict[str, Any]] = {}
+        given: dict[_Token, str | None] = {}
         size = 0
         for lease, result in _pairs(results):
             check_lease(lease)
-            key = attempt_id, token, lease_id = lease.attempt_id, lease.version, lease.lease_id
+            key = lease.attempt_id, lease.version, lease.lease_id
             keys.append(key)
-            text = to_json("result", result)
-            size += len(text or "")
+            text = None
+            if result is not None:
+                text = to_json("result", result)
+                size += len(text or "")
             # Of a lease that is given twice the first result counts, as in two calls.
-            if key not in given:
-                given[key] = {"attempt_id": attempt_id, "token": token, "lease_id": lease_id, "result_json": text}
+            given.setdefault(key, text)
         check_batch("results", len(keys), size)
         if not given:
             return []
-        rows = await self._queries.fetch("attempts.complete_many", _array(given.values()), instant_ms("now", now))
+        attempt_ids, tokens, lease_ids = zip(*given, strict=True)
+        columns = Columns(
+            attempt_id=attempt_ids, token=[*map(str, tokens)], lease_id=lease_ids, result_json=[*given.values()]
+        )
+        rows = await self._queries.fetch("attempts.complete_many", columns, instant_ms("now", now))
+        if len(rows) == 1 and rows[0]["attempt_id"] is None:
+            self._queries.after_commit(lambda: fencing.ended(lease_ids))
+            return [True] * len(keys)
         held = {_token(row) for row in rows}
         rest = given.keys() - held
         gone = {attempt_id for attempt_id, _, _ in rest}

@@ -7,6 +7,8 @@
 -- its key then, however many the planner would take them to be and however small the tables were when it made the plan.
 -- And where it is asked whether there is a case for a row, it is to expect that: of a table that is almost empty it takes
 -- a simple condition to leave nothing, and reads all.
+-- And where rows are found by an array, a case has another that would look something up and is never so: to read all
+-- looks dearer then, too. An array costs half of what it costs to look up one row after the other.
 -- columns tried: attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
 --  worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error, ended_by, headers_json
 -- columns attempt: {tried}, lease_id
@@ -20,6 +22,18 @@
 do update
        set queue = excluded.queue, priority = excluded.priority, enqueued_at_ms = excluded.enqueued_at_ms,
            retry_at_ms = excluded.retry_at_ms
+
+-- part: waits_still
+-- On PostgreSQL, whether the attempt itself waits.
+case when a.status in ('queued', 'retry_backoff') then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
+
+-- part: held_still
+-- Or is held.
+case when a.status in ('leased', 'running') then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
 
 -- name: enqueue @postgres
 -- Store an attempt, once: the same id again changes nothing and returns no row.
@@ -443,15 +457,17 @@ delete from {schema}.runtime_leases
    and changes() > 0;
 
 -- name: complete_many @postgres
--- As complete, for each lease of a JSON array; returns those that were still their token's to finish. One after the other
--- in the order of ids, or two such calls could wait for each other. The leases are found by an array: joined, they would be
--- compared one by one with all that is done, where a vacuum has found their table empty.
+-- As complete, for each lease of an array ($1) of four columns, one behind the other; returns those that were still their
+-- token's to finish or, if all were, one row without an id. One after the other in the order of ids, or two such calls
+-- could wait for each other. The attempts and the leases are found by arrays: joined, they would be compared one by one
+-- with all that is given or done, where a vacuum has found their tables empty.
 with given as materialized (
-    select attempt_id, token, lease_id, result_json
-      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
-               attempt_id pg_catalog.text, token bigint, lease_id pg_catalog.text, result_json pg_catalog.text)
-     where attempt_id = attempt_id || ''
-       and attempt_id || '' = attempt_id
+    select attempt_id, token::bigint as token, lease_id, result_json
+      from (select $1::pg_catalog.text[] as cells, pg_catalog.cardinality($1::pg_catalog.text[]) / 4 as height) as columns
+     cross join lateral rows from (
+               pg_catalog.unnest(cells[:height]), pg_catalog.unnest(cells[height + 1:2 * height]),
+               pg_catalog.unnest(cells[2 * height + 1:3 * height]), pg_catalog.unnest(cells[3 * height + 1:]))
+               as x (attempt_id, token, lease_id, result_json)
      order by attempt_id
 ), done as (
     update {schema}.runtime_attempts as a
@@ -461,10 +477,12 @@ with given as materialized (
            finished_at_ms = coalesce($2, {now_ms}),
            ended_by       = 'complete'
       from given
-     where a.attempt_id    = given.attempt_id
-       and a.lease_version = given.token
-       and a.lease_id      = given.lease_id
-       and case when a.status in ('leased', 'running') then 1 end is not null
+     where a.attempt_id = any (array(select attempt_id from given))
+       and {held_still}
+       and a.attempt_id = given.attempt_id
+       and case when a.lease_version = given.token and a.lease_id = given.lease_id then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
     returning a.finished_at_ms, a.attempt_id, a.status, a.lease_version, a.lease_id
 ), ended as (
     delete from {schema}.runtime_leases
@@ -473,7 +491,12 @@ with given as materialized (
     insert into {schema}.runtime_finished ({finished})
     select {finished} from done
 )
-select attempt_id, lease_version, lease_id from done;
+select attempt_id, lease_version, lease_id
+  from done
+ where (select pg_catalog.count(*) from done) < (select pg_catalog.count(*) from given)
+ union all
+select null, null, null
+ where (select pg_catalog.count(*) from done) = (select pg_catalog.count(*) from given);
 
 -- name: complete_many @sqlite
 -- As above, in statements of one transaction; what is completed has no lease.

@@ -20,6 +20,7 @@ import asyncpg
 from runtime_repo import NewAttempt, PostgresRuntimeRepository, SqliteRuntimeRepository
 from runtime_repo.queries import bounded, load_queries, split_statements
 from runtime_repo.sqlite.database import _TOKENS as SQLITE_TOKENS
+from runtime_repo.values import Columns
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -111,16 +112,13 @@ class Bare:
                 done = row["attempt_id"], row["lease_version"], None, None, row["lease_id"]
                 await self.fetch("attempts.complete", *done)
             else:
-                given = [
-                    {
-                        "attempt_id": row["attempt_id"],
-                        "token": row["lease_version"],
-                        "lease_id": row["lease_id"],
-                        "result_json": None,
-                    }
-                    for row in rows
-                ]
-                await self.fetch("attempts.complete_many", json.dumps(given), None)
+                given = Columns(
+                    attempt_id=[row["attempt_id"] for row in rows],
+                    token=[str(row["lease_version"]) for row in rows],
+                    lease_id=[row["lease_id"] for row in rows],
+                    result_json=[None] * len(rows),
+                )
+                await self.fetch("attempts.complete_many", given, None)
 
 
 class PostgresBare(Bare):

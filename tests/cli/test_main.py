@@ -115,7 +115,7 @@ async def test_without_arguments_it_shows_its_help() -> None:
     """On stderr, for nothing was answered."""
     done = await ran()
     assert (done.code, done.output) == (UNKNOWN, "")
-    assert "Look at it" in done.errors
+    assert "\nLook at it:\n" in done.errors
 
 
 @pytest.mark.parametrize("name", ON_DATABASE)
@@ -154,6 +154,14 @@ def test_whoever_stops_reading_is_told_nothing(tmp_path: Path) -> None:
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (UNKNOWN, b"")
+
+
+def test_a_terminal_of_few_characters_is_no_reason_to_fail(tmp_path: Path) -> None:
+    """What it does not know is written out."""
+    name = str(tmp_path / "\N{HORSE}.db")
+    done = executed("-m", "runtime_repo", "status", name, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.code, done.errors) == (YES, "")
+    assert r"\U0001f40e.db" in done.output
 
 
 FORMS = {
