@@ -205,6 +205,7 @@ GIVEN = {
     "attempts.complete": ("a4", 1, None, 9000, "l4"),
     "attempts.complete_many": ("{a4,1,l4,null}", 9000),
     "attempts.complete_shared": ('[{"lease_id": "l4", "attempt_id": "a4", "token": 1}]', 9000),
+    "attempts.depth": ("busy", 100, 9000),
     "attempts.enqueue": ("new", "r", None, "busy", 0, None, 1, None, 9000),
     "attempts.enqueue_many": (
         '[{"attempt_id": "new", "run_id": "r", "queue": "q", "priority": 0, "max_attempts": 1}]',
