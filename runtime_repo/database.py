@@ -17,6 +17,8 @@ from runtime_repo.errors import DatabaseUnavailableError, LockHolder
 
 if TYPE_CHECKING:
     from runtime_repo import archive
+    from runtime_repo.doctor import Examined, Finding
+    from runtime_repo.repairs import Repair
     from runtime_repo.schema import Migration
 
 __all__ = [
@@ -282,6 +284,14 @@ class Database(Source, Protocol):
         Raises:
             DatabaseUnavailableError: It cannot be reached or opened.
         """
+        ...
+
+    async def examine(self, examined: "Examined") -> tuple[Sequence["Finding"], Sequence["Repair"]]:
+        """What a doctor finds around our tables, and what mends their drift. Nothing is written."""
+        ...
+
+    def script(self, statements: Sequence[str]) -> str:
+        """What mends drift, as one script that does all of it or nothing."""
         ...
 
     def lock(self) -> AbstractAsyncContextManager[BootTransaction]:

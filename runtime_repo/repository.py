@@ -37,10 +37,12 @@ from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
 from runtime_repo.control import Control
 from runtime_repo.database import Backend, Database, Gate, Heartbeats, Row, Source, Transaction, Watch
+from runtime_repo.doctor import Diagnosis, diagnose
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
+from runtime_repo.observing import Observe, ObservedSource, Observer, observed_boot
 from runtime_repo.schema import (
     Compatibility,
     Policy,
@@ -129,6 +131,7 @@ class RuntimeRepository(Stores):
         on_drift: Literal["refuse", "warn"],
         before_migrate: Callable[[], Awaitable[object]] | None,
         lock_timeout: float,
+        observe: Observe | None = None,
     ) -> None:
         check_flag("migrate", migrate)
         check_seconds("lock_timeout", lock_timeout)
@@ -141,7 +144,8 @@ class RuntimeRepository(Stores):
         self._boot: _Boot | None = None
         self._report: SchemaReport | None = None
         self._closed = False
-        self._gate = _Gate(database)
+        self._observer = None if observe is None else Observer(observe)
+        self._gate = _Gate(database if self._observer is None else ObservedSource(database, self._observer))
         super().__init__(self._gate)
         _constructed.add(self)
 
@@ -249,6 +253,22 @@ class RuntimeRepository(Stores):
         """
         with self._looking():
             return await status_of_store(self._database, load_migrations(self._database.backend), self._policy)
+
+    async def doctor(self) -> Diagnosis:
+        """
+        Find out what is wrong: drift, with the SQL that mends it, and whatever around the tables makes them slow or
+        unsafe.
+
+        As ``inspect``, it writes nothing and needs no boot; it judges as a verify-only boot that refuses drift. On
+        PostgreSQL it reads through two connections at once, to notice a pooler.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await diagnose(self._database, load_migrations(self._database.backend), self._policy)
 
     async def activity(self, *, over: timedelta = timedelta(seconds=10)) -> Activity:
         """
@@ -491,7 +511,12 @@ class RuntimeRepository(Stores):
         return call
 
     async def _ensure(self) -> SchemaReport:
-        return await ensure_schema(self._database, load_migrations(self._database.backend), self._policy)
+        report = await ensure_schema(
+            observed_boot(self._database, self._observer), load_migrations(self._database.backend), self._policy
+        )
+        if self._observer is not None:
+            self._observer.booted(report)
+        return report
 
     async def _join(self, boot: "_Boot") -> None:
         """

@@ -4,10 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.text import Text
 
 from runtime_repo.cli.shared import YES, Call, on_database
-from runtime_repo.cli.text import differences, table
+from runtime_repo.cli.text import differences, said, table
 from runtime_repo.cli.working import working
 
 if TYPE_CHECKING:
@@ -16,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
+@on_database(
+    "migrate", "runtime-repo migrate runtime.db", "runtime-repo migrate postgresql://migrator@db.example/app --json"
+)
 @click.option(
     "--backup/--no-backup",
     default=None,
@@ -24,12 +26,10 @@ __all__ = ["command"]
 @click.option(
     "--lock-timeout",
     type=click.FloatRange(0, min_open=False),
+    metavar="SECONDS",
     default=60.0,
     show_default=True,
     help="Seconds to wait for another's migration, or for the locks of live traffic.",
-)
-@on_database(
-    "migrate", "runtime-repo migrate runtime.db", "runtime-repo migrate postgresql://migrator@db.example/app --json"
 )
 async def command(call: Call, *, backup: bool | None, lock_timeout: float) -> int:
     """
@@ -66,15 +66,15 @@ def _show(console: Console, report: "SchemaReport") -> None:
         waited = (
             f" (another process migrated it, {report.waited:.1f} s)" if report.from_version < report.to_version else ""
         )
-        console.print(Text(f"Nothing to do: version {report.to_version} is current.{waited}", style="green"))
+        console.print(said(f"Nothing to do: version {report.to_version} is current.{waited}", style="green"))
         return
     steps = table("version", "migration", "time", align="rlr")
     for step in report.applied:
         steps.add_row(str(step.version), step.name, f"{step.duration:.3f} s")
     console.print(steps)
     if report.backup is not None:
-        console.print(Text(f"copied before, to {report.backup}"))
+        console.print(said(f"copied before, to {report.backup}"))
     if report.waited >= 0.1:
-        console.print(Text(f"waited {report.waited:.1f} s for locks"))
+        console.print(said(f"waited {report.waited:.1f} s for locks"))
     found = f"version {report.from_version}" if report.from_version else "nothing"
-    console.print(Text(f"From {found} to version {report.to_version}.", style="green"))
+    console.print(said(f"From {found} to version {report.to_version}.", style="green"))

@@ -24,8 +24,8 @@ import asyncpg
 from runtime_repo.archive import Loaded, Manifest, Reader, Terms, Writer
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Backend, Busy, Lost, Row, Watch
+from runtime_repo.doctor import Examined, Finding
 from runtime_repo.errors import (
-    ConfigurationError,
     DatabaseUnavailableError,
     LockHolder,
     MigrationError,
@@ -34,12 +34,15 @@ from runtime_repo.errors import (
 from runtime_repo.postgres.archive import export, kept_prefix, load
 from runtime_repo.postgres.boot import BootTransaction, Looks, begin
 from runtime_repo.postgres.connections import FAREWELL, GRACE, Connections
+from runtime_repo.postgres.doctor import examine
 from runtime_repo.postgres.heartbeats import Heartbeats
+from runtime_repo.postgres.names import check_schema
 from runtime_repo.postgres.notifications import Deaf, Hear, Listener, Teller
 from runtime_repo.postgres.refusals import is_conflict, is_lost
 from runtime_repo.postgres.sharing import Shared
 from runtime_repo.postgres.target import NO_LIMIT, Target, terminated
 from runtime_repo.queries import fill, load_queries
+from runtime_repo.repairs import Repair
 from runtime_repo.repository import Unique, check_seconds
 from runtime_repo.schema import Migration, load_migrations
 from runtime_repo.shielding import finish
@@ -94,7 +97,7 @@ class PostgresDatabase(Unique):
     ) -> None:
         self._target = target
         self._schema = schema
-        _check_schema(schema)
+        check_schema(schema)
         check_seconds("startup_timeout", startup_timeout, positive=True)
         self._startup_timeout = startup_timeout
         if verb_timeout is not None:
@@ -452,6 +455,13 @@ class PostgresDatabase(Unique):
         async with self._connections.apart() as connection:
             yield _Reader(self, self._connections, connection)
 
+    async def examine(self, examined: Examined) -> tuple[Sequence[Finding], Sequence[Repair]]:
+        async with self.reading() as reader, self.reading() as another:
+            return await examine(reader, another, self._schema, self.tokens["schema"], examined)
+
+    def script(self, statements: Sequence[str]) -> str:
+        return "\n".join(["begin;", *statements, "commit;"]) + "\n"
+
     async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:
         async with self._connections.apart() if apart else self._connections.acquired() as connection:
             text = self.queries["schema.lock_holder"]
@@ -553,15 +563,3 @@ def _check_busy(error: DatabaseUnavailableError) -> None:
     """
     if isinstance(error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.InternalServerError)):
         raise Busy from error.__cause__
-
-
-def _check_schema(schema: str) -> None:
-    try:
-        size = len(schema.encode())
-    except (AttributeError, UnicodeEncodeError):
-        size = 0
-    if not 0 < size <= 63 or "\0" in schema or schema.startswith("pg_"):
-        raise ConfigurationError(
-            f"the runtime schema's name is {schema!r}, {size} bytes: expected 1 to 63 bytes of UTF-8 (PostgreSQL would "
-            "cut a longer one silently, and two names would share a schema), without NUL, not beginning with 'pg_'"
-        )

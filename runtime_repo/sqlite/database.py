@@ -28,6 +28,7 @@ import aiosqlite
 from runtime_repo.archive import Loaded, Manifest, Reader, Terms, Writer, in_thread
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Backend, Busy, Heartbeats, Row
+from runtime_repo.doctor import Examined, Finding
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -36,12 +37,14 @@ from runtime_repo.errors import (
     RuntimeRepoError,
 )
 from runtime_repo.queries import fill, load_queries, split_statements
+from runtime_repo.repairs import Repair
 from runtime_repo.repository import Unique
 from runtime_repo.schema import Migration
 from runtime_repo.shielding import CLEAN_UP, finish, settle
 from runtime_repo.sqlite.archive import Replacement, exporting, remains
 from runtime_repo.sqlite.backup import Copy, backup_path, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
+from runtime_repo.sqlite.doctor import examine
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.group import Group, Part, Query, reads
 from runtime_repo.sqlite.limits import Limit, Limits
@@ -592,6 +595,15 @@ class SqliteDatabase(Unique):
         """Run *statements* on a connection of one's own, and again while the file is locked."""
         with Limit(self._limits):
             return await self._patiently(lambda: self.hop(Query(statements, args).alone, connection))
+
+    async def examine(self, examined: Examined) -> tuple[Sequence[Finding], Sequence[Repair]]:
+        async with self.reading() as reader:
+            return await examine(reader, self._path, examined)
+
+    def script(self, statements: Sequence[str]) -> str:
+        # A table that others refer to can be made anew only so.
+        before = ["pragma foreign_keys = off;", "pragma legacy_alter_table = on;", "begin immediate;"]
+        return "\n".join([*before, *statements, "commit;", "pragma legacy_alter_table = off;"]) + "\n"
 
     async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:  # noqa: ARG002
         return None  # nobody can know

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime_repo import NewAttempt, SchemaError, SchemaReport
-from runtime_repo.cli.app import COMMANDS
-from tests.cli.program import GIVEN, Program, ran
+from tests.cli.program import GIVEN, ON_DATABASE, Program, ran
 from tests.lab import Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 from tests.versions import HISTORY, NEWEST, NEXT
 
@@ -215,6 +214,19 @@ async def test_status_tells_what_the_library_does(lab: Lab, program: Program) ->
     assert datetime.fromisoformat(found["ledger"][0]["applied_at"])
 
 
+async def test_nothing_that_is_stored_gives_the_terminal_orders(lab: Lab, program: Program) -> None:
+    """Whoever may enqueue could write to the operator's screen otherwise."""
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue("run", queue="a\x1b]0;x\x07\nb")
+        await repo.leases.claim("w\x1b[2J", queues="a\x1b]0;x\x07\nb")
+        await repo.control.pause("c\x1b[2J", "r\x1b[2J")
+    for name in ("status", "top", "verify", "resume"):
+        done = await program.run(name, *GIVEN.get(name, ()))
+        assert done.code == YES
+        assert "\x1b" not in done.output
+    assert r"a\x1b]0;x\x07\nb" in (await program.run("status")).output
+
+
 async def test_status_says_no_where_a_boot_would_be_refused_and_tells_the_rest(lab: Lab, program: Program) -> None:
     """Of a drifted schema, what waits is still shown."""
     async with lab.repository() as repo:
@@ -337,7 +349,7 @@ async def test_top_says_no_of_an_earlier_version(lab: Lab, program: Program) -> 
     assert "version 1" in done.errors
 
 
-@pytest.mark.parametrize("name", [name for section in COMMANDS.values() for name in section])
+@pytest.mark.parametrize("name", ON_DATABASE)
 async def test_what_cannot_be_reached_is_not_known(lab: Lab, program: Program, name: str) -> None:
     """2, with the library's words, and nothing but them."""
     if isinstance(lab, SqliteLab):

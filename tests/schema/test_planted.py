@@ -103,8 +103,8 @@ def statements(schema: str) -> Iterator[tuple[str, str]]:
 
 
 def is_ddl(statement: str) -> bool:
-    """Whether it changes or vacuums what there is, and cannot be the body of a function."""
-    return re.match(r"(--[^\n]*\n|\s)*(create|alter|drop|vacuum)\b", statement) is not None
+    """Whether it changes or vacuums what there is, or does what a query has told, and cannot be a function's body."""
+    return re.match(r"(--[^\n]*\n|\s)*(create|alter|drop|do|vacuum)\b", statement) is not None
 
 
 @pytest.fixture
