@@ -109,6 +109,9 @@ async def test_migrate_takes_no_copy_where_none_is_wanted(lab: Lab, program: Pro
     assert (await program.json("migrate", "--no-backup"))["backup"] is None
     assert isinstance(lab, SqliteLab)
     assert lab.backups() == []
+    await lab.wipe()
+    await lab.reach(1)
+    assert (await program.json("migrate"))["backup"] == str(lab.path.with_name(lab.backups()[0]))
 
 
 async def test_migrate_says_no_and_changes_nothing_where_it_is_refused(lab: Lab, program: Program) -> None:
