@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.syntax import Syntax
 from rich.text import Text
 
 from runtime_repo.cli.redaction import printable
 from runtime_repo.cli.shared import NO, YES, Call, on_database
-from runtime_repo.cli.text import said
+from runtime_repo.cli.text import said, statements
 
 if TYPE_CHECKING:
     from runtime_repo.doctor import Diagnosis, Finding
@@ -57,7 +56,7 @@ def _show(console: Console, diagnosis: "Diagnosis") -> None:
     if diagnosis.repairs:
         console.print()
         console.print(said("What mends the drift, as one transaction:", style="bold"))
-        console.print(Syntax(diagnosis.script.rstrip(), "postgresql", theme="ansi_dark", background_color="default"))
+        console.print(statements(diagnosis.script))
         for repair in diagnosis.repairs:
             for warning in repair.warnings:
                 console.print(said(f"Beware: {warning}", style="yellow"))
