@@ -393,13 +393,14 @@ class ArchiveError(RuntimeRepoError):
     """
     An archive is damaged, incomplete or of an unknown form, or its file cannot be read or written.
 
-    *path* is the file, *reason* what is wrong with it. What was being restored was rolled back.
+    *path* is the file, empty where there is nothing to write into one; *reason* is what is wrong. What was being
+    restored was rolled back.
     """
 
     def __init__(self, path: str, reason: str) -> None:
         self.path = path
         self.reason = reason
-        super().__init__(f"the archive {path!r}: {reason}")
+        super().__init__(f"the archive {path!r}: {reason}" if path else reason)
 
 
 class StoreInUseError(RuntimeRepoError):

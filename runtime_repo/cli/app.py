@@ -26,6 +26,9 @@ COMMANDS = {
     },
     "Change it": {
         "migrate": "Bring the schema to this release's version.",
+        "backup": "Write all that is stored into an archive, while workers go on.",
+        "restore": "Put an archive in the place of what is stored, which is kept.",
+        "move": "Move a store to another place, such as from SQLite to PostgreSQL.",
         "quiesce": "Let nobody claim anything, and wait until nothing is held.",
         "pause": "Let nobody claim from a queue.",
         "resume": "Let everybody claim again.",

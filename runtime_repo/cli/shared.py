@@ -103,10 +103,10 @@ class Call:
 
     @functools.cached_property
     def console(self) -> "Console":
-        """For people. What is no terminal has lines as long as they are."""
+        """For people. A terminal's lines are broken between words; what is no terminal has them as long as they are."""
         from rich.console import Console
 
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False)
         return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=_WIDE)
 
     def answer(self, value: Mapping[str, Any], show: Callable[["Console"], None]) -> None:
