@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runtime_repo.api_keys import ApiKey, ApiKeyStatus
+    from runtime_repo.archive import BackupReport, MoveReport, RestoreReport, move
     from runtime_repo.audit import AuditEntry
     from runtime_repo.control import ControlState, QuiesceProgress, Stop
     from runtime_repo.doctor import Diagnosis, Finding
     from runtime_repo.errors import (
+        ArchiveError,
         ConfigurationError,
         ConflictError,
         DatabaseUnavailableError,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         OverloadedError,
         PayloadMismatchError,
         RefusedError,
+        RemainsError,
         RepositoryClosedError,
         RuntimeRepoError,
         SchemaDriftError,
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
         SchemaLockTimeoutError,
         SchemaOutOfDateError,
         SchemaTooNewError,
+        StoreInUseError,
+        UnportableRowsError,
         UnreadableRowError,
         UnsuitableDatabaseError,
     )
@@ -89,9 +94,11 @@ __all__ = [
     "ApiKey",
     "ApiKeyStatus",
     "AppliedMigration",
+    "ArchiveError",
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
+    "BackupReport",
     "BootStep",
     "Claimed",
     "Compatibility",
@@ -118,6 +125,7 @@ __all__ = [
     "LockHolder",
     "Migrated",
     "MigrationError",
+    "MoveReport",
     "NewAttempt",
     "NotFoundError",
     "NotQuietError",
@@ -135,8 +143,10 @@ __all__ = [
     "QuiesceProgress",
     "RecordedMigration",
     "RefusedError",
+    "RemainsError",
     "Repair",
     "RepositoryClosedError",
+    "RestoreReport",
     "RetryPolicy",
     "RuntimeRepoError",
     "RuntimeRepository",
@@ -154,26 +164,49 @@ __all__ = [
     "Statement",
     "StepReport",
     "Stop",
+    "StoreInUseError",
     "StoreStatus",
     "Swept",
     "TableSize",
+    "UnportableRowsError",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
     "Worker",
     "WorkerLeases",
+    "move",
     "repository_from_url",
 ]
 
+_DRIVERS = {"SqliteRuntimeRepository": "sqlite", "PostgresRuntimeRepository": "postgres", "repository_from_url": "url"}
+"""Where those names live that load a driver, or both."""
+
 _HOMES = [
-    *("errors", "retry", "rows", "records", "schema", "status", "control", "doctor", "repairs", "api_keys", "audit"),
-    *("interrupts", "jobs", "step_reports", "repository", "observing", "worker", "sqlite", "postgres", "url"),
+    "errors",
+    "retry",
+    "rows",
+    "records",
+    "schema",
+    "archive",
+    "status",
+    "control",
+    "doctor",
+    "repairs",
+    "api_keys",
+    "audit",
+    "interrupts",
+    "jobs",
+    "step_reports",
+    "repository",
+    "observing",
+    "worker",
 ]
-"""Where the names above live, and are looked for in this order: what needs both drivers comes last."""
+"""Where the others live, and are looked for in this order."""
 
 if not TYPE_CHECKING:  # to a type checker every name would be there
 
     def __getattr__(name: str) -> object:
-        for home in _HOMES if name in __all__ else ():
+        homes = [_DRIVERS[name]] if name in _DRIVERS else _HOMES if name in __all__ else ()
+        for home in homes:
             module = importlib.import_module(f"{__name__}.{home}")
             if name in module.__all__:
                 globals()[name] = found = getattr(module, name)

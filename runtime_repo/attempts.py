@@ -62,6 +62,9 @@ __all__ = ["Attempts"]
 
 MAX_ERROR_LENGTH = 1024 * 1024
 
+_DEEPEST = 100_000
+"""How far the depth of a queue is counted."""
+
 _LONGEST_POLL = 3.0
 """Seconds that one poll of ``wait`` may take, before it is known that the database has fallen silent."""
 
@@ -340,6 +343,18 @@ class Attempts:
     async def stats(self, *, now: datetime | None = None) -> Page[QueueStats]:
         """Return how much there is to do in each queue that has anything, by name. It reads all that is not final."""
         return readable(await self._queries.fetch("attempts.stats", instant_ms("now", now)), stats_from_row)
+
+    async def depth(self, queue: str = DEFAULT_QUEUE, *, most: int = 10_000, now: datetime | None = None) -> int:
+        """
+        Return how much of a queue could be claimed now: a metric, or what to scale workers by.
+
+        It counts no further than *most*, which is 100,000 at most, and reads no more than that of the queue's index,
+        however much there is besides.
+        """
+        of_queue, limit = check_id("queue", queue), check_count("most", most, most=_DEEPEST)
+        rows = await self._queries.fetch("attempts.depth", of_queue, limit, instant_ms("now", now))
+        row = written(rows, "the depth of the queue")
+        return min(int(row["ready"] + row["due"]), limit)
 
     async def start(self, lease: Lease, *, now: datetime | None = None) -> Attempt:
         """

@@ -2,7 +2,8 @@
 What an application can watch: one callable, told by events of what the library does.
 
 Events are told where the statements go by, so that no verb and no loop knows of it, and nothing is in the way where
-nobody watches. What is done in a transaction is told when that is committed.
+nobody watches. What is done in a transaction is told when that is committed; of one of the application's own, whose end
+nobody sees, only the statements are.
 """
 
 import asyncio
@@ -12,10 +13,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from runtime_repo.database import Busy, Database, Heartbeats, Row, Source, Transaction, Watch
 from runtime_repo.errors import ConfigurationError
@@ -30,6 +31,8 @@ __all__ = [
     "LeaseLost",
     "Migrated",
     "Observe",
+    "ObservedSource",
+    "ObservedTransaction",
     "Observer",
     "OutageBegan",
     "OutageEnded",
@@ -37,6 +40,8 @@ __all__ = [
     "Swept",
     "observed_boot",
 ]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("runtime_repo")
 
@@ -104,7 +109,7 @@ class Failed(NamedTuple):
 
 
 class LeaseLost(NamedTuple):
-    """A write under a lease, or its heartbeat, was refused."""
+    """A write under a lease, or its heartbeat, was refused. What an outage costs, its end tells."""
 
     attempt_id: str
     status: str | None
@@ -164,24 +169,24 @@ class Observer:
         """Whether it wants to be told at all."""
         if (now := time.monotonic()) >= self._ask_at and self._is_active is not None:
             self._ask_at = now + _ASKED_EVERY
-            with self._harmless():
+            try:
                 self._answer = bool(self._is_active())
+            except Exception:  # noqa: BLE001 - as below
+                self._failed()
         return self._answer
 
     def tell(self, event: Event) -> None:
         """Tell it, whatever it makes of that."""
         if self._answer:
-            with self._harmless():
+            try:
                 self._observe(event)
+            except Exception:  # noqa: BLE001 - it is the application's
+                self._failed()
 
-    @contextlib.contextmanager
-    def _harmless(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception:  # noqa: BLE001 - it is the application's
-            if not self._has_failed:
-                self._has_failed = True
-                _log.exception("what observes the repository raised, and may again, which is not logged: mend it")
+    def _failed(self) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            _log.exception("what observes the repository raised, and may again, which is not logged: mend it")
 
     def booted(self, report: SchemaReport) -> None:
         """Tell of what a boot has applied."""
@@ -203,22 +208,22 @@ class _Statements:
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
         if not self._observer.wants():
             return await self._asks.fetch(query, *args)
-        with self._timed(query) as took:
-            rows = await self._asks.fetch(query, *args)
-        self._committed(_meaning(query, args, rows, took()))
+        rows, seconds = await self._timed(query, self._asks.fetch(query, *args))
+        if query.partition(" ")[0] in _TELLING:
+            self._committed(_meaning(query, args, rows, seconds))
         return rows
 
-    @contextlib.contextmanager
-    def _timed(self, query: str) -> Iterator[Callable[[], float]]:
+    async def _timed(self, query: str, answer: Awaitable[T]) -> tuple[T, float]:
+        """The answer to a query, and how long that took."""
         began = time.perf_counter()
-        seconds = 0.0
         try:
-            yield lambda: seconds
+            rows = await answer
         except BaseException as error:
             self._observer.tell(Statement(query, time.perf_counter() - began, error))
             raise
         seconds = time.perf_counter() - began
         self._observer.tell(Statement(query, seconds))
+        return rows, seconds
 
     def _committed(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -235,8 +240,8 @@ class ObservedSource(_Statements):
     async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
         if not self._observer.wants():
             return await self._inner.glance(query, *args, within=within)
-        with self._timed(query):
-            return await self._inner.glance(query, *args, within=within)
+        rows, _ = await self._timed(query, self._inner.glance(query, *args, within=within))
+        return rows
 
     @contextlib.asynccontextmanager
     async def atomic(self) -> AsyncIterator[Transaction]:
@@ -252,8 +257,7 @@ class ObservedSource(_Statements):
         return self._inner.watch(queues)
 
     async def vacuum(self) -> None:
-        with self._timed("attempts.vacuum"):
-            await self._inner.vacuum()
+        await self._timed("attempts.vacuum", self._inner.vacuum())
 
     async def heartbeats(self) -> Heartbeats:
         return _ObservedHeartbeats(await self._inner.heartbeats(), self._observer)
@@ -293,8 +297,8 @@ class _ObservedHeartbeats(_Statements):
     async def ask(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
         if not self._observer.wants():
             return await self._inner.ask(query, *args)
-        with self._timed(query):
-            return await self._inner.ask(query, *args)
+        answer, _ = await self._timed(query, self._inner.ask(query, *args))
+        return answer
 
     def atomic(self) -> AbstractAsyncContextManager[Transaction]:
         return self._inner.atomic()
@@ -311,6 +315,8 @@ def _meaning(query: str, args: Sequence[object], rows: Sequence[Row], seconds: f
         yield LeaseLost(str(args[0]), row["status"], row["worker_id"])
     elif rows and (read := _READ.get(name)) is not None:
         yield from read(rows, seconds)
+    elif rows and name == "attempts.complete_many":
+        yield from _completed_many(args[0], rows, seconds)
 
 
 def _claimed(rows: Sequence[Row], seconds: float) -> Iterator[Event]:
@@ -323,9 +329,11 @@ def _completed(rows: Sequence[Row], seconds: float) -> Iterator[Event]:
         yield Completed(row["attempt_id"], row["queue"], _headers(row), seconds)
 
 
-def _completed_many(rows: Sequence[Row], seconds: float) -> Iterator[Event]:
-    for row in rows:
-        yield Completed(row["attempt_id"], None, None, seconds)
+def _completed_many(given: Any, rows: Sequence[Row], seconds: float) -> Iterator[Event]:
+    """One row without an id says that all were, whose ids are the first of the columns given."""
+    ids = [row["attempt_id"] for row in rows] if rows[0]["attempt_id"] is not None else given[: len(given) // 4]
+    for attempt_id in ids:
+        yield Completed(attempt_id, None, None, seconds)
 
 
 def _failed(rows: Sequence[Row], seconds: float) -> Iterator[Event]:
@@ -342,10 +350,13 @@ _READ: Mapping[str, Callable[[Sequence[Row], float], Iterator[Event]]] = {
     "leases.claim": _claimed,
     "leases.claim_attempt": _claimed,
     "attempts.complete": _completed,
-    "attempts.complete_many": _completed_many,
     "attempts.fail": _failed,
     "leases.requeue_expired": _swept,
 }
+
+
+_TELLING = _READ.keys() | {"leases.holder", "attempts.complete_many"}
+"""The queries whose answers say something of attempts."""
 
 
 def _headers(row: Row) -> Any:

@@ -44,6 +44,7 @@ CALLS: dict[str, Write] = {
     "attempts.list_dispatchable": lambda repo, _, now: repo.attempts.list_dispatchable(now=now),
     "attempts.wait": lambda repo, _, now: repo.attempts.wait(timeout=timedelta(0), now=now),
     "attempts.stats": lambda repo, _, now: repo.attempts.stats(now=now),
+    "attempts.depth": lambda repo, _, now: repo.attempts.depth(now=now),
     "attempts.start": WRITES["start"],
     "attempts.complete": WRITES["complete"],
     "attempts.complete_many": WRITES["complete_many"],

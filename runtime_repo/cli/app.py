@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 
@@ -26,6 +28,9 @@ COMMANDS = {
     },
     "Change it": {
         "migrate": "Bring the schema to this release's version.",
+        "backup": "Write all that is stored into an archive, while workers go on.",
+        "restore": "Put an archive in the place of what is stored, which is kept.",
+        "move": "Move a store to another place, such as from SQLite to PostgreSQL.",
         "quiesce": "Let nobody claim anything, and wait until nothing is held.",
         "pause": "Let nobody claim from a queue.",
         "resume": "Let everybody claim again.",
@@ -146,4 +151,9 @@ def _failed(error: BaseException, redaction: Redaction, *, is_json: bool) -> int
 
 
 def _say(words: str) -> None:
-    sys.stderr.write(f"runtime-repo: {printable(words)}\n")
+    """On one line, which a terminal would break within words."""
+    line = f"runtime-repo: {printable(words)}"
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    sys.stderr.write(f"{line}\n")

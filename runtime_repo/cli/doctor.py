@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.syntax import Syntax
 from rich.text import Text
 
+from runtime_repo.cli.redaction import printable
 from runtime_repo.cli.shared import NO, YES, Call, on_database
+from runtime_repo.cli.text import said, statements
 
 if TYPE_CHECKING:
     from runtime_repo.doctor import Diagnosis, Finding
@@ -54,15 +55,15 @@ def _show(console: Console, diagnosis: "Diagnosis") -> None:
             console.print(line)
     if diagnosis.repairs:
         console.print()
-        console.print(Text("What mends the drift, as one transaction:", style="bold"))
-        console.print(Syntax(diagnosis.script.rstrip(), "postgresql", theme="ansi_dark", background_color="default"))
+        console.print(said("What mends the drift, as one transaction:", style="bold"))
+        console.print(statements(diagnosis.script))
         for repair in diagnosis.repairs:
             for warning in repair.warnings:
-                console.print(Text(f"Beware: {warning}", style="yellow"))
+                console.print(said(f"Beware: {warning}", style="yellow"))
 
 
 def _lines(finding: "Finding", width: int) -> Iterator[Text]:
-    line = Text(f"{finding.state:<8}", style=_STYLES[finding.state])
-    yield line.append(f"{finding.check:<{width}}  {finding.told}", style="default")
+    line = said(f"{finding.state:<8}", style=_STYLES[finding.state])
+    yield line.append(f"{finding.check:<{width}}  {printable(finding.told)}", style="default")
     if finding.advice is not None:
-        yield Text(" " * (8 + width + 2) + finding.advice, style="dim")
+        yield said(" " * (8 + width + 2) + finding.advice, style="dim")

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.text import Text
 
 from runtime_repo.cli.shared import YES, Call
-from runtime_repo.cli.text import counted
+from runtime_repo.cli.text import counted, said
 from runtime_repo.cli.working import working
 
 __all__ = ["SPAN", "actor", "carry_out", "narrowing"]
@@ -71,7 +70,7 @@ async def carry_out(
             count = await work(repository.attempts, who)
 
     def show(console: Console) -> None:
-        console.print(Text(f"{counted(count, 'attempt')} {done}", style="green" if count else ""))
+        console.print(said(f"{counted(count, 'attempt')} {done}", style="green" if count else ""))
 
     call.answer({"count": count, "actor": who}, show)
     return YES

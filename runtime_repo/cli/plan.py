@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.syntax import Syntax
 from rich.text import Text
 
 from runtime_repo.cli.shared import NO, YES, Call, on_database
-from runtime_repo.cli.text import differences, said
+from runtime_repo.cli.text import differences, said, statements
 
 if TYPE_CHECKING:
     from runtime_repo.schema import SchemaPlan
@@ -45,8 +44,9 @@ def _show(console: Console, plan: "SchemaPlan") -> None:
         console.print(line)
     for migration in plan.migrations:
         console.print()
-        console.rule(said(f"{migration.version} {migration.name}", style="bold"), align="left")
-        console.print(Syntax(migration.sql.rstrip(), "postgresql", theme="ansi_dark", background_color="default"))
+        console.print(said(f"{migration.version} {migration.name}", style="bold"))
+        console.print()
+        console.print(statements(migration.sql))
 
 
 def _summary(plan: "SchemaPlan") -> Iterator[Text]:

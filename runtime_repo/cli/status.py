@@ -48,10 +48,12 @@ def _show(console: Console, status: "StoreStatus") -> None:
     for part in _tables(status):
         console.print()
         console.print(part)
-    for line in differences(status.schema.differences, status.schema.refusal):
+    remarks = list(differences(status.schema.differences, status.schema.refusal))
+    remarks += [said(f"? {what}", style="yellow") for what in status.unknown]
+    if remarks:
+        console.print()
+    for line in remarks:
         console.print(line)
-    for what in status.unknown:
-        console.print(said(f"? {what}", style="yellow"))
 
 
 def _facts(status: "StoreStatus") -> Iterator[tuple[str, Text]]:

@@ -13,7 +13,20 @@ from runtime_repo.cli.redaction import printable
 if TYPE_CHECKING:
     from runtime_repo.errors import Difference
 
-__all__ = ["MISSING", "counted", "differences", "facts", "instant", "number", "rate", "said", "size", "span", "table"]
+__all__ = [
+    "MISSING",
+    "counted",
+    "differences",
+    "facts",
+    "instant",
+    "number",
+    "rate",
+    "said",
+    "size",
+    "span",
+    "statements",
+    "table",
+]
 
 MISSING = "-"
 """Where there is nothing to say."""
@@ -27,6 +40,13 @@ def said(words: str, style: str = "") -> Text:
 def number(value: float | None) -> str:
     """With commas."""
     return MISSING if value is None else f"{value:,}"
+
+
+def statements(sql: str) -> RenderableType:
+    """SQL, coloured where there are colours."""
+    from rich.syntax import Syntax
+
+    return Syntax(sql.rstrip(), "postgresql", theme="ansi_dark", background_color="default", word_wrap=True)
 
 
 def counted(value: int, noun: str) -> str:

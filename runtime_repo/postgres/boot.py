@@ -268,7 +268,7 @@ class BootTransaction:
         return await self._looks.look_closely(self._connection, shipped, around, is_readable=is_readable)
 
 
-def begin(server: int) -> str:
+def begin(server: int, mode: str = "isolation level read committed") -> str:
     """
     Begin as boot needs it, whatever the role's settings are: a fresh snapshot for each statement, no waiting behind
     live traffic, and no end to an index build or a backup by the clock.
@@ -277,4 +277,4 @@ def begin(server: int) -> str:
     if server >= 17:
         unlimited.append("transaction_timeout")
     settings = "".join(f"set local {name} = 0;" for name in unlimited)
-    return f"begin isolation level read committed; {_BOUNDED} {settings}"
+    return f"begin {mode}; {_BOUNDED} {settings}"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
+from runtime_repo.archive import Loaded, Manifest, Reader, Terms, Writer
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Backend, Busy, Lost, Row, Watch
 from runtime_repo.doctor import Examined, Finding
@@ -30,6 +31,7 @@ from runtime_repo.errors import (
     MigrationError,
     RuntimeRepoError,
 )
+from runtime_repo.postgres.archive import export, kept_prefix, load
 from runtime_repo.postgres.boot import BootTransaction, Looks, begin
 from runtime_repo.postgres.connections import FAREWELL, GRACE, Connections
 from runtime_repo.postgres.doctor import examine
@@ -42,6 +44,7 @@ from runtime_repo.postgres.target import NO_LIMIT, Target, terminated
 from runtime_repo.queries import fill, load_queries
 from runtime_repo.repairs import Repair
 from runtime_repo.repository import Unique, check_seconds
+from runtime_repo.schema import Migration, load_migrations
 from runtime_repo.shielding import finish
 
 if TYPE_CHECKING:
@@ -366,7 +369,7 @@ class PostgresDatabase(Unique):
         try:
             async with self._connections.in_time(seconds, "a half of what was left of startup_timeout"):
                 with self._connections.translated():
-                    return await self._looks.look(connection, shipped)
+                    return await self._with_remains(connection, await self._looks.look(connection, shipped))
         except DatabaseUnavailableError as error:
             _check_busy(error)
             if is_lost(error.__cause__):
@@ -437,7 +440,7 @@ class PostgresDatabase(Unique):
                     if look.is_newer(shipped):
                         rows = await connection.fetch(self.queries["control.oldest"], timeout=NO_LIMIT)
                         look = replace(look, oldest=rows[0]["value_json"] if rows else None)
-                    return look
+                    return await self._with_remains(connection, look)
         except DatabaseUnavailableError as error:
             _check_busy(error)
             raise
@@ -487,6 +490,27 @@ class PostgresDatabase(Unique):
 
     def backup_name(self, from_version: int) -> str | None:  # noqa: ARG002
         return None
+
+    async def _with_remains(self, connection: "Connection", look: Look) -> Look:
+        """Where there is nothing, and only there, with what a restore has kept beside it."""
+        if not look.is_empty:
+            return look
+        text = self.queries["archive.remains"]
+        rows = await connection.fetch(text, kept_prefix(self._schema), timeout=NO_LIMIT)
+        return replace(look, remains=tuple(f"schema {row['name']}" for row in rows))
+
+    async def export(self, writer: Writer, migrations: Sequence[Migration], terms: Terms, target: Backend) -> Manifest:  # noqa: ARG002 - whatever is here fits anywhere
+        return await export(self, writer, migrations, terms)
+
+    async def load(self, reader: Reader, migrations: Sequence[Migration], terms: Terms) -> Loaded:
+        return await load(self, reader, migrations, terms)
+
+    def named(self, name: str) -> str:
+        """The qualified name of something in the runtime schema."""
+        return f'{self.tokens["schema"]}."{name}"'
+
+    def shipped(self) -> Sequence[Migration]:
+        return load_migrations(self.backend)
 
 
 class _Transaction:

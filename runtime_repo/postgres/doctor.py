@@ -155,7 +155,7 @@ def _transactions(rows: Sequence[Row]) -> Finding:
         f"{row['age']:.0f} s"
         for row in rows
     )
-    pids = " ".join(f"select pg_terminate_backend({row['pid']});" for row in rows)
+    pids = " ".join(f"select pg_catalog.pg_terminate_backend({row['pid']});" for row in rows)
     advice = f"dead rows stay for as long, and claims read past them: end them, or have them ended: {pids}"
     return Finding("long transactions", "ill", f"open: {who}", advice)
 

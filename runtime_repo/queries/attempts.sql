@@ -1084,6 +1084,46 @@ update or replace {schema}.runtime_finished
              from json_each($2));
 {marked_are_deleted}
 
+-- name: depth @postgres
+-- How much of a queue ($1) could be claimed now, counted no further than so many ($2): one read of each of the queue's
+-- two indexes, to which the order leads.
+select (select pg_catalog.count(*)
+          from (select 1
+                  from (select 1
+                          from {schema}.runtime_queue
+                         where queue = $1
+                           and retry_at_ms is null
+                         order by priority desc, enqueued_at_ms, attempt_id
+                         limit 100000) as first
+                 limit $2) as ready) as ready,
+       (select pg_catalog.count(*)
+          from (select 1
+                  from (select 1
+                          from {schema}.runtime_queue
+                         where queue = $1
+                           and retry_at_ms is not null
+                           and retry_at_ms <= coalesce($3, {now_ms})
+                         order by retry_at_ms, attempt_id
+                         limit 100000) as first
+                 limit $2) as due) as due;
+
+-- name: depth @sqlite
+select (select count(*)
+          from (select 1
+                  from {schema}.runtime_queue
+                 where queue = $1
+                   and retry_at_ms is null
+                 order by priority desc, enqueued_at_ms, attempt_id
+                 limit $2) as first) as ready,
+       (select count(*)
+          from (select 1
+                  from {schema}.runtime_queue
+                 where queue = $1
+                   and retry_at_ms is not null
+                   and retry_at_ms <= coalesce($3, {now_ms})
+                 order by retry_at_ms, attempt_id
+                 limit $2) as first) as due;
+
 -- name: stats
 -- How much there is to do, queue by queue; what is due counts as ready. No time may be so early that its age is beyond
 -- a bigint.

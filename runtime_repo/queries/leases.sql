@@ -666,7 +666,10 @@ with late as materialized (
            attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
            retry_at_ms    = null,
            finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
-           error          = 'the lease of worker ' || coalesce(worker_id, 'unknown')
+           error          = 'the lease of worker '
+                                || coalesce((select l.worker_id
+                                               from {schema}.runtime_leases as l
+                                              where l.attempt_id = a.attempt_id), worker_id, 'unknown')
                                 || case when attempt_id in (select attempt_id from taken) then ' is gone' else ' expired' end,
            ended_by       = 'expire'
      where a.attempt_id = any (array(select attempt_id from ended union all select attempt_id from taken))

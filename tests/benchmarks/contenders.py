@@ -51,6 +51,35 @@ class Store(Protocol):
         """Claim and complete so many, *size* at a time."""
 
 
+class Stepper(Store, Protocol):
+    """Whoever may have rivals for what it is to work on."""
+
+    async def step(self, size: int) -> int:
+        """Claim and complete up to so many, and say how many they were."""
+
+
+class Several:
+    """As many workers at once, each with a connection of its own."""
+
+    def __init__(self, workers: Sequence[Stepper]) -> None:
+        self._workers = workers
+
+    async def fill(self, count: int) -> None:
+        await self._workers[0].fill(count)
+
+    async def work(self, count: int, size: int) -> None:
+        left = count
+
+        async def working(worker: Stepper) -> None:
+            nonlocal left
+            while left > 0:
+                done = await worker.step(size)
+                left -= done
+
+        await asyncio.gather(*(working(worker) for worker in self._workers))
+        assert left == 0
+
+
 class Ours:
     """
     The library's verbs, as in its README: one claim, then one `complete_many`, or one `complete` of a single one, and a
@@ -69,18 +98,20 @@ class Ours:
             await self.enqueue([NewAttempt(RUN, payload={"n": n}) for n in range(start, min(start + _PER_FILL, count))])
 
     async def work(self, count: int, size: int) -> None:
-        repo = self.repo
         for _ in range(count // size):
-            leases = await repo.leases.claim(WORKER, limit=size)
-            assert len(leases) == size
-            if size == 1:
-                await repo.attempts.complete(leases[0])
-            else:
-                await repo.attempts.complete_many([(lease, None) for lease in leases])
-        self._claimed += count
+            assert await self.step(size) == size
+
+    async def step(self, size: int) -> int:
+        leases = await self.repo.leases.claim(WORKER, limit=size)
+        if size == 1 and leases:
+            await self.repo.attempts.complete(leases[0])
+        else:
+            await self.repo.attempts.complete_many([(lease, None) for lease in leases])
+        self._claimed += len(leases)
         if self._claimed >= _WORN:
             self._claimed = 0
-            await repo.attempts.vacuum()
+            await self.repo.attempts.vacuum()
+        return len(leases)
 
     async def work_in_tasks(self, count: int, tasks: int) -> None:
         """Claim and complete so many one by one, in so many tasks at once."""

@@ -27,6 +27,9 @@ GIVEN: Mapping[str, Sequence[str]] = {
     "pause": ["emails"],
     "cancel": ["--older-than", "1d"],
     "prune": ["--older-than", "1d"],
+    "backup": ["/nowhere/there.zip"],
+    "restore": ["/nowhere/there.zip"],
+    "move": ["/nowhere/there.db"],
 }
 """What a command needs besides the database, to come to an end."""
 

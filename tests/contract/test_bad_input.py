@@ -130,6 +130,7 @@ VERBS: dict[str, tuple[Callable[[str], Call], Mapping[str, Sequence[Any]]]] = {
     ),
     "attempts.wait": (on("attempts", "wait"), {"queues": QUEUES, "timeout": SPANS, "now": INSTANTS}),
     "attempts.stats": (on("attempts", "stats"), {"now": INSTANTS}),
+    "attempts.depth": (on("attempts", "depth"), {"queue": IDS, "most": [*COUNTS, 100_001], "now": INSTANTS}),
     "attempts.start": (held("attempts", "start"), {"now": INSTANTS}),
     "attempts.complete": (held("attempts", "complete"), {"result": PAYLOADS, "now": INSTANTS}),
     "attempts.complete_many": (complete_many, {"result": PAYLOADS, "now": INSTANTS}),

@@ -34,7 +34,7 @@ REPEATED: dict[str, tuple[Write, object]] = {name: (write, SAME) for name, write
 }
 """Each write, and what it answers the second time. What takes has taken all there was."""
 
-READS = {"get", "find", "list", "list_dispatchable", "stats", "wait", "hold"}
+READS = {"get", "find", "list", "list_dispatchable", "stats", "depth", "wait", "hold"}
 
 
 async def prepared(repo: RuntimeRepository, clock: Clock) -> Lease:

@@ -138,6 +138,7 @@ async def a_worker_claims_and_finishes(repo: RuntimeRepository) -> None:
     assert_type(await repo.attempts.retry("a"), Attempt)
     assert_type(await repo.attempts.prune(older_than=timedelta(days=7)), int)
     assert_type(await repo.attempts.prune(older_than=timedelta(0), status=AttemptStatus.FAILED, actor="ann"), int)
+    assert_type(await repo.attempts.depth("mail", most=100), int)
     assert_type(await repo.attempts.retry_many(actor="ann", error="disk full"), int)
     assert_type(await repo.attempts.cancel_many(actor="ann", queue="mail"), int)
     assert_type(attempt.status, AttemptStatus)
@@ -277,6 +278,7 @@ async def errors_carry_their_numbers(repo: RuntimeRepository) -> Mapping[str, ob
 
 async def a_store_is_told_of(repo: RuntimeRepository) -> None:
     """What is there, and what moves."""
+    assert_type((await repo.doctor()).is_well, bool)
     status = await repo.status()
     assert_type(status, StoreStatus)
     assert_type((status.backend, status.server), tuple[Literal["sqlite", "postgres"], str | None])
