@@ -91,7 +91,7 @@ class Prepared:
 
     def run(self, connection: Any, args: Sequence[object]) -> Sequence[Row]:
         """Run it on a *connection*, in the transaction that is open, if one is."""
-        rows: Sequence[Row] = ()
+        rows: Sequence[Row] = []
         for statement in self.statements:
             if statement.needs is not None and None in statement.needs(args):
                 args = (*args, *(None,) * statement.finds)
@@ -105,7 +105,7 @@ class Prepared:
             if statement.finds:
                 args = (*args, *(found[0] if found else (None,) * statement.finds))
             else:
-                rows = statement.rows(cursor, found) if found else ()
+                rows = statement.rows(cursor, found)
         return rows
 
 
