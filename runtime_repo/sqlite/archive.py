@@ -39,6 +39,7 @@ from runtime_repo.queries import fill, split_statements
 from runtime_repo.schema import Migration, load_migrations
 from runtime_repo.sqlite.connection import Connection
 from runtime_repo.sqlite.look import looking
+from runtime_repo.sqlite.statements import Prepared
 
 __all__ = ["Replacement", "exporting", "remains"]
 
@@ -64,7 +65,7 @@ _SMALL = (-(2**31), 2**31 - 1)
 _WAIT_FOR_FILE = 5.0
 """Seconds to wait for a file that somebody is writing just now."""
 
-Queries = Mapping[str, Sequence[str]]
+Queries = Mapping[str, Prepared]
 
 
 def exporting(
@@ -239,8 +240,8 @@ class _Shape:
         ).fetchone()[0]
         last = 0
         with contextlib.suppress(sqlite3.OperationalError):  # where nothing counts by itself there is no such table
-            row = connection.execute(queries["archive.counter"][0], {"1": self.table}).fetchone()
-            last = row[0] if row else 0
+            rows = queries["archive.counter"].run(connection, (self.table,))
+            last = rows[0]["last"] if rows else 0
         return Counter(self._automatic, max(last, largest))
 
     def load(self, connection: sqlite3.Connection, pieces: Iterator[bytes]) -> None:
@@ -300,10 +301,9 @@ def _short(key: str) -> str:
 
 
 def _holders(connection: Connection, queries: Queries) -> list[str]:
-    rows = connection.execute(queries["archive.holders"][0]).fetchall()
     return [
         f"worker {row['worker_id']!r} holds {row['number']} active leases: stop it and wait for them to end"
-        for row in rows
+        for row in queries["archive.holders"].run(connection, ())
     ]
 
 
@@ -385,7 +385,7 @@ class Replacement:
         if self._terms.is_move and ours:
             self._recognize(connection, ours)
             return None
-        names = [row[0] for row in connection.execute(self._queries["archive.objects"][0])]
+        names = [row["name"] for row in self._queries["archive.objects"].run(connection, ())]
         others = [name for name in names if not name.lower().startswith(("runtime_", "sqlite_"))]
         if others and self._terms.is_move:
             raise StoreInUseError([f"the target is not empty, it has {', '.join(others)}: name another place"])
@@ -430,9 +430,9 @@ class Replacement:
             connection.execute("pragma synchronous = off")
             connection.execute("begin")
             self._lay(connection)
-            indexes = connection.execute(self._queries["archive.indexes"][0]).fetchall()
-            for name, _ in indexes:
-                connection.execute(f"drop index {name}")
+            indexes = self._queries["archive.indexes"].run(connection, ())
+            for index in indexes:
+                connection.execute(f"drop index {index['name']}")
             shapes = [_Shape(table, self._migrations[-1]) for table in self._reader.manifest.tables]
             for shape in shapes:
                 # Rows that a migration has laid itself, should one ever.
@@ -442,8 +442,8 @@ class Replacement:
                 self._prove(shape, connection)
             if not self._terms.is_move:
                 self._raise_tokens(connection)
-            for _, sql in indexes:
-                connection.execute(sql)
+            for index in indexes:
+                connection.execute(index["sql"])
             self._count_on(connection)
             connection.execute("commit")
             connection.execute("pragma journal_mode = delete").fetchone()
@@ -452,8 +452,7 @@ class Replacement:
             os.fsync(cast(int, self._file))
 
     def _lay(self, connection: sqlite3.Connection) -> None:
-        for statement in self._queries["schema.create_ledger"]:
-            connection.execute(statement)
+        self._queries["schema.create_ledger"].run(connection, ())
         for migration in self._migrations:
             for statement in split_statements(fill(migration.sql, self._tokens)):
                 connection.execute(statement)
@@ -479,19 +478,19 @@ class Replacement:
             raise ArchiveError(str(self._reader.path), f"{reason}; check the disk")
 
     def _raise_tokens(self, connection: sqlite3.Connection) -> None:
-        step = {"1": TOKEN_STEP}
+        step = (TOKEN_STEP,)
         if "lease_version" not in self._reader.manifest.tables["runtime_attempts"].columns:
-            connection.execute(self._queries["archive.raise_first_tokens"][0], step)
+            self._queries["archive.raise_first_tokens"].run(connection, step)
             return
-        self.requeued = connection.execute(self._queries["archive.queue_held"][0]).rowcount
-        connection.execute(self._queries["archive.end_leases"][0])
-        connection.execute(self._queries["archive.raise_tokens"][0], step)
+        self._queries["archive.queue_held"].run(connection, ())
+        self.requeued = connection.execute("select changes()").fetchone()[0]
+        self._queries["archive.end_leases"].run(connection, ())
+        self._queries["archive.raise_tokens"].run(connection, step)
 
     def _count_on(self, connection: sqlite3.Connection) -> None:
         for table, member in self._reader.manifest.tables.items():
             if member.counter is not None and member.counter.last > 0:
-                for statement in self._queries["archive.count_on"]:
-                    connection.execute(statement, {"1": table, "2": member.counter.last})
+                self._queries["archive.count_on"].run(connection, (table, member.counter.last))
 
     def into_live(self, connection: Connection) -> Path:
         """
