@@ -301,10 +301,9 @@ def _short(key: str) -> str:
 
 
 def _holders(connection: Connection, queries: Queries) -> list[str]:
-    rows = queries["archive.holders"].run(connection, ())
     return [
         f"worker {row['worker_id']!r} holds {row['number']} active leases: stop it and wait for them to end"
-        for row in rows
+        for row in queries["archive.holders"].run(connection, ())
     ]
 
 
@@ -479,14 +478,14 @@ class Replacement:
             raise ArchiveError(str(self._reader.path), f"{reason}; check the disk")
 
     def _raise_tokens(self, connection: sqlite3.Connection) -> None:
+        step = (TOKEN_STEP,)
         if "lease_version" not in self._reader.manifest.tables["runtime_attempts"].columns:
-            self._queries["archive.raise_first_tokens"].run(connection, (TOKEN_STEP,))
+            self._queries["archive.raise_first_tokens"].run(connection, step)
             return
-        before = connection.total_changes
         self._queries["archive.queue_held"].run(connection, ())
-        self.requeued = connection.total_changes - before
+        self.requeued = connection.execute("select changes()").fetchone()[0]
         self._queries["archive.end_leases"].run(connection, ())
-        self._queries["archive.raise_tokens"].run(connection, (TOKEN_STEP,))
+        self._queries["archive.raise_tokens"].run(connection, step)
 
     def _count_on(self, connection: sqlite3.Connection) -> None:
         for table, member in self._reader.manifest.tables.items():
