@@ -20,10 +20,10 @@ from types import NoneType
 from typing import Any, cast
 
 from runtime_repo.archive import (
-    TOKEN_STEP,
     Contents,
     Counter,
     Manifest,
+    Raised,
     Reader,
     Tally,
     Terms,
@@ -344,11 +344,11 @@ class Replacement:
         self._reader = reader
         self._migrations = migrations
         self._terms = terms
+        self._rows = reader if terms.is_move else Raised(reader)
         self._file: int | None = None
         self._is_stopped = False
         self.is_there = False
         """Whether a move finds that it has been done."""
-        self.requeued = 0
         self.overridden: list[str] = []
 
     def begin(self) -> None:
@@ -367,6 +367,11 @@ class Replacement:
             with contextlib.suppress(OSError):
                 left.unlink()
         self.object(_users(self.path))
+
+    @property
+    def requeued(self) -> int:
+        """How many attempts were held."""
+        return self._rows.requeued
 
     def object(self, reasons: Sequence[str]) -> None:
         if reasons and not self._terms.force:
@@ -440,8 +445,6 @@ class Replacement:
                 self._load(shape, connection)
             for shape in shapes:
                 self._prove(shape, connection)
-            if not self._terms.is_move:
-                self._raise_tokens(connection)
             for _, sql in indexes:
                 connection.execute(sql)
             self._count_on(connection)
@@ -460,7 +463,7 @@ class Replacement:
 
     def _load(self, shape: _Shape, connection: sqlite3.Connection) -> None:
         try:
-            shape.load(connection, self._reader.pieces(shape.table))
+            shape.load(connection, self._rows.pieces(shape.table))
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, UnicodeDecodeError) as error:
             reason = (
                 f"the rows of {shape.table} are not what a backup writes: nothing was changed; take another archive"
@@ -468,24 +471,14 @@ class Replacement:
             raise ArchiveError(str(self._reader.path), reason) from error
 
     def _prove(self, shape: _Shape, connection: sqlite3.Connection) -> None:
-        member = self._reader.manifest.tables[shape.table]
         tally = Tally()
         with contextlib.suppress(_Unportable):
             for piece in shape.pieces(connection):
                 self._go_on()
                 tally.feed(piece)
-        if (tally.rows, tally.row_hash) != (member.rows, member.row_hash):
+        if (tally.rows, tally.row_hash) != self._rows.proof(shape.table):
             reason = f"the rows of {shape.table} that were stored are not those of it: nothing was changed"
             raise ArchiveError(str(self._reader.path), f"{reason}; check the disk")
-
-    def _raise_tokens(self, connection: sqlite3.Connection) -> None:
-        step = {"1": TOKEN_STEP}
-        if "lease_version" not in self._reader.manifest.tables["runtime_attempts"].columns:
-            connection.execute(self._queries["archive.raise_first_tokens"][0], step)
-            return
-        self.requeued = connection.execute(self._queries["archive.queue_held"][0]).rowcount
-        connection.execute(self._queries["archive.end_leases"][0])
-        connection.execute(self._queries["archive.raise_tokens"][0], step)
 
     def _count_on(self, connection: sqlite3.Connection) -> None:
         for table, member in self._reader.manifest.tables.items():
