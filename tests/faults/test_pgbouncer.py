@@ -14,6 +14,7 @@ import pytest
 
 from runtime_repo import NewAttempt, PostgresRuntimeRepository
 from runtime_repo.postgres import database, notifications
+from tests.cli.program import Program
 from tests.faults.conftest import POSTGRES_ONLY, eventually, in_ci
 from tests.lab import PostgresLab
 from tests.place import Place
@@ -190,6 +191,33 @@ async def test_a_doctor_notices_the_pooler(lab: PostgresLab, pgbouncer: str) -> 
             found[where] = next(finding for finding in diagnosis.findings if finding.check == "pooler")
     assert (found[pgbouncer].state, found[lab.place.where].state) == ("note", "well")
     assert "listen=False" in str(found[pgbouncer].advice)
+
+
+async def test_every_command_works_behind_it(lab: PostgresLab, pgbouncer: str, tmp_path: Path) -> None:
+    """Without an option for that; and no setting of theirs stays on a connection that others get next."""
+    program = Program(Place("postgres", pgbouncer, lab.place.schema))
+    archive = str(tmp_path / "store.zip")
+    for name, *given in (
+        ("plan",),
+        ("migrate",),
+        ("verify",),
+        ("can-run",),
+        ("status",),
+        ("top", "--once"),
+        ("quiesce",),
+        ("pause", "emails"),
+        ("resume",),
+        ("backup", archive),
+        ("restore", archive),
+    ):
+        done = await program.run(name, *given)
+        assert (name, done.code, done.errors) == (name, 0, "")
+    client = await asyncpg.connect(pgbouncer, statement_cache_size=0)
+    try:
+        for setting in ("lock_timeout", "default_transaction_read_only", "transaction_read_only"):
+            assert await client.fetchval(f"show {setting}") in ("0", "off")
+    finally:
+        await client.close()
 
 
 async def test_archives_go_through_the_pooler(lab: PostgresLab, pgbouncer: str, tmp_path: Path) -> None:
