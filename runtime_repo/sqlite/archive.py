@@ -61,6 +61,9 @@ _RARE = "\r\b\f\v"
 
 _SMALL = (-(2**31), 2**31 - 1)
 
+_LOCKS = Path("/proc/locks")
+"""Where the system tells who has a file open, if it does."""
+
 _WAIT_FOR_FILE = 5.0
 """Seconds to wait for a file that somebody is writing just now."""
 
@@ -385,6 +388,9 @@ class Replacement:
         Raises:
             StoreInUseError: It holds what must not be replaced.
         """
+        if not _LOCKS.exists() and not self._terms.force:
+            # It succeeds only where nobody else has it open.
+            connection.execute("pragma main.journal_mode = delete").fetchone()
         look: Look = looking(self._queries, [migration.catalog for migration in load_migrations("sqlite")])(connection)
         ours = sorted(look.catalog.tables)
         if self._terms.is_move and ours:
@@ -530,7 +536,7 @@ class Replacement:
             old.backup(copy, pages=1024, progress=lambda *_: self._go_on())
             copy.execute("pragma journal_mode = delete").fetchone()
         with self._translated():
-            file = os.open(partial, os.O_RDONLY)
+            file = os.open(partial, os.O_RDWR)
             try:
                 os.fsync(file)
             finally:
@@ -604,7 +610,7 @@ def _users(path: Path) -> list[str]:
             found = os.stat(name)  # noqa: PTH116
             wanted.add(f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}")
     try:
-        lines = Path("/proc/locks").read_text("ascii").splitlines()
+        lines = _LOCKS.read_text("ascii").splitlines()
     except OSError:
         return []
     pids = set()
