@@ -39,6 +39,7 @@ from runtime_repo.queries import fill, split_statements
 from runtime_repo.schema import Migration, load_migrations
 from runtime_repo.sqlite.connection import Connection
 from runtime_repo.sqlite.look import looking
+from runtime_repo.sqlite.statements import Prepared
 
 __all__ = ["Replacement", "exporting", "remains"]
 
@@ -67,7 +68,7 @@ _LOCKS = Path("/proc/locks")
 _WAIT_FOR_FILE = 5.0
 """Seconds to wait for a file that somebody is writing just now."""
 
-Queries = Mapping[str, Sequence[str]]
+Queries = Mapping[str, Prepared]
 
 
 def exporting(
@@ -242,8 +243,8 @@ class _Shape:
         ).fetchone()[0]
         last = 0
         with contextlib.suppress(sqlite3.OperationalError):  # where nothing counts by itself there is no such table
-            row = connection.execute(queries["archive.counter"][0], {"1": self.table}).fetchone()
-            last = row[0] if row else 0
+            rows = queries["archive.counter"].run(connection, (self.table,))
+            last = rows[0]["last"] if rows else 0
         return Counter(self._automatic, max(last, largest))
 
     def load(self, connection: sqlite3.Connection, pieces: Iterator[bytes]) -> None:
@@ -303,10 +304,9 @@ def _short(key: str) -> str:
 
 
 def _holders(connection: Connection, queries: Queries) -> list[str]:
-    rows = connection.execute(queries["archive.holders"][0]).fetchall()
     return [
         f"worker {row['worker_id']!r} holds {row['number']} active leases: stop it and wait for them to end"
-        for row in rows
+        for row in queries["archive.holders"].run(connection, ())
     ]
 
 
@@ -396,7 +396,7 @@ class Replacement:
         if self._terms.is_move and ours:
             self._recognize(connection, ours)
             return None
-        names = [row[0] for row in connection.execute(self._queries["archive.objects"][0])]
+        names = [row["name"] for row in self._queries["archive.objects"].run(connection, ())]
         others = [name for name in names if not name.lower().startswith(("runtime_", "sqlite_"))]
         if others and self._terms.is_move:
             raise StoreInUseError([f"the target is not empty, it has {', '.join(others)}: name another place"])
@@ -441,9 +441,9 @@ class Replacement:
             connection.execute("pragma synchronous = off")
             connection.execute("begin")
             self._lay(connection)
-            indexes = connection.execute(self._queries["archive.indexes"][0]).fetchall()
-            for name, _ in indexes:
-                connection.execute(f"drop index {name}")
+            indexes = self._queries["archive.indexes"].run(connection, ())
+            for index in indexes:
+                connection.execute(f"drop index {index['name']}")
             shapes = [_Shape(table, self._migrations[-1]) for table in self._reader.manifest.tables]
             for shape in shapes:
                 # Rows that a migration has laid itself, should one ever.
@@ -451,8 +451,8 @@ class Replacement:
                 self._load(shape, connection)
             for shape in shapes:
                 self._prove(shape, connection)
-            for _, sql in indexes:
-                connection.execute(sql)
+            for index in indexes:
+                connection.execute(index["sql"])
             self._count_on(connection)
             connection.execute("commit")
             connection.execute("pragma journal_mode = delete").fetchone()
@@ -461,8 +461,7 @@ class Replacement:
             os.fsync(cast(int, self._file))
 
     def _lay(self, connection: sqlite3.Connection) -> None:
-        for statement in self._queries["schema.create_ledger"]:
-            connection.execute(statement)
+        self._queries["schema.create_ledger"].run(connection, ())
         for migration in self._migrations:
             for statement in split_statements(fill(migration.sql, self._tokens)):
                 connection.execute(statement)
@@ -489,8 +488,7 @@ class Replacement:
     def _count_on(self, connection: sqlite3.Connection) -> None:
         for table, member in self._reader.manifest.tables.items():
             if member.counter is not None and member.counter.last > 0:
-                for statement in self._queries["archive.count_on"]:
-                    connection.execute(statement, {"1": table, "2": member.counter.last})
+                self._queries["archive.count_on"].run(connection, (table, member.counter.last))
 
     def into_live(self, connection: Connection) -> Path:
         """
