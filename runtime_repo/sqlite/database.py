@@ -641,6 +641,19 @@ class SqliteDatabase(Unique):
             return look
         return replace(look, remains=tuple(remains(self._path)))
 
+    def check_another(self, path: object) -> None:
+        """
+        See that *path* is another file: to open this one outside of SQLite would drop the locks of this process.
+
+        Raises:
+            ConfigurationError: It is this one.
+        """
+        is_it = False
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            is_it = self._path is not None and os.path.samefile(cast(Path, path), self._path)  # noqa: PTH121
+        if is_it:
+            raise ConfigurationError(f"{self._path} is the database itself: name an archive, or a copy of it")
+
     async def export(self, writer: Writer, migrations: Sequence[Migration], terms: Terms, target: Backend) -> Manifest:
         work = exporting(PREPARED, writer, migrations, terms, target)
         if self._path is None:
