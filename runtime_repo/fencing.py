@@ -7,12 +7,12 @@ asynchronous failover forgets tokens and gives them out again; an id is never ma
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from types import NoneType
 
 from runtime_repo.database import Queries, Row
-from runtime_repo.errors import ConfigurationError, LeaseLostError, NotFoundError, RefusedError
+from runtime_repo.errors import ConfigurationError, LeaseLostError, NotFoundError, RefusedError, shown
 from runtime_repo.outages import Outages
 from runtime_repo.records import Attempt, AttemptStatus, Lease, attempt_from_row
 from runtime_repo.values import is_text, skipped
@@ -78,7 +78,7 @@ def check_lease(lease: Lease) -> Lease:
         ConfigurationError: It says what is wrong with it.
     """
     if not isinstance(lease, Lease):
-        raise ConfigurationError(f"lease is {lease!r}: expected a Lease, as claim returns it")
+        raise ConfigurationError(f"lease is {shown(lease)}: expected a Lease, as claim returns it")
     try:
         # Not how long they are: what an earlier program stored must be possible to finish.
         is_stored = is_text(lease.lease_id + lease.attempt_id + lease.worker_id)
@@ -88,8 +88,9 @@ def check_lease(lease: Lease) -> Lease:
         is_stored = False
     times = (lease.claimed_at, lease.heartbeat_at, lease.expires_at)
     is_timed = all(isinstance(time, datetime) and time.tzinfo is not None for time in times)
-    if not (is_stored and is_timed and isinstance(lease.asked_at, (NoneType, float, int))):
-        raise ConfigurationError(f"lease is {lease!r}: expected a Lease with the values that claim returned")
+    is_asked = lease.asked_at is None or (isinstance(lease.asked_at, float) and math.isfinite(lease.asked_at))
+    if not (is_stored and is_timed and is_asked):
+        raise ConfigurationError(f"lease is {shown(lease)}: expected a Lease with the values that claim returned")
     return lease
 
 

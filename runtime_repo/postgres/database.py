@@ -29,6 +29,7 @@ from runtime_repo.errors import (
     LockHolder,
     MigrationError,
     RuntimeRepoError,
+    shown,
 )
 from runtime_repo.postgres.boot import BootTransaction, Looks, begin
 from runtime_repo.postgres.connections import FAREWELL, GRACE, Connections
@@ -538,6 +539,7 @@ def _check_schema(schema: str) -> None:
         size = 0
     if not 0 < size <= 63 or "\0" in schema or schema.startswith("pg_"):
         raise ConfigurationError(
-            f"the runtime schema's name is {schema!r}, {size} bytes: expected 1 to 63 bytes of UTF-8 (PostgreSQL would "
-            "cut a longer one silently, and two names would share a schema), without NUL, not beginning with 'pg_'"
+            f"the runtime schema's name is {shown(schema)}, {size} bytes: expected 1 to 63 bytes of UTF-8 "
+            "(PostgreSQL would cut a longer one silently, and two names would share a schema), "
+            "without NUL, not beginning with 'pg_'"
         )
