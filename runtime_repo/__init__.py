@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runtime_repo.api_keys import ApiKey, ApiKeyStatus
+    from runtime_repo.archive import BackupReport, MoveReport, RestoreReport, move
     from runtime_repo.audit import AuditEntry
     from runtime_repo.control import ControlState, QuiesceProgress, Stop
+    from runtime_repo.doctor import Diagnosis, Finding
     from runtime_repo.errors import (
+        ArchiveError,
         ConfigurationError,
         ConflictError,
         DatabaseUnavailableError,
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
         OverloadedError,
         PayloadMismatchError,
         RefusedError,
+        RemainsError,
         RepositoryClosedError,
         RuntimeRepoError,
         SchemaDriftError,
@@ -37,13 +41,30 @@ if TYPE_CHECKING:
         SchemaLockTimeoutError,
         SchemaOutOfDateError,
         SchemaTooNewError,
+        StoreInUseError,
+        UnportableRowsError,
         UnreadableRowError,
         UnsuitableDatabaseError,
     )
     from runtime_repo.interrupts import Interrupt, InterruptStatus
     from runtime_repo.jobs import Job
+    from runtime_repo.observing import (
+        BootStep,
+        Claimed,
+        Completed,
+        Event,
+        Failed,
+        LeaseLost,
+        Migrated,
+        Observe,
+        OutageBegan,
+        OutageEnded,
+        Statement,
+        Swept,
+    )
     from runtime_repo.postgres import PostgresRuntimeRepository
     from runtime_repo.records import Attempt, AttemptStatus, Lease, NewAttempt, QueueStats
+    from runtime_repo.repairs import Repair
     from runtime_repo.repository import RuntimeRepository, RuntimeTransaction
     from runtime_repo.retry import RetryPolicy
     from runtime_repo.rows import Page
@@ -73,15 +94,24 @@ __all__ = [
     "ApiKey",
     "ApiKeyStatus",
     "AppliedMigration",
+    "ArchiveError",
     "Attempt",
     "AttemptStatus",
     "AuditEntry",
+    "BackupReport",
+    "BootStep",
+    "Claimed",
     "Compatibility",
+    "Completed",
     "ConfigurationError",
     "ConflictError",
     "ControlState",
     "DatabaseUnavailableError",
+    "Diagnosis",
     "Difference",
+    "Event",
+    "Failed",
+    "Finding",
     "ForeignSchemaError",
     "Handler",
     "Interrupt",
@@ -90,12 +120,18 @@ __all__ = [
     "Job",
     "Lease",
     "LeaseHolder",
+    "LeaseLost",
     "LeaseLostError",
     "LockHolder",
+    "Migrated",
     "MigrationError",
+    "MoveReport",
     "NewAttempt",
     "NotFoundError",
     "NotQuietError",
+    "Observe",
+    "OutageBegan",
+    "OutageEnded",
     "OutdatedReleaseError",
     "OverloadedError",
     "Page",
@@ -107,7 +143,10 @@ __all__ = [
     "QuiesceProgress",
     "RecordedMigration",
     "RefusedError",
+    "RemainsError",
+    "Repair",
     "RepositoryClosedError",
+    "RestoreReport",
     "RetryPolicy",
     "RuntimeRepoError",
     "RuntimeRepository",
@@ -122,20 +161,25 @@ __all__ = [
     "SchemaStatus",
     "SchemaTooNewError",
     "SqliteRuntimeRepository",
+    "Statement",
     "StepReport",
     "Stop",
+    "StoreInUseError",
     "StoreStatus",
+    "Swept",
     "TableSize",
+    "UnportableRowsError",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
     "Worker",
     "WorkerLeases",
+    "move",
     "repository_from_url",
 ]
 
 _HOMES = [
-    *("errors", "retry", "rows", "records", "schema", "status", "control", "api_keys", "audit", "interrupts", "jobs"),
-    *("step_reports", "repository", "worker", "sqlite", "postgres", "url"),
+    *("errors", "retry", "rows", "records", "schema", "archive", "status", "control", "doctor", "repairs", "api_keys"),
+    *("audit", "interrupts", "jobs", "step_reports", "repository", "observing", "worker", "sqlite", "postgres", "url"),
 ]
 """Where the names above live, and are looked for in this order: what needs both drivers comes last."""
 

@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from runtime_repo import fencing
+from runtime_repo.bulk import Meant, Order, meant
 from runtime_repo.database import Gate, Queries, Row, together
 from runtime_repo.errors import (
     ConfigurationError,
@@ -35,6 +36,7 @@ from runtime_repo.records import (
 from runtime_repo.retry import RetryPolicy
 from runtime_repo.rows import Page, page, readable
 from runtime_repo.values import (
+    Columns,
     as_read,
     canonical,
     check_after,
@@ -60,6 +62,9 @@ from runtime_repo.values import (
 __all__ = ["Attempts"]
 
 MAX_ERROR_LENGTH = 1024 * 1024
+
+_DEEPEST = 100_000
+"""How far the depth of a queue is counted."""
 
 _LONGEST_POLL = 3.0
 """Seconds that one poll of ``wait`` may take, before it is known that the database has fallen silent."""
@@ -340,6 +345,18 @@ class Attempts:
         """Return how much there is to do in each queue that has anything, by name. It reads all that is not final."""
         return readable(await self._queries.fetch("attempts.stats", instant_ms("now", now)), stats_from_row)
 
+    async def depth(self, queue: str = DEFAULT_QUEUE, *, most: int = 10_000, now: datetime | None = None) -> int:
+        """
+        Return how much of a queue could be claimed now: a metric, or what to scale workers by.
+
+        It counts no further than *most*, which is 100,000 at most, and reads no more than that of the queue's index,
+        however much there is besides.
+        """
+        of_queue, limit = check_id("queue", queue), check_count("most", most, most=_DEEPEST)
+        rows = await self._queries.fetch("attempts.depth", of_queue, limit, instant_ms("now", now))
+        row = written(rows, "the depth of the queue")
+        return min(int(row["ready"] + row["due"]), limit)
+
     async def start(self, lease: Lease, *, now: datetime | None = None) -> Attempt:
         """
         Say that work has begun: the attempt is ``running``. Repeating the call changes nothing.
@@ -389,21 +406,29 @@ class Attempts:
         have 64 MiB of JSON together.
         """
         keys: list[_Token] = []
-        given: dict[_Token, dict[str, Any]] = {}
+        given: dict[_Token, str | None] = {}
         size = 0
         for lease, result in _pairs(results):
             check_lease(lease)
-            key = attempt_id, token, lease_id = lease.attempt_id, lease.version, lease.lease_id
+            key = lease.attempt_id, lease.version, lease.lease_id
             keys.append(key)
-            text = to_json("result", result)
-            size += len(text or "")
+            text = None
+            if result is not None:
+                text = to_json("result", result)
+                size += len(text or "")
             # Of a lease that is given twice the first result counts, as in two calls.
-            if key not in given:
-                given[key] = {"attempt_id": attempt_id, "token": token, "lease_id": lease_id, "result_json": text}
+            given.setdefault(key, text)
         check_batch("results", len(keys), size)
         if not given:
             return []
-        rows = await self._queries.fetch("attempts.complete_many", _array(given.values()), instant_ms("now", now))
+        attempt_ids, tokens, lease_ids = zip(*given, strict=True)
+        columns = Columns(
+            attempt_id=attempt_ids, token=[*map(str, tokens)], lease_id=lease_ids, result_json=[*given.values()]
+        )
+        rows = await self._queries.fetch("attempts.complete_many", columns, instant_ms("now", now))
+        if len(rows) == 1 and rows[0]["attempt_id"] is None:
+            self._queries.after_commit(lambda: fencing.ended(lease_ids))
+            return [True] * len(keys)
         held = {_token(row) for row in rows}
         rest = given.keys() - held
         gone = {attempt_id for attempt_id, _, _ in rest}
@@ -503,7 +528,96 @@ class Attempts:
             raise skipped(f"attempt {attempt_id!r}")
         return attempt_from_row(rows[0])
 
-    async def prune(self, *, older_than: timedelta, limit: int = 1000, now: datetime | None = None) -> int:
+    async def retry_many(
+        self,
+        *,
+        actor: str,
+        queue: str | None = None,
+        error: str | None = None,
+        older_than: timedelta | None = None,
+        limit: int | None = None,
+        now: datetime | None = None,
+    ) -> int:
+        """
+        Give all failed attempts that fit one more try, by hand, and return how many: as ``retry`` for each.
+
+        It is done in batches of at most a thousand, each a transaction of its own, with an entry of audit: a call that
+        was cancelled or failed has been carried out in part, and can be repeated for the rest.
+
+        Args:
+            actor: Who wants it, for the audit.
+            queue: Only those of this queue.
+            error: Only those whose last error has these words in it, as they are written.
+            older_than: Only those that failed more than that ago.
+            limit: How many at most; all without one.
+        """
+        order = Order(
+            self._queries,
+            "retry_many",
+            meant(status=AttemptStatus.FAILED, queue=queue, error=error, older_than=older_than, now=now),
+            check_id("actor", actor),
+            limit,
+        )
+        try:
+            await order.carry_out("attempts.sift_ended", "attempts.retry_many")
+        finally:
+            self._queries.tell(order.queues)
+        return order.done
+
+    async def cancel_many(
+        self,
+        *,
+        actor: str,
+        status: AttemptStatus | None = None,
+        queue: str | None = None,
+        error: str | None = None,
+        older_than: timedelta | None = None,
+        limit: int | None = None,
+        now: datetime | None = None,
+    ) -> int:
+        """
+        End all attempts that fit and are not final, and return how many: as ``cancel`` for each, in batches as
+        ``retry_many``.
+
+        What is enqueued meanwhile may be among them or not: pause the queue before, or stop whoever enqueues.
+
+        Args:
+            actor: Who wants it, for the audit.
+            status: Only those of this status, which is not final; otherwise also those that somebody works on.
+            queue: Only those of this queue.
+            error: Only those whose last error has these words in it, as they are written.
+            older_than: Only those that were enqueued more than that ago.
+            limit: How many at most; all without one.
+
+        Raises:
+            ConfigurationError: Nothing says which, or the status is a final one.
+        """
+        wanted = meant(status=status, queue=queue, error=error, older_than=older_than, now=now)
+        if wanted.is_everything:
+            raise ConfigurationError(
+                "nothing says which attempts to cancel: give a status, a queue, an error or an age, such as "
+                "older_than=timedelta(0) for all"
+            )
+        if wanted.status is not None and wanted.status.is_final:
+            raise ConfigurationError(f"status is {wanted.status!r}: expected one that is not final")
+        order = Order(self._queries, "cancel_many", wanted, check_id("actor", actor), limit)
+        if wanted.status in (None, AttemptStatus.QUEUED, AttemptStatus.RETRY_BACKOFF):
+            await order.carry_out("attempts.sift_waiting", "attempts.cancel_many")
+        if wanted.status in (None, AttemptStatus.LEASED, AttemptStatus.RUNNING):
+            await order.carry_out("attempts.sift_held", "attempts.cancel_many")
+        return order.done
+
+    async def prune(
+        self,
+        *,
+        older_than: timedelta,
+        status: AttemptStatus | None = None,
+        queue: str | None = None,
+        error: str | None = None,
+        actor: str | None = None,
+        limit: int = 1000,
+        now: datetime | None = None,
+    ) -> int:
         """
         Delete final attempts that ended more than *older_than* ago, the oldest first, and return how many.
 
@@ -511,14 +625,31 @@ class Attempts:
         step reports and its interrupts go with it, a question that is still pending, too: answer or copy it before.
         Its tokens are forgotten, and the same id enqueued again begins with the first: let *older_than* be longer
         than any worker may hold on to a lease that is lost.
+
+        Args:
+            status: Only those of this status. It reads past the others, as for the next two, in batches as
+                ``retry_many``.
+            queue: Only those of this queue.
+            error: Only those whose error has these words in it, as they are written.
+            actor: Who wants it, for the audit, which has no entry without one.
+
+        Raises:
+            ConfigurationError: The status is not final.
         """
-        rows = await self._queries.fetch(
-            bounded("attempts.prune", check_count("limit", limit)),
-            span_ms("older_than", older_than),
-            limit,
-            instant_ms("now", now),
-        )
-        return len(rows)
+        wanted = meant(status=status, queue=queue, error=error, older_than=older_than, now=now)
+        if wanted.status is not None and not wanted.status.is_final:
+            raise ConfigurationError(f"status is {wanted.status!r}: expected a final one")
+        order = Order(self._queries, "prune", wanted, actor, check_count("limit", limit))
+        if (status, queue, error) != (None, None, None):
+            await order.prune()
+        elif actor is None:
+            return len(await self._prune(self._queries, wanted, limit))
+        else:
+            await order.in_one(lambda statements: self._prune(statements, wanted, limit))
+        return order.done
+
+    async def _prune(self, queries: Queries, wanted: Meant, limit: int) -> Sequence[Row]:
+        return await queries.fetch(bounded("attempts.prune", limit), wanted.age_ms, limit, wanted.now_ms)
 
     async def vacuum(self) -> None:
         """

@@ -98,6 +98,14 @@ class Look:
     still run beside it, as it stands in runtime_control, if it does.
     """
 
+    remains: tuple[str, ...] = ()
+    """Where there is nothing of ours: what a restore has kept or left beside, each a schema or a file."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing of ours."""
+        return not self.ledger and not self.catalog.tables and not self.problems
+
     def is_newer(self, shipped: Sequence[Catalog]) -> bool:
         """Whether it may say so."""
         table = self.catalog.tables.get(CONTROL)

@@ -10,10 +10,16 @@ import random
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.errors import DatabaseUnavailableError, LockHolder
+
+if TYPE_CHECKING:
+    from runtime_repo import archive
+    from runtime_repo.doctor import Examined, Finding
+    from runtime_repo.repairs import Repair
+    from runtime_repo.schema import Migration
 
 __all__ = [
     "Backend",
@@ -280,6 +286,14 @@ class Database(Source, Protocol):
         """
         ...
 
+    async def examine(self, examined: "Examined") -> tuple[Sequence["Finding"], Sequence["Repair"]]:
+        """What a doctor finds around our tables, and what mends their drift. Nothing is written."""
+        ...
+
+    def script(self, statements: Sequence[str]) -> str:
+        """What mends drift, as one script that does all of it or nothing."""
+        ...
+
     def lock(self) -> AbstractAsyncContextManager[BootTransaction]:
         """
         One short try at the migration lock: a transaction that commits at the end of the block.
@@ -307,6 +321,35 @@ class Database(Source, Protocol):
 
     async def serve(self, version: int) -> None:
         """The schema is right, and at *version*: make ready to serve."""
+        ...
+
+    async def export(
+        self, writer: "archive.Writer", migrations: Sequence["Migration"], terms: "archive.Terms", target: Backend
+    ) -> "archive.Manifest":
+        """
+        Write all rows of one instant into an archive, on a connection for this alone, and finish that.
+
+        Raises:
+            UnportableRowsError: Not every row can be held by an archive and the *target*.
+            StoreInUseError: It is for a move, and leases are active.
+            SchemaError: What is stored cannot be read for what it is, or others kept tables locked.
+            ArchiveError: It cannot be written, or there is nothing of ours.
+            DatabaseUnavailableError: It cannot be reached, opened or read.
+        """
+        ...
+
+    async def load(
+        self, reader: "archive.Reader", migrations: Sequence["Migration"], terms: "archive.Terms"
+    ) -> "archive.Loaded":
+        """
+        Put an archive's content, to which *migrations* lead, in the place of what is there, as one step.
+
+        Raises:
+            StoreInUseError: Somebody uses what is there; or there is something, where nothing may be.
+            SchemaError: The database cannot hold a store of ours.
+            ArchiveError: The archive is not what was written.
+            DatabaseUnavailableError: It cannot be reached, opened, read or written.
+        """
         ...
 
 

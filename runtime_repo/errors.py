@@ -10,6 +10,7 @@ Every error that leaves this package.
     │   ├── SchemaDriftError           the live structure is not the one of its version
     │   ├── SchemaOutOfDateError       a verify-only boot found migrations pending
     │   ├── SchemaLockTimeoutError     somebody else held the lock for too long
+    │   ├── RemainsError               there is no store, but an interrupted restore's or a replaced one beside it
     │   ├── UnsuitableDatabaseError    its encoding, search path, owner or row security would break a promise
     │   └── MigrationError             a migration failed and was rolled back
     ├── NotFoundError(LookupError)
@@ -20,6 +21,9 @@ Every error that leaves this package.
     ├── NotQuietError                  something still runs that a quiesce has waited for
     ├── RepositoryClosedError
     ├── ConfigurationError(ValueError)
+    ├── ArchiveError                   an archive is damaged, incomplete or unknown, or cannot be written
+    ├── StoreInUseError                a store is not replaced or moved as long as somebody uses it
+    ├── UnportableRowsError            rows hold what an archive, or the other database, cannot hold
     ├── UnreadableRowError             a row holds what this release cannot read
     ├── RefusedError                   the database understood and said no: to insist is no use
     ├── OverloadedError                too many callers wait already: try again later
@@ -35,6 +39,7 @@ from datetime import datetime
 from typing import Any
 
 __all__ = [
+    "ArchiveError",
     "ConfigurationError",
     "ConflictError",
     "DatabaseUnavailableError",
@@ -51,6 +56,7 @@ __all__ = [
     "OverloadedError",
     "PayloadMismatchError",
     "RefusedError",
+    "RemainsError",
     "RepositoryClosedError",
     "RuntimeRepoError",
     "SchemaDriftError",
@@ -59,6 +65,8 @@ __all__ = [
     "SchemaLockTimeoutError",
     "SchemaOutOfDateError",
     "SchemaTooNewError",
+    "StoreInUseError",
+    "UnportableRowsError",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
     "shown",
@@ -263,6 +271,21 @@ class UnsuitableDatabaseError(SchemaError):
         super().__init__("the database cannot be served as it is: " + "; ".join(self.problems))
 
 
+class RemainsError(SchemaError):
+    """
+    There is no store, but beside its place stands what a restore keeps or leaves: an empty one would hide a loss.
+
+    *remains* names it: schemas on PostgreSQL, files on SQLite.
+    """
+
+    def __init__(self, remains: Sequence[str]) -> None:
+        self.remains = tuple(remains)
+        super().__init__(
+            f"there is no store here, but beside it stands what a restore has kept or left: {', '.join(self.remains)}; "
+            "nothing was created: repeat the restore or put back what was kept, or move it away for an empty store"
+        )
+
+
 class NotFoundError(RuntimeRepoError, LookupError):
     """No row has this id."""
 
@@ -382,6 +405,47 @@ class RepositoryClosedError(RuntimeRepoError):
 
 class ConfigurationError(RuntimeRepoError, ValueError):
     """An argument is invalid: wrong type, out of range, or contradictory. Nothing was opened or written."""
+
+
+class ArchiveError(RuntimeRepoError):
+    """
+    An archive is damaged, incomplete or of an unknown form, or its file cannot be read or written.
+
+    *path* is the file, empty where there is nothing to write into one; *reason* is what is wrong. What was being
+    restored was rolled back.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"the archive {path!r}: {reason}" if path else reason)
+
+
+class StoreInUseError(RuntimeRepoError):
+    """
+    A store is replaced or moved only when nobody uses it. Nothing was changed.
+
+    *reasons* are sentences, each with what was found and what to do. All of them at once can be overridden by *force*,
+    but for a target that is not empty.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__("the store is in use: " + "; ".join(self.reasons))
+
+
+class UnportableRowsError(RuntimeRepoError):
+    """
+    Rows hold what an archive, or the database that they are to move to, cannot hold. Nothing was written.
+
+    *cells* are the first of them, each with its table, row, column and what is wrong with it.
+    """
+
+    def __init__(self, cells: Sequence[str]) -> None:
+        self.cells = tuple(cells)
+        super().__init__(
+            f"rows that another program wrote cannot be carried over: {'; '.join(self.cells)}: correct or delete them"
+        )
 
 
 class UnreadableRowError(RuntimeRepoError):

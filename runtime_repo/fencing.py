@@ -63,7 +63,7 @@ def holding(lease_id: str, outages: Outages | None = None) -> Iterator[Holding]:
 
 def ended(lease_ids: Iterable[str]) -> None:
     """The holder has ended these leases, and that is committed."""
-    for lease_id in lease_ids:
+    for lease_id in lease_ids if _held else ():
         if (found := _held.get(lease_id)) and not found.ended:
             found.ended = True
             for call in found.when_ended:
@@ -81,15 +81,24 @@ def check_lease(lease: Lease) -> Lease:
         raise ConfigurationError(f"lease is {shown(lease)}: expected a Lease, as claim returns it")
     try:
         # Not how long they are: what an earlier program stored must be possible to finish.
-        is_stored = is_text(lease.lease_id + lease.attempt_id + lease.worker_id)
-        is_stored = is_stored and 0 <= lease.version < 2**63 and type(lease.version) is int
-        is_stored = is_stored and isinstance(lease.attempt, Attempt) and type(lease.attempt.attempt_no) is int
+        is_stored = (
+            is_text(lease.lease_id + lease.attempt_id + lease.worker_id)
+            and 0 <= lease.version < 2**63
+            and type(lease.version) is int
+            and isinstance(lease.attempt, Attempt)
+            and type(lease.attempt.attempt_no) is int
+            # Written out, for it is asked of every lease.
+            and isinstance(lease.claimed_at, datetime)
+            and lease.claimed_at.tzinfo is not None
+            and isinstance(lease.heartbeat_at, datetime)
+            and lease.heartbeat_at.tzinfo is not None
+            and isinstance(lease.expires_at, datetime)
+            and lease.expires_at.tzinfo is not None
+            and (lease.asked_at is None or (isinstance(lease.asked_at, float) and math.isfinite(lease.asked_at)))
+        )
     except TypeError:
         is_stored = False
-    times = (lease.claimed_at, lease.heartbeat_at, lease.expires_at)
-    is_timed = all(isinstance(time, datetime) and time.tzinfo is not None for time in times)
-    is_asked = lease.asked_at is None or (isinstance(lease.asked_at, float) and math.isfinite(lease.asked_at))
-    if not (is_stored and is_timed and is_asked):
+    if not is_stored:
         raise ConfigurationError(f"lease is {shown(lease)}: expected a Lease with the values that claim returned")
     return lease
 

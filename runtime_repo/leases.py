@@ -162,7 +162,7 @@ class Leases:
                     leases.append(_below_the_last(lease_from_row(row, asked_at=asked_at)))
                 except UnreadableRowError as error:
                     leases.unreadable += (error,)
-                    await self._park(row["lease_id"], error, at)
+                    await self._park(row, error, at)
         except (asyncio.CancelledError, OverloadedError):
             await finish(self._give_back(claim_id), within=_GIVE_BACK)
             raise
@@ -191,13 +191,12 @@ class Leases:
             oldest = maybe_version(rows[0]["oldest"]) or found
             raise OutdatedReleaseError(found, rows[0]["supported"], oldest) from cause
 
-    async def _park(self, lease_id: str, error: UnreadableRowError, now: object) -> None:
+    async def _park(self, row: Row, error: UnreadableRowError, now: object) -> None:
         """Let an operator find what cannot be read among what has failed."""
         _log.error("a claimed attempt is parked as failed: %s", error)
+        given = row["lease_id"], storable(str(error)), now, row["attempt_id"]
         try:
-            await together(
-                self._queries, lambda queries: queries.fetch("leases.park", lease_id, storable(str(error)), now)
-            )
+            await together(self._queries, lambda queries: queries.fetch("leases.park", *given))
         except RuntimeRepoError as failure:
             _log.error("an attempt could not be parked, its lease will expire: %s", failure)
 

@@ -5,6 +5,7 @@ import math
 import time
 
 from runtime_repo.errors import DatabaseUnavailableError, RuntimeRepoError
+from runtime_repo.observing import Observer, OutageBegan, OutageEnded
 
 __all__ = ["Outages"]
 
@@ -28,10 +29,12 @@ class Outages:
     Args:
         who: Whose outages they are, as the log shall say.
         ttl: For how many seconds a heartbeat proves a lease.
+        observer: Is told as well.
     """
 
-    def __init__(self, who: str, *, ttl: float = math.inf) -> None:
+    def __init__(self, who: str, *, ttl: float = math.inf, observer: Observer | None = None) -> None:
         self._who = who
+        self._observer = observer
         self._longest_wait = min(2 * ttl / 3, _LONGEST_WAIT)
         self._answered_at = time.monotonic()
         self._since = 0.0
@@ -53,6 +56,8 @@ class Outages:
         if kind in self._told:
             _log.debug("%s still cannot %s: %s", self._who, doing, error)
             return
+        if self._observer is not None and not self._told:
+            self._observer.tell(OutageBegan(self._who, doing, error))
         self._told.add(kind)
         # Of an error that is not ours nobody knows where it comes from.
         trace = None if isinstance(error, (RuntimeRepoError, TimeoutError)) else error
@@ -75,6 +80,8 @@ class Outages:
             return
         lost = f"; leases that it could not keep: {self._lost}" if self._lost else ""
         _log.warning("%s can go on after %.1f s%s", self._who, time.monotonic() - self._since, lost)
+        if self._observer is not None:
+            self._observer.tell(OutageEnded(self._who, time.monotonic() - self._since, self._lost))
         self._told.clear()
         self._over_at = time.monotonic()
         self._lost = 0

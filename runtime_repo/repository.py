@@ -32,14 +32,17 @@ from types import TracebackType
 from typing import Any, Literal, Never, Self, SupportsIndex, get_args
 
 from runtime_repo.api_keys import ApiKeys
+from runtime_repo.archive import BackupReport, MoveReport, RestoreReport, backup, move_between, restore
 from runtime_repo.attempts import Attempts
 from runtime_repo.audit import Audit
 from runtime_repo.control import Control
 from runtime_repo.database import Backend, Database, Gate, Heartbeats, Row, Source, Transaction, Watch
+from runtime_repo.doctor import Diagnosis, diagnose
 from runtime_repo.errors import ConfigurationError, RepositoryClosedError, shown
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
+from runtime_repo.observing import Observe, ObservedSource, Observer, observed_boot
 from runtime_repo.schema import (
     Compatibility,
     Policy,
@@ -128,6 +131,7 @@ class RuntimeRepository(Stores):
         on_drift: Literal["refuse", "warn"],
         before_migrate: Callable[[], Awaitable[object]] | None,
         lock_timeout: float,
+        observe: Observe | None = None,
     ) -> None:
         check_flag("migrate", migrate)
         check_seconds("lock_timeout", lock_timeout)
@@ -140,7 +144,8 @@ class RuntimeRepository(Stores):
         self._boot: _Boot | None = None
         self._report: SchemaReport | None = None
         self._closed = False
-        self._gate = _Gate(database)
+        self._observer = None if observe is None else Observer(observe)
+        self._gate = _Gate(database if self._observer is None else ObservedSource(database, self._observer))
         super().__init__(self._gate)
         _constructed.add(self)
 
@@ -249,6 +254,22 @@ class RuntimeRepository(Stores):
         with self._looking():
             return await status_of_store(self._database, load_migrations(self._database.backend), self._policy)
 
+    async def doctor(self) -> Diagnosis:
+        """
+        Find out what is wrong: drift, with the SQL that mends it, and whatever around the tables makes them slow or
+        unsafe.
+
+        As ``inspect``, it writes nothing and needs no boot; it judges as a verify-only boot that refuses drift. On
+        PostgreSQL it reads through two connections at once, to notice a pooler.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._looking():
+            return await diagnose(self._database, load_migrations(self._database.backend), self._policy)
+
     async def activity(self, *, over: timedelta = timedelta(seconds=10)) -> Activity:
         """
         Tell what moves in each queue: what waits and is held now, and how much of it ended within *over* until now.
@@ -288,6 +309,82 @@ class RuntimeRepository(Stores):
             raise RepositoryClosedError(f"{self!r} cannot look any more: construct another")
         self._gate.check()
         with self._gate.opening(loop):
+            yield
+
+    async def backup(self, path: str | os.PathLike[str]) -> BackupReport:
+        """
+        Write all that is stored into a new archive at *path*, as it is at one instant, while others go on working.
+
+        It needs no boot, migrates nothing and takes a store of any version up to this release's, so that an upgrade can
+        be preceded by it. The archive is readable for its owner alone, appears under its name when it has been proved
+        by reading it back, and never takes the place of a file. Columns, indexes and triggers of the operator's on our
+        tables are not in it; the report names them. On PostgreSQL the role needs to read the tables, and no more.
+
+        Raises:
+            ArchiveError: There is such a file, it cannot be written, or there is no store.
+            UnportableRowsError: Another program wrote into a SQLite file what its columns are not for.
+            SchemaError: The store is a newer release's or somebody else's, or has lost tables or columns; or its tables
+                were locked for ``lock_timeout``.
+            DatabaseUnavailableError: The database cannot be reached, opened or read.
+            ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._operating():
+            return await backup(self._database, path, patience=self._policy.lock_timeout)
+
+    async def restore(
+        self, path: str | os.PathLike[str], *, force: bool = False, keep_in: str | None = None
+    ) -> RestoreReport:
+        """
+        Put what an archive holds in the place of what is stored, at the archive's version, and keep what was there.
+
+        Stop every worker first. Whatever ends it, be it SIGKILL, the old store or the new one is there as a whole, and
+        the same call again succeeds. An archive of either database can be restored.
+
+        The history after the backup is cut off, and nobody who worked in it can finish anything here: what was held by
+        a lease is queued again without having lost its try, and the fencing tokens of all that may be claimed again go
+        on a million further. Who works on PostgreSQL all the same waits until it is done, and goes on in the new store.
+
+        Args:
+            path: An archive that ``backup`` wrote.
+            force: Also while leases are active, other processes have the store open or its tables locked, or the
+                application's views and foreign keys depend on it and would go on using what is replaced.
+            keep_in: On PostgreSQL, the schema that shall keep the tables which are replaced, where the role may not
+                create one. Otherwise they are kept in a new one, called as the runtime schema and ``_before_<time>``,
+                and on SQLite in a file beside, ``<file>.before-<time>``.
+
+        Raises:
+            StoreInUseError: Somebody uses what would be replaced; see *force*.
+            ArchiveError: The archive is damaged, or none of ours.
+            SchemaError: The archive is of a newer release, or the database is unsuitable.
+            RefusedError: The role may not do it.
+            DatabaseUnavailableError: The database cannot be reached, opened, read or written.
+            ConfigurationError: The repository is open: restore by one that was not awaited.
+            RepositoryClosedError: The repository was closed.
+        """
+        check_flag("force", force)
+        with self._operating(is_replaced=True):
+            return await restore(self._database, path, force=force, keep_in=keep_in, patience=self._policy.lock_timeout)
+
+    async def _move(
+        self, target: "RuntimeRepository", *, force: bool, folder: str | os.PathLike[str] | None
+    ) -> MoveReport:
+        check_flag("force", force)
+        if not isinstance(target, RuntimeRepository) or target is self:
+            raise ConfigurationError(f"the target is {target!r}: expected another repository than the source")
+        with self._operating(), target._operating(is_replaced=True):
+            return await move_between(
+                self._database, target._database, force=force, folder=folder, patience=self._policy.lock_timeout
+            )
+
+    @contextlib.contextmanager
+    def _operating(self, *, is_replaced: bool = False) -> Iterator[None]:
+        """Let an operator's call through, which needs no boot; one that replaces the store must come before any."""
+        with self._looking():
+            if is_replaced and (self._report is not None or self._boot is not None):
+                raise ConfigurationError(
+                    f"{self!r} is in use: close it, and construct another that is not awaited for this"
+                )
             yield
 
     @contextlib.asynccontextmanager
@@ -414,7 +511,12 @@ class RuntimeRepository(Stores):
         return call
 
     async def _ensure(self) -> SchemaReport:
-        return await ensure_schema(self._database, load_migrations(self._database.backend), self._policy)
+        report = await ensure_schema(
+            observed_boot(self._database, self._observer), load_migrations(self._database.backend), self._policy
+        )
+        if self._observer is not None:
+            self._observer.booted(report)
+        return report
 
     async def _join(self, boot: "_Boot") -> None:
         """

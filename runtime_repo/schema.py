@@ -26,6 +26,7 @@ from runtime_repo.errors import (
     ForeignSchemaError,
     MigrationError,
     RefusedError,
+    RemainsError,
     RuntimeRepoError,
     SchemaDriftError,
     SchemaError,
@@ -277,7 +278,8 @@ def load_migrations(backend: str) -> tuple[Migration, ...]:
 
 def decide(look: Look, migrations: Sequence[Migration], policy: Policy) -> Decision:
     """
-    Serve, migrate these, or refuse because: unsuitable, foreign, too new, a gap or another name, drift, pending.
+    Serve, migrate these, or refuse because: unsuitable, foreign, too new, a gap or another name, drift, remains,
+    pending.
 
     What only stands in the way of a migration is served, and told of, but not migrated: a name that is taken, a schema
     or a table whose owner may be anybody.
@@ -306,6 +308,8 @@ def decide(look: Look, migrations: Sequence[Migration], policy: Policy) -> Decis
     tolerated = (*drift, *extra, *look.reservations)
     if version == supported:
         return Serve(version, tolerated)
+    if look.remains:
+        return Refuse(RemainsError(look.remains))
     if not policy.migrate:
         return Refuse(SchemaOutOfDateError(version, supported))
     if taken := _taken(look, shipped.get(version), pending):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from runtime_repo.catalog import CONTROL, LEDGER, LedgerRow, Look
@@ -290,11 +291,13 @@ def _size(row: Row) -> TableSize:
 
 
 def plain(value: Any) -> Any:
-    """*value* as JSON has it: records as objects, instants in ISO 8601, spans in seconds."""
+    """*value* as JSON has it: records as objects, instants in ISO 8601, spans in seconds, paths as text."""
     if is_dataclass(value):
         return {part.name: plain(getattr(value, part.name)) for part in fields(value)}
     if isinstance(value, (tuple, list)):
         return [plain(item) for item in value]
     if isinstance(value, datetime):
         return value.isoformat()
+    if isinstance(value, Path):
+        return str(value)
     return value.total_seconds() if isinstance(value, timedelta) else value

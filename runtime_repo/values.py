@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any, TypeVar
 
 from runtime_repo.errors import ConfigurationError, OverloadedError, PayloadMismatchError, RefusedError, shown
 
 __all__ = [
+    "Columns",
     "as_read",
     "canonical",
     "check_after",
@@ -149,12 +151,17 @@ def check_after(value: str) -> str:
 
 def is_text(value: str) -> bool:
     """Whether both databases can store it: neither takes a lone surrogate, PostgreSQL takes no NUL."""
-    return _NO_TEXT.search(value) is None
+    return _is_plain(value) or _NO_TEXT.search(value) is None
 
 
 def is_key(value: str) -> bool:
     """Whether a row that was read under this id is found by it: what was no UTF-8 is read as something else."""
-    return _NO_KEY.search(value) is None
+    return _is_plain(value) or _NO_KEY.search(value) is None
+
+
+def _is_plain(value: str) -> bool:
+    """Whether it is ASCII without NUL, as almost everything is: to look for one character takes a fifth of the time."""
+    return isinstance(value, str) and value.isascii() and "\0" not in value
 
 
 def storable(value: str) -> str:
@@ -184,6 +191,29 @@ def check_batch(name: str, count: int, size: int = 0) -> None:
         raise ConfigurationError(
             f"{name} are {size} bytes of JSON together: expected at most {MAX_BATCH_BYTES}; use more calls"
         )
+
+
+class Columns(list[str | None]):
+    """
+    Rows that a query is given, column after column, all of text.
+
+    To PostgreSQL they are one array, which takes a third of the time that JSON takes to write and to read; to SQLite,
+    which has no arrays, they are JSON: an array of objects.
+    """
+
+    def __init__(self, **columns: Sequence[str | None]) -> None:
+        super().__init__(chain.from_iterable(columns.values()))
+        self._columns = columns
+
+    @cached_property
+    def _json(self) -> str:
+        return json.dumps(
+            [dict(zip(self._columns, row, strict=True)) for row in zip(*self._columns.values(), strict=True)]
+        )
+
+    def __conform__(self, _protocol: object) -> str:
+        """What the standard library's driver of SQLite asks of an argument that it does not know."""
+        return self._json
 
 
 def written(rows: Sequence[T], what: str) -> T:

@@ -147,7 +147,7 @@ class Worker:
             raise ConfigurationError(f"signals is {shown(signals)}: expected some of signal.Signals") from None
         self._claiming = _Patience(min(_PATIENCE, ttl.total_seconds()))
         self._sweeping = _Patience(_PATIENCE)
-        self._outages = Outages(f"worker {self.worker_id}", ttl=ttl.total_seconds())
+        self._outages = Outages(f"worker {self.worker_id}", ttl=ttl.total_seconds(), observer=repo._observer)
         self._room = asyncio.Semaphore(self._concurrency)
         self._claimed = 0
         self._is_worn = asyncio.Event()

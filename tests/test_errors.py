@@ -15,6 +15,7 @@ import pytest
 
 import runtime_repo
 from runtime_repo import (
+    ArchiveError,
     ConfigurationError,
     ConflictError,
     DatabaseUnavailableError,
@@ -32,6 +33,7 @@ from runtime_repo import (
     PayloadMismatchError,
     PostgresRuntimeRepository,
     RefusedError,
+    RemainsError,
     RepositoryClosedError,
     RuntimeRepoError,
     RuntimeRepository,
@@ -42,6 +44,8 @@ from runtime_repo import (
     SchemaOutOfDateError,
     SchemaTooNewError,
     SqliteRuntimeRepository,
+    StoreInUseError,
+    UnportableRowsError,
     UnreadableRowError,
     UnsuitableDatabaseError,
     errors,
@@ -103,6 +107,26 @@ EXAMPLES: list[tuple[RuntimeRepoError, dict[str, Any], list[str]]] = [
         MigrationError(2, "roles", "no space"),
         {"version": 2, "name": "roles"},
         ["migration 2 (roles)", "rolled back", "no space", "boot again"],
+    ),
+    (
+        RemainsError(["schema runtime_before_1"]),
+        {"remains": ("schema runtime_before_1",)},
+        ["no store here", "schema runtime_before_1", "nothing was created", "repeat the restore"],
+    ),
+    (
+        ArchiveError("a.archive", "it is damaged: take another"),
+        {"path": "a.archive", "reason": "it is damaged: take another"},
+        ["'a.archive'", "it is damaged: take another"],
+    ),
+    (
+        StoreInUseError(["worker 'w' holds 1 active leases: stop it", "two"]),
+        {"reasons": ("worker 'w' holds 1 active leases: stop it", "two")},
+        ["in use", "worker 'w'", "stop it", "two"],
+    ),
+    (
+        UnportableRowsError(["runtime_jobs, row 'a', status: it is blob"]),
+        {"cells": ("runtime_jobs, row 'a', status: it is blob",)},
+        ["runtime_jobs, row 'a', status", "correct or delete"],
     ),
     (NotFoundError("attempt", "a-1"), {"what": "attempt", "key": "a-1"}, ["no attempt 'a-1'", "pruned"]),
     (ConflictError("words"), {}, ["words"]),

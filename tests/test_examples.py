@@ -100,6 +100,39 @@ def test_a_purchase_waits_for_a_person_and_is_answered_once(programs: Programs) 
     assert programs.run(*purchase, said="y\n") == "a boat: declined by you\n"
 
 
+def test_an_upgrade_is_taken_back(programs: Programs) -> None:
+    """Every step is told with its time; in the end there is nothing left, in no file and in no schema."""
+    lines = programs.run("rollback_drill.py", "--attempts", "2000").splitlines()
+    assert [line.partition(" s  ")[2].partition(":")[0] for line in lines] == [
+        "the previous release lays its store",
+        "its workers work, and are stopped",
+        "backup",
+        "upgrade, and new work",
+        "the previous release does not boot any more",
+        "restore",
+        "the previous release boots",
+        "its workers work again",
+        "in all",
+    ]
+    assert all(re.match(r" *\d+\.\d\d s  ", line) for line in lines)
+    assert "version 2 is too new" in lines[4]
+    assert "all 2000 attempts of before are there, and no other" in lines[6]
+    assert not list(programs.folder.iterdir())
+    if programs.place.backend == "postgres":
+        schemas = f"select nspname from pg_namespace where starts_with(nspname, '{programs.place.schema}')"
+        assert programs.ask(schemas, file="drill.db") == []
+
+
+def test_the_drill_touches_no_store(programs: Programs) -> None:
+    """It wants a place of its own."""
+    file = programs.folder / "drill.db"
+    file.touch()
+    if programs.place.backend == "postgres":
+        programs.run("worker.py", "enqueue", str(file))
+    done = programs.done("rollback_drill.py")
+    assert (done.returncode, b"not empty" in done.stderr) == (1, True)
+
+
 @pytest.fixture
 def service(programs: Programs) -> Iterator[str]:
     """The web service, as soon as it answers; stopped as its user would stop it."""

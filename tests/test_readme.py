@@ -6,10 +6,12 @@ import inspect
 import os
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+import textwrap
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 
 import runtime_repo
 from runtime_repo import (
+    ArchiveError,
     AttemptStatus,
     NewAttempt,
     PostgresRuntimeRepository,
@@ -31,6 +34,15 @@ from tests.versions import RECORDED
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS: list[str] = re.findall(r"^ *```python\n(.*?)^ *```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 PUBLIC = {name: getattr(runtime_repo, name) for name in runtime_repo.__all__}
+
+
+COMMANDS: list[str] = re.findall(r"^ *```sh\n(.*?)^ *```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def command(word: str) -> str:
+    """The only block of commands with this word."""
+    (found,) = [text for text in COMMANDS if word in text]
+    return found
 
 
 def block(word: str) -> str:
@@ -75,28 +87,108 @@ def test_the_first_example_is_a_program(tmp_path: Path) -> None:
     assert asyncio.run(results()) == [{"said": "hello world"}] * 2
 
 
-async def test_the_dump_before_a_migration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, postgres_server: PostgresServer
-) -> None:
-    """On what is fresh it fails, as the text says, and nothing is migrated; what is old is dumped before it is not."""
+@pytest.fixture
+async def database(postgres_server: PostgresServer) -> AsyncIterator[str]:
+    """The URL of a database of the test's own."""
     name = f"rr_readme_{secrets.token_hex(6)}"
     admin = await asyncpg.connect(postgres_server.url())
     await admin.execute(f"create database {name}")
-    url = postgres_server.url(database=name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DATABASE_URL", url)
-    monkeypatch.setenv("PATH", str(find_binaries()), prepend=os.pathsep)
-    with pytest.raises(RuntimeError, match="not migrating"):
-        await run(block("pg_dump"))
-    old = PostgresRuntimeRepository(url)
-    await ensure_schema(old._database, load_migrations("postgres")[:1], Policy())
-    await old._database.close()
-    repo = (await run(block("pg_dump")))["repo"]
-    await repo.close()
-    assert [applied.version for applied in repo.boot_report.applied] == RECORDED[1:]
-    assert (tmp_path / "runtime.dump").read_bytes().startswith(b"PGDMP")
+    yield postgres_server.url(database=name)
     await admin.execute(f"drop database {name}")
     await admin.close()
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a block's commands in a folder of the test's own, as an operator would."""
+    command = tmp_path / "bin" / "runtime-repo"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m runtime_repo "$@"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(Path(runtime_repo.__file__).parents[1]))
+    for folder in (find_binaries(), command.parent):
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str, **environment: str) -> None:
+        shown = textwrap.dedent(text)
+        done = subprocess.run(
+            ["sh", "-ec", shown], env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, f"{shown}\n{done.stdout}\n{done.stderr}"
+
+    return run
+
+
+async def lay_version_1(repository: RuntimeRepository) -> None:
+    """What the previous release left, with one attempt."""
+    await ensure_schema(repository._database, load_migrations(repository._database.backend)[:1], Policy())
+    schema = "main" if isinstance(repository, SqliteRuntimeRepository) else "runtime"
+    async with repository._database.atomic() as transaction:
+        await transaction.connection.execute(
+            f"insert into {schema}.runtime_attempts (attempt_id, run_id, attempt_no, status) "
+            "values ('before', 'run', 1, 'queued')"
+        )
+    await repository._database.close()
+
+
+async def test_the_archive_before_a_migration(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On what is fresh there is nothing to save, and nothing is migrated; what is old is saved as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", database)
+    with pytest.raises(ArchiveError, match="there is no store"):
+        await run(block("before_migrate=save"))
+    await lay_version_1(PostgresRuntimeRepository(database))
+    repo = (await run(block("before_migrate=save")))["repo"]
+    await repo.close()
+    assert [applied.version for applied in repo.boot_report.applied] == RECORDED[1:]
+    report = await PostgresRuntimeRepository(database).restore("before-upgrade.zip")
+    assert report.version == 1
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "postgres"])
+async def test_the_upgrade_and_the_way_back(
+    backend: str, database: str, shell: Callable[..., None], tmp_path: Path
+) -> None:
+    """The runbooks' commands, one after the other: what was there before is there again."""
+    url = str(tmp_path / "runtime.db") if backend == "sqlite" else database
+    make: Callable[..., RuntimeRepository] = (
+        SqliteRuntimeRepository if backend == "sqlite" else PostgresRuntimeRepository
+    )
+    await lay_version_1(make(url))
+    shell(command("migrate --backup"), RUNTIME_REPO_URL=url)
+    async with make(url, migrate=False) as repo:
+        assert [attempt.attempt_id for attempt in await repo.attempts.list()] == ["before"]
+        await repo.attempts.enqueue("run", attempt_id="after")
+    shell(command("restore before-upgrade.zip"), RUNTIME_REPO_URL=url)
+    assert (await make(url).inspect()).found == 1
+    async with make(url) as repo:
+        assert [attempt.attempt_id for attempt in await repo.attempts.list()] == ["before"]
+
+
+async def test_the_dump_and_its_restore(database: str, shell: Callable[..., None]) -> None:
+    """The alternative for whoever has the client's tools: the schema is replaced, or it is not."""
+    await lay_version_1(PostgresRuntimeRepository(database))
+    dump, restore = command("pg_dump").split("\n", 1)
+    shell(dump, DATABASE_URL=database)
+    async with PostgresRuntimeRepository(database) as repo:
+        await repo.attempts.enqueue("run", attempt_id="after")
+    shell(restore, DATABASE_URL=database)
+    assert (await PostgresRuntimeRepository(database).inspect()).found == 1
+
+
+async def test_the_move(database: str, shell: Callable[..., None]) -> None:
+    """The store is in the other database, and may be claimed from there."""
+    async with SqliteRuntimeRepository("runtime.db") as repo:
+        await repo.attempts.enqueue("run", attempt_id="moved")
+    shell(command("runtime-repo move"), DATABASE_URL=database)
+    async with PostgresRuntimeRepository(database, migrate=False) as repo:
+        assert [lease.attempt_id for lease in await repo.leases.claim("worker")] == ["moved"]
+
+
+def test_the_grants(shell: Callable[..., None]) -> None:
+    """They are printed."""
+    shell(command("runtime-repo grants"))
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -154,7 +246,7 @@ async def test_the_answer_and_what_follows_it(repository: RuntimeRepository) -> 
 
 TOLD: dict[str, Callable[..., Awaitable[None] | None]] = {
     "asyncio.run": test_the_first_example_is_a_program,
-    "pg_dump": test_the_dump_before_a_migration,
+    "before_migrate=save": test_the_archive_before_a_migration,
     "Worker(": test_the_worker,
     "insert into orders": test_the_order_and_its_attempt,
     "interrupts.resume": test_the_answer_and_what_follows_it,

@@ -5,6 +5,7 @@ One file per command, imported when that command is given, so that ``--help`` lo
 Its exit code is an answer: 0 is yes, 1 is no, and 2 is that it could not be told, for whatever reason.
 """
 
+import io
 import sys
 from importlib.util import find_spec
 from typing import NoReturn
@@ -21,6 +22,10 @@ def main() -> NoReturn:
             "as in pip install 'runtime-repo[cli]'\n"
         )
         sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows fewer characters is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from runtime_repo.cli.app import run
 
     sys.exit(run(sys.argv[1:]))

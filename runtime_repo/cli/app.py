@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from runtime_repo.cli.redaction import Redaction
+from runtime_repo.cli.redaction import Redaction, printable
 from runtime_repo.cli.shared import DEBUG, NO, UNKNOWN, YES, epilog
 
 __all__ = ["COMMANDS", "app", "run"]
@@ -20,13 +20,21 @@ COMMANDS = {
         "plan": "What a boot of this release would do, and its SQL; nothing is touched.",
         "verify": "Whether a boot that may not migrate would serve.",
         "can-run": "Whether this release can run on it, and which older ones beside it.",
+        "doctor": "What is wrong, and the SQL that mends it.",
+        "grants": "What each role needs on PostgreSQL, and no more.",
         "top": "Queues, rates and the oldest age, live.",
     },
     "Change it": {
         "migrate": "Bring the schema to this release's version.",
+        "backup": "Write all that is stored into an archive, while workers go on.",
+        "restore": "Put an archive in the place of what is stored, which is kept.",
+        "move": "Move a store to another place, such as from SQLite to PostgreSQL.",
         "quiesce": "Let nobody claim anything, and wait until nothing is held.",
         "pause": "Let nobody claim from a queue.",
         "resume": "Let everybody claim again.",
+        "retry": "Give what has failed one more try.",
+        "cancel": "Cancel what is not final.",
+        "prune": "Delete what ended long ago.",
     },
 }
 """Every command, and what it says of itself; ``name`` is in the file ``name.py``, with ``_`` for ``-``."""
@@ -90,12 +98,14 @@ def app() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run what the *arguments* say and return the exit code; whatever fails is told on stderr, without a secret."""
-    redaction = Redaction([*arguments, os.environ.get("RUNTIME_REPO_URL", ""), os.environ.get("DATABASE_URL", "")])
+    redaction = Redaction([*arguments, os.environ.get("RUNTIME_REPO_URL", "")])
     try:
         code = app.main(list(arguments), prog_name="runtime-repo", standalone_mode=False)
         sys.stdout.flush()
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.stderr.write(f"{error.format_message()}\n")
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         usage = "" if context is None else f"{context.get_usage()}\nTry '{context.command_path} --help'.\n\n"
@@ -105,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
         # Whoever read what is printed has left; so that the interpreter does not complain when it flushes:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:  # noqa: BLE001 - its exit code would be an answer
+    except BaseException as error:  # noqa: BLE001 - its exit code would be an answer
         if "--debug" in arguments:
             sys.stderr.write(redaction.of("".join(traceback.format_exception(error))))
         return _failed(error, redaction, is_json="--json" in arguments)
@@ -114,7 +124,7 @@ def run(arguments: Sequence[str]) -> int:
     return UNKNOWN
 
 
-def _failed(error: Exception, redaction: Redaction, *, is_json: bool) -> int:
+def _failed(error: BaseException, redaction: Redaction, *, is_json: bool) -> int:
     """Tell of an error: the library's own words, or that there is a mistake in the command."""
     import json
 
@@ -139,4 +149,4 @@ def _failed(error: Exception, redaction: Redaction, *, is_json: bool) -> int:
 
 
 def _say(words: str) -> None:
-    sys.stderr.write(f"runtime-repo: {words}\n")
+    sys.stderr.write(f"runtime-repo: {printable(words)}\n")

@@ -1,8 +1,7 @@
 """``runtime-repo can-run``: whether this release can run on a database as it is."""
 
-from rich.text import Text
-
 from runtime_repo.cli.shared import NO, YES, Call, on_database
+from runtime_repo.cli.text import said
 
 __all__ = ["command"]
 
@@ -23,5 +22,5 @@ async def command(call: Call) -> int:
     finally:
         await repository.close()
     words = f"{'Yes' if found.answer else 'No'}: {found.why}."
-    call.answer(found.as_dict(), lambda console: console.print(Text(words, style="green" if found.answer else "red")))
+    call.answer(found.as_dict(), lambda console: console.print(said(words, style="green" if found.answer else "red")))
     return YES if found.answer else NO

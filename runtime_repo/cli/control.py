@@ -3,9 +3,8 @@
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.text import Text
 
-from runtime_repo.cli.text import instant
+from runtime_repo.cli.text import instant, said
 
 if TYPE_CHECKING:
     from runtime_repo.control import ControlState, Stop
@@ -22,9 +21,9 @@ def words(state: "ControlState") -> list[str]:
 def shown(console: Console, state: "ControlState") -> None:
     """Print it."""
     for line in words(state):
-        console.print(Text(line, style="yellow"))
+        console.print(said(line, style="yellow"))
     if state.quiesced is None and not state.paused:
-        console.print(Text("Everybody may claim from every queue.", style="green"))
+        console.print(said("Everybody may claim from every queue.", style="green"))
 
 
 def _line(what: str, stop: "Stop") -> str:

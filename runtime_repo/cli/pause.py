@@ -11,19 +11,20 @@ from runtime_repo.cli.working import working
 __all__ = ["command"]
 
 
-@click.option("--reason", help="Why, for whoever looks at the status.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0),
-    default=60.0,
-    show_default=True,
-    help="Seconds to wait for claims that had begun.",
-)
 @on_database(
     "pause",
     "runtime-repo pause runtime.db emails --reason 'the mail server is down'",
     "runtime-repo pause postgresql://app@db.example/app emails",
     words=("QUEUE",),
+)
+@click.option("--reason", help="Why, for whoever looks at the status.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for claims that had begun.",
 )
 async def command(call: Call, *, reason: str | None, timeout: float) -> int:  # noqa: ASYNC109 - an option's value
     """

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.syntax import Syntax
 from rich.text import Text
 
 from runtime_repo.cli.shared import NO, YES, Call, on_database
-from runtime_repo.cli.text import differences
+from runtime_repo.cli.text import differences, said, statements
 
 if TYPE_CHECKING:
     from runtime_repo.schema import SchemaPlan
@@ -17,12 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.option("--sql", is_flag=True, help="Print the SQL and nothing else, as one transaction.")
 @on_database(
     "plan",
     "runtime-repo plan runtime.db",
     "runtime-repo plan postgresql://app@db.example/app --sql > upgrade.sql",
 )
+@click.option("--sql", is_flag=True, help="Print the SQL and nothing else, as one transaction.")
 async def command(call: Call, *, sql: bool) -> int:
     """
     Show what a boot of this release would do: serve, refuse, or apply each of these migrations, with its SQL.
@@ -45,23 +44,24 @@ def _show(console: Console, plan: "SchemaPlan") -> None:
         console.print(line)
     for migration in plan.migrations:
         console.print()
-        console.rule(Text(f"{migration.version} {migration.name}", style="bold"), align="left")
-        console.print(Syntax(migration.sql.rstrip(), "postgresql", theme="ansi_dark", background_color="default"))
+        console.print(said(f"{migration.version} {migration.name}", style="bold"))
+        console.print()
+        console.print(statements(migration.sql))
 
 
 def _summary(plan: "SchemaPlan") -> Iterator[Text]:
     if plan.refusal is not None:
-        yield Text(f"A boot would be refused: {plan.refusal}", style="red")
+        yield said(f"A boot would be refused: {plan.refusal}", style="red")
         return
     yield from differences(plan.tolerated)
     if not plan.migrations:
-        yield Text(f"A boot would change nothing: version {plan.found} is current.", style="green")
+        yield said(f"A boot would change nothing: version {plan.found} is current.", style="green")
         return
     names = ", ".join(f"{migration.version} {migration.name}" for migration in plan.migrations)
     found = f"version {plan.found}" if plan.found else "nothing"
-    yield Text(f"A boot would go from {found} to version {plan.supported}, in one transaction: {names}")
+    yield said(f"A boot would go from {found} to version {plan.supported}, in one transaction: {names}")
     if plan.backup is not None:
-        yield Text(f"It would first copy the file to {plan.backup}")
+        yield said(f"It would first copy the file to {plan.backup}")
 
 
 def _show_sql(plan: "SchemaPlan") -> None:

@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.option("--reason", help="Why, for whoever looks at the status.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0),
-    default=60.0,
-    show_default=True,
-    help="Seconds to wait for what is held; nothing new is claimed either way.",
-)
 @on_database(
     "quiesce",
     "runtime-repo quiesce runtime.db --reason 'upgrade to 2.0'",
     "runtime-repo quiesce postgresql://app@db.example/app --timeout 600",
+)
+@click.option("--reason", help="Why, for whoever looks at the status.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for what is held; nothing new is claimed either way.",
 )
 async def command(call: Call, *, reason: str | None, timeout: float) -> int:  # noqa: ASYNC109 - an option's value
     """

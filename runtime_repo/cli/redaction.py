@@ -1,10 +1,10 @@
-"""What must not be shown of what was given."""
+"""What must not be shown: passwords, and what a terminal would take for an order."""
 
 import re
 from collections.abc import Iterable
 from urllib.parse import unquote_plus
 
-__all__ = ["Redaction"]
+__all__ = ["Redaction", "printable"]
 
 _HIDDEN = "***"
 
@@ -36,3 +36,10 @@ def _secrets(text: str) -> set[str]:
     if colon:
         found.add(password)
     return {spelling for secret in found if secret for spelling in (secret, unquote_plus(secret), repr(secret)[1:-1])}
+
+
+def printable(text: str) -> str:
+    """*text* in one line, with whatever is no character to read written out: others may have stored it."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

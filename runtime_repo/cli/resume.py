@@ -8,8 +8,8 @@ from runtime_repo.cli.shared import YES, Call, on_database
 __all__ = ["command"]
 
 
-@click.option("--queue", help="A queue that was paused, instead of the store that was quiesced.")
 @on_database("resume", "runtime-repo resume runtime.db", "runtime-repo resume runtime.db --queue emails")
+@click.option("--queue", help="A queue that was paused, instead of the store that was quiesced.")
 async def command(call: Call, *, queue: str | None) -> int:
     """
     Let everybody claim again, after runtime-repo quiesce or, with --queue, after runtime-repo pause.

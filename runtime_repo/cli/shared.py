@@ -103,16 +103,16 @@ class Call:
 
     @functools.cached_property
     def console(self) -> "Console":
-        """For people. What is no terminal has lines as long as they are."""
+        """For people. A terminal's lines are broken between words; what is no terminal has them as long as they are."""
         from rich.console import Console
 
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False)
         return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=_WIDE)
 
     def answer(self, value: Mapping[str, Any], show: Callable[["Console"], None]) -> None:
         """Print *value* as JSON, or *show* it to people."""
         if self.is_json:
-            click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+            click.echo(json.dumps(value, indent=2))
         else:
             show(self.console)
 
@@ -146,24 +146,29 @@ def on_database(name: str, *examples: str, words: tuple[str, ...] = ()) -> Calla
 
             return asyncio.run(answer())
 
-        # With the options that the function was given.
         functools.update_wrapper(run, function)
+        own = run.__dict__.pop("__click_params__", [])
         for decorate in (
             DEBUG,
             click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
             click.option(
-                "--schema", help="The runtime schema, on PostgreSQL.  [default: $RUNTIME_REPO_SCHEMA, else runtime]"
-            ),
-            click.option(
                 "--wait",
                 type=click.FloatRange(0.1, 3600),
+                metavar="SECONDS",
                 default=10.0,
                 show_default=True,
-                help="Seconds for a server to answer, on PostgreSQL.",
+                help="How long a server may take to answer, on PostgreSQL.",
+            ),
+            click.option(
+                "--schema",
+                metavar="NAME",
+                help="The runtime schema, on PostgreSQL.  [default: $RUNTIME_REPO_SCHEMA, else runtime]",
             ),
             click.argument("given", nargs=-1, metavar=metavar),
         ):
             run = decorate(run)
+        # The command's own options are shown first: what is decorated last.
+        run.__dict__["__click_params__"] += own
         return click.command(name, epilog=epilog(*examples))(run)
 
     return made

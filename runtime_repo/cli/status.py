@@ -5,12 +5,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from runtime_repo.cli.control import words
 from runtime_repo.cli.shared import NO, YES, Call, on_database
-from runtime_repo.cli.text import counted, differences, facts, instant, number, size, span, table
+from runtime_repo.cli.text import counted, differences, facts, instant, number, said, size, span, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,42 +43,44 @@ async def command(call: Call) -> int:
 
 
 def _show(console: Console, status: "StoreStatus") -> None:
-    console.print(Text(status.place, style="bold"))
+    console.print(said(status.place, style="bold"))
     console.print(facts(list(_facts(status))))
     for part in _tables(status):
         console.print()
         console.print(part)
-    for line in differences(status.schema.differences, status.schema.refusal):
+    remarks = list(differences(status.schema.differences, status.schema.refusal))
+    remarks += [said(f"? {what}", style="yellow") for what in status.unknown]
+    if remarks:
+        console.print()
+    for line in remarks:
         console.print(line)
-    for what in status.unknown:
-        console.print(Text(f"? {what}", style="yellow"))
 
 
 def _facts(status: "StoreStatus") -> Iterator[tuple[str, Text]]:
-    yield "server", Text(f"{status.server}, {size(status.size)}" if status.server else "there is no such file yet")
+    yield "server", said(f"{status.server}, {size(status.size)}" if status.server else "there is no such file yet")
     yield "schema", _schema(status)
     for number_, row in enumerate(status.ledger):
-        yield "ledger" if number_ == 0 else "", Text(f"{row.version} {row.name}, {instant(row.applied_at)}")
+        yield "ledger" if number_ == 0 else "", said(f"{row.version} {row.name}, {instant(row.applied_at)}")
     if status.migrating is not None:
-        yield "migrating", Text(str(status.migrating), style="yellow")
+        yield "migrating", said(str(status.migrating), style="yellow")
     if status.control is not None:
         for number_, line in enumerate(words(status.control)):
-            yield "stopped" if number_ == 0 else "", Text(line, style="yellow")
+            yield "stopped" if number_ == 0 else "", said(line, style="yellow")
     if status.failed is not None:
         held = sum(worker.leases for worker in status.workers)
-        yield "leases", Text(f"{number(held)} held by {counted(len(status.workers), 'worker')}")
-        yield "failed", Text(counted(status.failed, "attempt"), style="red" if status.failed else "")
-        yield "interrupts", Text(f"{number(status.pending_interrupts)} pending")
+        yield "leases", said(f"{number(held)} held by {counted(len(status.workers), 'worker')}")
+        yield "failed", said(counted(status.failed, "attempt"), style="red" if status.failed else "")
+        yield "interrupts", said(f"{number(status.pending_interrupts)} pending")
 
 
 def _schema(status: "StoreStatus") -> Text:
     schema = status.schema
     if schema.refusal is not None:
-        return Text(f"refused: {schema.refusal}", style="red")
+        return said(f"refused: {schema.refusal}", style="red")
     found = f"version {schema.found}" if schema.found else "nothing yet"
     if schema.pending:
-        return Text(f"{found}; a boot would apply {', '.join(schema.pending)}", style="yellow")
-    return Text(f"{found}, current", style="green")
+        return said(f"{found}; a boot would apply {', '.join(schema.pending)}", style="yellow")
+    return said(f"{found}, current", style="green")
 
 
 def _tables(status: "StoreStatus") -> Iterator["Table"]:
@@ -88,14 +89,14 @@ def _tables(status: "StoreStatus") -> Iterator["Table"]:
         queues = table("queue", "ready", "delayed", "leased", "oldest", align="lrrrr")
         for queue in status.queues:
             counts = (number(queue.ready), number(queue.delayed), number(queue.leased))
-            queues.add_row(escape(queue.queue), *counts, span(queue.oldest_age))
+            queues.add_row(said(queue.queue), *counts, span(queue.oldest_age))
         yield queues
     if status.workers:
         workers = table("worker", "leases", "expired", "heartbeat", "first expires", align="lrrrr")
         for worker in status.workers[:_MOST]:
             left = worker.first_expiry - now
             workers.add_row(
-                escape(worker.worker_id),
+                said(worker.worker_id),
                 number(worker.leases),
                 number(worker.expired),
                 f"{span(max(now - worker.heartbeat_at, now - now))} ago",

@@ -4,22 +4,49 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
-    from rich.text import Text
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
+from runtime_repo.cli.redaction import printable
+
+if TYPE_CHECKING:
     from runtime_repo.errors import Difference
 
-__all__ = ["MISSING", "counted", "differences", "facts", "instant", "number", "rate", "size", "span", "table"]
+__all__ = [
+    "MISSING",
+    "counted",
+    "differences",
+    "facts",
+    "instant",
+    "number",
+    "rate",
+    "said",
+    "size",
+    "span",
+    "statements",
+    "table",
+]
 
 MISSING = "-"
 """Where there is nothing to say."""
 
 
+def said(words: str, style: str = "") -> Text:
+    """*words*, whoever wrote them: nothing in them is taken for markup, or for an order to the terminal."""
+    return Text(printable(words), style=style)
+
+
 def number(value: float | None) -> str:
     """With commas."""
     return MISSING if value is None else f"{value:,}"
+
+
+def statements(sql: str) -> RenderableType:
+    """SQL, coloured where there are colours."""
+    from rich.syntax import Syntax
+
+    return Syntax(sql.rstrip(), "postgresql", theme="ansi_dark", background_color="default", word_wrap=True)
 
 
 def counted(value: int, noun: str) -> str:
@@ -67,20 +94,16 @@ def instant(value: datetime) -> str:
     return f"{value:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def table(*columns: str, align: str, title: str = "") -> "Table":
+def table(*columns: str, align: str, title: str = "") -> Table:
     """A table without lines; *align* has an ``l`` or ``r`` for each column."""
-    from rich.table import Table
-
     made = Table(title=title or None, box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
     for column, side in zip(columns, align, strict=True):
         made.add_column(column, justify="right" if side == "r" else "left", overflow="fold", no_wrap=side == "r")
     return made
 
 
-def facts(rows: Sequence[tuple[str, "RenderableType"]]) -> "Table":
+def facts(rows: Sequence[tuple[str, RenderableType]]) -> Table:
     """What is to be said under each of a few words."""
-    from rich.table import Table
-
     made = Table.grid(padding=(0, 3, 0, 0))
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
@@ -89,11 +112,9 @@ def facts(rows: Sequence[tuple[str, "RenderableType"]]) -> "Table":
     return made
 
 
-def differences(found: Sequence["Difference"], told: str | None = None) -> Iterator["Text"]:
+def differences(found: Sequence["Difference"], told: str | None = None) -> Iterator[Text]:
     """A line for each: what is not as it should be, and what is merely extra. Those that were *told* are left out."""
-    from rich.text import Text
-
     for difference in found:
         if told is None or str(difference) not in told:
             is_extra = difference.expected is None
-            yield Text(f"{'·' if is_extra else '!'} {difference}", style="" if is_extra else "yellow")
+            yield said(f"{'·' if is_extra else '!'} {difference}", style="" if is_extra else "yellow")

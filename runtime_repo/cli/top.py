@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.text import Text
 
 from runtime_repo.cli.shared import YES, Call, on_database
-from runtime_repo.cli.text import number, rate, span, table
+from runtime_repo.cli.text import number, rate, said, span, table
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -32,10 +31,12 @@ _PAUSE = 4
 """How many times as long as a look takes is waited for the next one: what waits is counted, however much it is."""
 
 
+@on_database("top", "runtime-repo top runtime.db", "runtime-repo top postgresql://app@db.example/app --once --json")
 @click.option("--once", is_flag=True, help="Show it once and end.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),
+    metavar="SECONDS",
     default=2.0,
     show_default=True,
     help="Seconds between two looks.",
@@ -43,11 +44,11 @@ _PAUSE = 4
 @click.option(
     "--over",
     type=click.FloatRange(1, 3600),
+    metavar="SECONDS",
     default=10.0,
     show_default=True,
     help="Seconds over which rates are averaged.",
 )
-@on_database("top", "runtime-repo top runtime.db", "runtime-repo top postgresql://app@db.example/app --once --json")
 async def command(call: Call, *, once: bool, interval: float, over: float) -> int:
     """
     Show what moves in each queue, until Ctrl-C: what waits, what is held, how much comes and ends a second, how old
@@ -107,7 +108,7 @@ async def _go_on(call: Call, looks: "_Looks", interval: float) -> None:
             try:
                 shown = seen = looks.shown(await looks.look(), console.height)
             except DatabaseUnavailableError as error:
-                shown = Group(seen, Text(str(error), style="red"))
+                shown = Group(seen, said(str(error), style="red"))
 
 
 class _Looks:
@@ -136,21 +137,21 @@ class _Looks:
             ended = (queue.completed + queue.failed + queue.cancelled) / seconds
             came = None if not since else max((_depth(queue) - depths.get(queue.queue, 0)) / since + ended, 0)
             made.add_row(
-                escape(queue.queue),
+                said(queue.queue),
                 number(queue.ready),
                 number(queue.delayed),
                 number(queue.leased),
                 span(queue.oldest_age),
                 rate(came),
                 rate(queue.completed / seconds),
-                Text(rate(queue.failed / seconds), style="red" if queue.failed else ""),
+                said(rate(queue.failed / seconds), style="red" if queue.failed else ""),
             )
         if len(queues) > most:
             made.add_row(f"and {len(queues) - most:,} more", *[""] * 7, style="dim")
         ready, leased = sum(queue.ready for queue in queues), sum(queue.leased for queue in queues)
-        head = Text(activity.place, style="bold")
-        total = Text(f"{activity.at:%H:%M:%S} UTC, {number(ready)} ready, {number(leased)} leased", style="dim")
-        return Group(head, total, Text(), made if queues else Text("nothing waits, is held or has ended lately"))
+        head = said(activity.place, style="bold")
+        total = said(f"{activity.at:%H:%M:%S} UTC, {number(ready)} ready, {number(leased)} leased", style="dim")
+        return Group(head, total, Text(), made if queues else said("nothing waits, is held or has ended lately"))
 
     def _since(self, activity: "Activity") -> tuple[float, Mapping[str, int]]:
         """How many seconds ago, over the span at most, there was how much in each queue."""

@@ -4,10 +4,9 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.text import Text
 
 from runtime_repo.cli.shared import NO, YES, Call, on_database
-from runtime_repo.cli.text import differences
+from runtime_repo.cli.text import differences, said
 
 if TYPE_CHECKING:
     from runtime_repo.schema import SchemaStatus
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
+@on_database("verify", "runtime-repo verify runtime.db", "runtime-repo verify postgresql://app@db.example/app --json")
 @click.option(
     "--on-drift",
     type=click.Choice(["refuse", "warn"]),
@@ -22,7 +22,6 @@ __all__ = ["command"]
     show_default=True,
     help="As the boots that this is asked for have it.",
 )
-@on_database("verify", "runtime-repo verify runtime.db", "runtime-repo verify postgresql://app@db.example/app --json")
 async def command(call: Call, on_drift: str) -> int:
     """
     Tell whether a boot of this release that may not migrate (migrate=False) would serve, and print every difference.
@@ -40,8 +39,8 @@ async def command(call: Call, on_drift: str) -> int:
 
 def _show(console: Console, status: "SchemaStatus") -> None:
     if status.refusal is None:
-        console.print(Text(f"It would serve: version {status.found} is as this release knows it.", style="green"))
+        console.print(said(f"It would serve: version {status.found} is as this release knows it.", style="green"))
     else:
-        console.print(Text(f"It would be refused: {status.refusal}", style="red"))
+        console.print(said(f"It would be refused: {status.refusal}", style="red"))
     for line in differences(status.differences, status.refusal):
         console.print(line)

@@ -277,7 +277,7 @@ class BootTransaction:
         return await self._looks.look_closely(self._connection, shipped, around, is_readable=is_readable)
 
 
-def begin(server: int) -> str:
+def begin(server: int, mode: str = "isolation level read committed") -> str:
     """
     Begin as boot needs it, whatever the role's settings are: a fresh snapshot for each statement, no waiting behind
     live traffic, no end to an index build or a backup by the clock, and a near one if the booter's machine is gone.
@@ -286,4 +286,4 @@ def begin(server: int) -> str:
     if server >= 17:
         unlimited.append("transaction_timeout")
     settings = "".join(f"set local {name} = 0;" for name in unlimited)
-    return f"begin isolation level read committed; {_BOUNDED} {_WATCHFUL} {settings}"
+    return f"begin {mode}; {_BOUNDED} {_WATCHFUL} {settings}"

@@ -21,25 +21,30 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
+from runtime_repo.archive import Loaded, Manifest, Reader, Terms, Writer
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Backend, Busy, Lost, Row, Watch
+from runtime_repo.doctor import Examined, Finding
 from runtime_repo.errors import (
-    ConfigurationError,
     DatabaseUnavailableError,
     LockHolder,
     MigrationError,
     RuntimeRepoError,
-    shown,
 )
+from runtime_repo.postgres.archive import export, kept_prefix, load
 from runtime_repo.postgres.boot import BootTransaction, Looks, begin
 from runtime_repo.postgres.connections import FAREWELL, GRACE, Connections
+from runtime_repo.postgres.doctor import examine
 from runtime_repo.postgres.heartbeats import Heartbeats
+from runtime_repo.postgres.names import check_schema
 from runtime_repo.postgres.notifications import Deaf, Hear, Listener, Teller
 from runtime_repo.postgres.refusals import is_conflict, is_lost
 from runtime_repo.postgres.sharing import Shared
 from runtime_repo.postgres.target import NO_LIMIT, Target, terminated
 from runtime_repo.queries import fill, load_queries
+from runtime_repo.repairs import Repair
 from runtime_repo.repository import Unique, check_seconds
+from runtime_repo.schema import Migration, load_migrations
 from runtime_repo.shielding import finish
 
 if TYPE_CHECKING:
@@ -92,7 +97,7 @@ class PostgresDatabase(Unique):
     ) -> None:
         self._target = target
         self._schema = schema
-        _check_schema(schema)
+        check_schema(schema)
         check_seconds("startup_timeout", startup_timeout, positive=True)
         self._startup_timeout = startup_timeout
         if verb_timeout is not None:
@@ -364,7 +369,7 @@ class PostgresDatabase(Unique):
         try:
             async with self._connections.in_time(seconds, "a half of what was left of startup_timeout"):
                 with self._connections.translated():
-                    return await self._looks.look(connection, shipped)
+                    return await self._with_remains(connection, await self._looks.look(connection, shipped))
         except DatabaseUnavailableError as error:
             _check_busy(error)
             if is_lost(error.__cause__):
@@ -435,7 +440,7 @@ class PostgresDatabase(Unique):
                     if look.is_newer(shipped):
                         rows = await connection.fetch(self.queries["control.oldest"], timeout=NO_LIMIT)
                         look = replace(look, oldest=rows[0]["value_json"] if rows else None)
-                    return look
+                    return await self._with_remains(connection, look)
         except DatabaseUnavailableError as error:
             _check_busy(error)
             raise
@@ -449,6 +454,13 @@ class PostgresDatabase(Unique):
     async def reading(self) -> AsyncIterator["_Reader"]:
         async with self._connections.apart() as connection:
             yield _Reader(self, self._connections, connection)
+
+    async def examine(self, examined: Examined) -> tuple[Sequence[Finding], Sequence[Repair]]:
+        async with self.reading() as reader, self.reading() as another:
+            return await examine(reader, another, self._schema, self.tokens["schema"], examined)
+
+    def script(self, statements: Sequence[str]) -> str:
+        return "\n".join(["begin;", *statements, "commit;"]) + "\n"
 
     async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:
         async with self._connections.apart() if apart else self._connections.acquired() as connection:
@@ -478,6 +490,27 @@ class PostgresDatabase(Unique):
 
     def backup_name(self, from_version: int) -> str | None:  # noqa: ARG002
         return None
+
+    async def _with_remains(self, connection: "Connection", look: Look) -> Look:
+        """Where there is nothing, and only there, with what a restore has kept beside it."""
+        if not look.is_empty:
+            return look
+        text = self.queries["archive.remains"]
+        rows = await connection.fetch(text, kept_prefix(self._schema), timeout=NO_LIMIT)
+        return replace(look, remains=tuple(f"schema {row['name']}" for row in rows))
+
+    async def export(self, writer: Writer, migrations: Sequence[Migration], terms: Terms, target: Backend) -> Manifest:  # noqa: ARG002 - whatever is here fits anywhere
+        return await export(self, writer, migrations, terms)
+
+    async def load(self, reader: Reader, migrations: Sequence[Migration], terms: Terms) -> Loaded:
+        return await load(self, reader, migrations, terms)
+
+    def named(self, name: str) -> str:
+        """The qualified name of something in the runtime schema."""
+        return f'{self.tokens["schema"]}."{name}"'
+
+    def shipped(self) -> Sequence[Migration]:
+        return load_migrations(self.backend)
 
 
 class _Transaction:
@@ -530,16 +563,3 @@ def _check_busy(error: DatabaseUnavailableError) -> None:
     """
     if isinstance(error.__cause__, (asyncpg.LockNotAvailableError, asyncpg.InternalServerError)):
         raise Busy from error.__cause__
-
-
-def _check_schema(schema: str) -> None:
-    try:
-        size = len(schema.encode())
-    except (AttributeError, UnicodeEncodeError):
-        size = 0
-    if not 0 < size <= 63 or "\0" in schema or schema.startswith("pg_"):
-        raise ConfigurationError(
-            f"the runtime schema's name is {shown(schema)}, {size} bytes: expected 1 to 63 bytes of UTF-8 "
-            "(PostgreSQL would cut a longer one silently, and two names would share a schema), "
-            "without NUL, not beginning with 'pg_'"
-        )

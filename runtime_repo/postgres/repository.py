@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import asyncpg
 
 from runtime_repo.errors import ConfigurationError
+from runtime_repo.observing import Observe
 from runtime_repo.postgres.database import PostgresDatabase
 from runtime_repo.postgres.target import Target
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction, check_flag
@@ -44,6 +45,9 @@ class PostgresRuntimeRepository(RuntimeRepository):
             own from the first wait on (of a pool that is given, one of its connections, if it may have more than two:
             one is for heartbeats). False polls once a second instead: behind a transaction-pooling pgbouncer nobody can
             listen, which is found out otherwise, with a warning.
+        observe: Is called with an event for whatever happens: a boot's step, a migration, a statement with its duration
+            and error, a claim, a completion, a failure, a lost lease, a sweep, an outage.
+            What it raises is logged once.
         pool_options: Passed to ``asyncpg.create_pool``. ``min_size`` is 0 unless given.
 
     Raises:
@@ -62,6 +66,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
         startup_timeout: float = 30.0,
         verb_timeout: float | None = 30.0,
         listen: bool = True,
+        observe: Observe | None = None,
         **pool_options: Any,
     ) -> None:
         try:
@@ -79,6 +84,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
             on_drift=on_drift,
             before_migrate=before_migrate,
             lock_timeout=lock_timeout,
+            observe=observe,
         )
 
     @contextlib.asynccontextmanager

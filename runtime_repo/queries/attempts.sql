@@ -7,6 +7,8 @@
 -- its key then, however many the planner would take them to be and however small the tables were when it made the plan.
 -- And where it is asked whether there is a case for a row, it is to expect that: of a table that is almost empty it takes
 -- a simple condition to leave nothing, and reads all.
+-- And where rows are found by an array, a case has another that would look something up and is never so: to read all
+-- looks dearer then, too. An array costs half of what it costs to look up one row after the other.
 -- columns tried: attempt_id, run_id, attempt_no, status, queue, priority, payload_json, max_attempts, lease_version,
 --  worker_id, enqueued_at_ms, retry_at_ms, started_at_ms, finished_at_ms, result_json, error, ended_by, headers_json
 -- columns attempt: {tried}, lease_id
@@ -20,6 +22,18 @@
 do update
        set queue = excluded.queue, priority = excluded.priority, enqueued_at_ms = excluded.enqueued_at_ms,
            retry_at_ms = excluded.retry_at_ms
+
+-- part: waits_still
+-- On PostgreSQL, whether the attempt itself waits.
+case when a.status in ('queued', 'retry_backoff') then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
+
+-- part: held_still
+-- Or is held.
+case when a.status in ('leased', 'running') then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
 
 -- name: enqueue @postgres
 -- Store an attempt, once: the same id again changes nothing and returns no row.
@@ -443,15 +457,17 @@ delete from {schema}.runtime_leases
    and changes() > 0;
 
 -- name: complete_many @postgres
--- As complete, for each lease of a JSON array; returns those that were still their token's to finish. One after the other
--- in the order of ids, or two such calls could wait for each other. The leases are found by an array: joined, they would be
--- compared one by one with all that is done, where a vacuum has found their table empty.
+-- As complete, for each lease of an array ($1) of four columns, one behind the other; returns those that were still their
+-- token's to finish or, if all were, one row without an id. One after the other in the order of ids, or two such calls
+-- could wait for each other. The attempts and the leases are found by arrays: joined, they would be compared one by one
+-- with all that is given or done, where a vacuum has found their tables empty.
 with given as materialized (
-    select attempt_id, token, lease_id, result_json
-      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
-               attempt_id pg_catalog.text, token bigint, lease_id pg_catalog.text, result_json pg_catalog.text)
-     where attempt_id = attempt_id || ''
-       and attempt_id || '' = attempt_id
+    select attempt_id, token::bigint as token, lease_id, result_json
+      from (select $1::pg_catalog.text[] as cells, pg_catalog.cardinality($1::pg_catalog.text[]) / 4 as height) as columns
+     cross join lateral rows from (
+               pg_catalog.unnest(cells[:height]), pg_catalog.unnest(cells[height + 1:2 * height]),
+               pg_catalog.unnest(cells[2 * height + 1:3 * height]), pg_catalog.unnest(cells[3 * height + 1:]))
+               as x (attempt_id, token, lease_id, result_json)
      order by attempt_id
 ), done as (
     update {schema}.runtime_attempts as a
@@ -461,10 +477,12 @@ with given as materialized (
            finished_at_ms = coalesce($2, {now_ms}),
            ended_by       = 'complete'
       from given
-     where a.attempt_id    = given.attempt_id
-       and a.lease_version = given.token
-       and a.lease_id      = given.lease_id
-       and case when a.status in ('leased', 'running') then 1 end is not null
+     where a.attempt_id = any (array(select attempt_id from given))
+       and {held_still}
+       and a.attempt_id = given.attempt_id
+       and case when a.lease_version = given.token and a.lease_id = given.lease_id then 1
+                else (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id) end
+               is not null
     returning a.finished_at_ms, a.attempt_id, a.status, a.lease_version, a.lease_id
 ), ended as (
     delete from {schema}.runtime_leases
@@ -473,7 +491,12 @@ with given as materialized (
     insert into {schema}.runtime_finished ({finished})
     select {finished} from done
 )
-select attempt_id, lease_version, lease_id from done;
+select attempt_id, lease_version, lease_id
+  from done
+ where (select pg_catalog.count(*) from done) < (select pg_catalog.count(*) from given)
+ union all
+select null, null, null
+ where (select pg_catalog.count(*) from done) = (select pg_catalog.count(*) from given);
 
 -- name: complete_many @sqlite
 -- As above, in statements of one transaction; what is completed has no lease.
@@ -708,29 +731,8 @@ delete from {schema}.runtime_finished
    and attempt_id = $1
    and changes() > 0;
 
--- name: prune 1000 100000 2147483647 @postgres
--- Delete final attempts that are older than a span ($1), the oldest first, skipping what somebody is writing, and what
--- was reported and asked in them: the same id enqueued again must not find its steps done. What says of an attempt that
--- it ended then, and that is no longer so, goes as well, and whatever a race has left behind of those that go.
-with old as (
-    select finished_at_ms, attempt_id
-      from (select finished_at_ms, attempt_id
-              from (select finished_at_ms, attempt_id
-                      from {schema}.runtime_finished
-                     where finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint
-                     order by finished_at_ms, attempt_id
-                     limit {most}) as first
-             limit $2) as first
-     where attempt_id = attempt_id || ''
-       and attempt_id || '' = attempt_id
-), locked as (
-    select a.attempt_id
-      from old
-      join {schema}.runtime_attempts as a on a.attempt_id = old.attempt_id
-     where case when a.status in ('completed', 'failed', 'cancelled') then 1 end is not null
-       and case when a.finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint then 1 end is not null
-     order by a.attempt_id
-       for update of a skip locked
+-- part: pruned_with_all
+-- On PostgreSQL, delete what is locked, and of what is old whatever says that it ended then and is no longer so.
 ), pruned as (
     delete from {schema}.runtime_attempts as a
      using locked
@@ -772,18 +774,9 @@ select attempt_id from pruned;
             where f.finished_at_ms = -9223372036854775807
               and not exists (select 1 from {schema}.runtime_attempts as a where a.attempt_id = f.attempt_id)
 
--- name: prune 1000 100000 2147483647 @sqlite
--- As above, in statements of one transaction. The clock moves between them, so the first marks what may go; what says of
--- an attempt that it has ended then is marked, and of attempts nothing, for a trigger of the operator's may keep one.
--- What it kept is unmarked.
-update or replace {schema}.runtime_finished
-   set finished_at_ms = -9223372036854775807
- where (finished_at_ms, attempt_id) in (
-           select finished_at_ms, attempt_id
-             from {schema}.runtime_finished
-            where finished_at_ms <= coalesce($3, {now_ms}) - $1
-            order by finished_at_ms, attempt_id
-            limit $2);
+-- part: marked_are_deleted
+-- On SQLite, delete what is marked as the oldest of all. Nothing is marked on the attempts themselves, for a trigger of
+-- the operator's may keep one: what it kept is unmarked.
 delete from {schema}.runtime_attempts
  where attempt_id in (
            select attempt_id from {schema}.runtime_finished where finished_at_ms = -9223372036854775807)
@@ -810,6 +803,303 @@ delete from {schema}.runtime_leases
  where attempt_id in ({pruned});
 delete from {schema}.runtime_finished
  where finished_at_ms = -9223372036854775807;
+
+-- name: prune 1000 100000 2147483647 @postgres
+-- Delete final attempts that are older than a span ($1), the oldest first, skipping what somebody is writing, and what
+-- was reported and asked in them: the same id enqueued again must not find its steps done. What says of an attempt that
+-- it ended then, and that is no longer so, goes as well, and whatever a race has left behind of those that go.
+with old as (
+    select finished_at_ms, attempt_id
+      from (select finished_at_ms, attempt_id
+              from (select finished_at_ms, attempt_id
+                      from {schema}.runtime_finished
+                     where finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint
+                     order by finished_at_ms, attempt_id
+                     limit {most}) as first
+             limit $2) as first
+     where attempt_id = attempt_id || ''
+       and attempt_id || '' = attempt_id
+), locked as (
+    select a.attempt_id
+      from old
+      join {schema}.runtime_attempts as a on a.attempt_id = old.attempt_id
+     where case when a.status in ('completed', 'failed', 'cancelled') then 1 end is not null
+       and case when a.finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint then 1 end is not null
+     order by a.attempt_id
+       for update of a skip locked
+{pruned_with_all}
+
+-- name: prune 1000 100000 2147483647 @sqlite
+-- As above, in statements of one transaction. The clock moves between them, so the first ones mark what goes.
+update or replace {schema}.runtime_finished
+   set finished_at_ms = -9223372036854775807
+ where (finished_at_ms, attempt_id) in (
+           select finished_at_ms, attempt_id
+             from {schema}.runtime_finished
+            where finished_at_ms <= coalesce($3, {now_ms}) - $1
+            order by finished_at_ms, attempt_id
+            limit $2);
+{marked_are_deleted}
+
+-- part: fits
+-- Whether an attempt is among those that an operator means: of a status ($2), of a queue ($3), with words in its error
+-- ($4), and of an age ($5) since it ended, or was enqueued if it has not, as far as they are given.
+(cast($2 as {pg_catalog}text) is null or a.status = $2)
+                    and (cast($3 as {pg_catalog}text) is null or a.queue = $3)
+                    and (cast($4 as {pg_catalog}text) is null or {pg_catalog}replace(a.error, $4, '') <> a.error)
+                    and (cast($5 as bigint) is null
+                         or coalesce(a.finished_at_ms, a.enqueued_at_ms) <= coalesce($6, {now_ms}) - cast($5 as bigint))
+
+-- name: sift_waiting 1000
+-- Of the next attempts ($7) behind an id ($1) that wait, which of them fit. Nothing is locked.
+select here.attempt_id,
+       (select case when a.status in ('queued', 'retry_backoff')
+                    and {fits} then 1 end
+          from {schema}.runtime_attempts as a
+         where a.attempt_id = here.attempt_id) as fits
+  from (select attempt_id
+          from (select attempt_id
+                  from {schema}.runtime_queue
+                 where attempt_id > $1
+                 order by attempt_id
+                 limit {most}) as first
+         limit $7) as here
+ order by here.attempt_id;
+
+-- name: sift_held 1000
+-- As above, of those that are held.
+select here.attempt_id,
+       (select case when a.status in ('leased', 'running')
+                    and {fits} then 1 end
+          from {schema}.runtime_attempts as a
+         where a.attempt_id = here.attempt_id) as fits
+  from (select attempt_id
+          from (select attempt_id
+                  from {schema}.runtime_leases
+                 where attempt_id > $1
+                 order by attempt_id
+                 limit {most}) as first
+         limit $7) as here
+ order by here.attempt_id;
+
+-- name: sift_ended 1000
+-- As above, of those that have ended in a status ($2) which is not completed. For its being named twice see list_ended.
+select here.attempt_id,
+       (select case when {fits} then 1 end
+          from {schema}.runtime_attempts as a
+         where a.attempt_id = here.attempt_id) as fits
+  from (select attempt_id
+          from (select distinct status, attempt_id
+                  from {schema}.runtime_finished
+                 where status in ($2, $2)
+                   and status <> 'completed'
+                   and attempt_id > $1
+                 order by status, attempt_id
+                 limit {most}) as first
+         limit $7) as here
+ order by here.attempt_id;
+
+-- name: sift_old 1000
+-- As above, of those that ended so long ago ($5), the oldest first, behind a place ($8, $1).
+select here.finished_at_ms, here.attempt_id,
+       (select case when a.status in ('completed', 'failed', 'cancelled')
+                     and a.finished_at_ms = here.finished_at_ms
+                     and {fits} then 1 end
+          from {schema}.runtime_attempts as a
+         where a.attempt_id = here.attempt_id) as fits
+  from (select finished_at_ms, attempt_id
+          from (select finished_at_ms, attempt_id
+                  from {schema}.runtime_finished
+                 where (finished_at_ms, attempt_id) > ($8, $1)
+                   and finished_at_ms <= coalesce($6, {now_ms}) - cast($5 as bigint)
+                 order by finished_at_ms, attempt_id
+                 limit {most}) as first
+         limit $7) as here
+ order by here.finished_at_ms, here.attempt_id;
+
+-- name: retry_many @postgres
+-- As retry, for each of a JSON array ($1) of ids that still fits; returns their queues.
+with given as (
+    select value as attempt_id
+      from pg_catalog.json_array_elements_text($1::pg_catalog.text::pg_catalog.json) as x (value)
+     where value = value || ''
+), locked as (
+    select a.attempt_id
+      from given
+      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
+     where case when a.status = 'failed'
+                    and {fits} then 1 end is not null
+     order by a.attempt_id
+       for no key update of a
+), again as (
+    update {schema}.runtime_attempts as a
+       set status = 'queued', retry_at_ms = null, finished_at_ms = null, ended_by = 'retry'
+      from locked
+     where a.attempt_id = locked.attempt_id
+    returning {waiting_of_a}
+), listed as (
+    delete from {schema}.runtime_finished
+     where status <> 'completed'
+       and status = 'failed'
+       and attempt_id = any (array(select attempt_id from again))
+), queued as (
+    insert into {schema}.runtime_queue ({waiting})
+    select {waiting} from again
+        on conflict (attempt_id) {replaced}
+)
+select queue from again;
+
+-- name: retry_many @sqlite
+-- As above, in statements of one transaction; the failed ones that did not fit are failed still.
+update {schema}.runtime_attempts as a
+   set status = 'queued', retry_at_ms = null, finished_at_ms = null, ended_by = 'retry'
+ where a.attempt_id in (select value from json_each($1))
+   and a.status = 'failed'
+   and {fits}
+returning queue;
+insert into {schema}.runtime_queue ({waiting})
+select {waiting}
+  from {schema}.runtime_attempts
+ where attempt_id in (select value from json_each($1))
+   and status   = 'queued'
+   and ended_by = 'retry'
+    on conflict (attempt_id) {replaced};
+delete from {schema}.runtime_finished
+ where status <> 'completed'
+   and status = 'failed'
+   and attempt_id in (
+           select a.attempt_id
+             from json_each($1) as given
+            cross join {schema}.runtime_attempts as a
+            where a.attempt_id = given.value
+              and a.status     = 'queued');
+
+-- name: cancel_many @postgres
+-- As cancel, for each of a JSON array ($1) of ids that still fits.
+with {given_and_waiting}, locked as (
+    select a.attempt_id
+      from given
+      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
+     where array(select attempt_id from waiting) is not null
+       and case when a.status in ('queued', 'leased', 'running', 'retry_backoff')
+                    and {fits} then 1 end is not null
+     order by a.attempt_id
+       for no key update of a
+), cancelled as (
+    update {schema}.runtime_attempts as a
+       set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($6, {now_ms}), ended_by = 'cancel'
+      from locked
+     where a.attempt_id = locked.attempt_id
+    returning {finished_of_a}, a.queue
+), unqueued as (
+    delete from {schema}.runtime_queue
+     where attempt_id = any (array(select attempt_id from cancelled))
+), ended as (
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from cancelled))
+), listed as (
+    insert into {schema}.runtime_finished ({finished})
+    select {finished} from cancelled
+        on conflict do nothing
+)
+select queue from cancelled;
+
+-- name: cancel_many @sqlite
+-- As above, in statements of one transaction; what is cancelled neither waits nor is held.
+update {schema}.runtime_attempts as a
+   set status = 'cancelled', retry_at_ms = null, finished_at_ms = coalesce($6, {now_ms}), ended_by = 'cancel'
+ where a.attempt_id in (select value from json_each($1))
+   and a.status in ('queued', 'leased', 'running', 'retry_backoff')
+   and {fits}
+returning queue;
+insert or replace into {schema}.runtime_finished ({finished})
+select {finished_of_a}
+  from json_each($1) as given
+ cross join {schema}.runtime_attempts as a
+ where a.attempt_id = given.value
+   and a.status     = 'cancelled';
+delete from {schema}.runtime_queue
+ where attempt_id in (
+           select a.attempt_id
+             from json_each($1) as given
+            cross join {schema}.runtime_attempts as a
+            where a.attempt_id = given.value
+              and a.status     = 'cancelled');
+delete from {schema}.runtime_leases
+ where attempt_id in (
+           select a.attempt_id
+             from json_each($1) as given
+            cross join {schema}.runtime_attempts as a
+            where a.attempt_id = given.value
+              and a.status     = 'cancelled');
+
+-- name: prune_many @postgres
+-- As prune, of the ends that a JSON array ($2) tells, each a time and an id, as far as they are still so. On SQLite
+-- nobody writes between the look and this.
+with old as (
+    select finished_at_ms, attempt_id
+      from pg_catalog.json_to_recordset($2::pg_catalog.text::pg_catalog.json) as x (
+               finished_at_ms bigint, attempt_id pg_catalog.text)
+     where attempt_id = attempt_id || ''
+       and attempt_id || '' = attempt_id
+), locked as (
+    select a.attempt_id
+      from old
+      join {schema}.runtime_attempts as a on a.attempt_id = old.attempt_id
+     where case when a.status in ('completed', 'failed', 'cancelled') then 1 end is not null
+       and case when a.finished_at_ms = old.finished_at_ms
+                    and a.finished_at_ms <= coalesce($3, {now_ms}) - $1::bigint then 1 end is not null
+     order by a.attempt_id
+       for update of a skip locked
+{pruned_with_all}
+
+-- name: prune_many @sqlite
+update or replace {schema}.runtime_finished
+   set finished_at_ms = -9223372036854775807
+ where (finished_at_ms, attempt_id) in (
+           select json_extract(value, '$.finished_at_ms'), json_extract(value, '$.attempt_id')
+             from json_each($2));
+{marked_are_deleted}
+
+-- name: depth @postgres
+-- How much of a queue ($1) could be claimed now, counted no further than so many ($2): one read of each of the queue's
+-- two indexes, to which the order leads.
+select (select pg_catalog.count(*)
+          from (select 1
+                  from (select 1
+                          from {schema}.runtime_queue
+                         where queue = $1
+                           and retry_at_ms is null
+                         order by priority desc, enqueued_at_ms, attempt_id
+                         limit 100000) as first
+                 limit $2) as ready) as ready,
+       (select pg_catalog.count(*)
+          from (select 1
+                  from (select 1
+                          from {schema}.runtime_queue
+                         where queue = $1
+                           and retry_at_ms is not null
+                           and retry_at_ms <= coalesce($3, {now_ms})
+                         order by retry_at_ms, attempt_id
+                         limit 100000) as first
+                 limit $2) as due) as due;
+
+-- name: depth @sqlite
+select (select count(*)
+          from (select 1
+                  from {schema}.runtime_queue
+                 where queue = $1
+                   and retry_at_ms is null
+                 order by priority desc, enqueued_at_ms, attempt_id
+                 limit $2) as first) as ready,
+       (select count(*)
+          from (select 1
+                  from {schema}.runtime_queue
+                 where queue = $1
+                   and retry_at_ms is not null
+                   and retry_at_ms <= coalesce($3, {now_ms})
+                 order by retry_at_ms, attempt_id
+                 limit $2) as first) as due;
 
 -- name: stats
 -- How much there is to do, queue by queue; what is due counts as ready. No time may be so early that its age is beyond

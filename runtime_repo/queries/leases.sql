@@ -19,6 +19,7 @@ do update
 -- stops at the last one that there is, where another program has put it there: what gets that one is parked.
 -- What does not wait any more was left behind, and is taken away. What does is leased, or all of it fails, where a limit
 -- is computed even if there is no row: a trigger that skips the lease's would leave the attempt to nobody.
+-- A lease that a cancel did not see, or one of version 1's, goes first: to insert where there may be one costs a tenth more.
 with moment as (
     select coalesce($5::bigint, {now_ms}) as at
 ), open as (
@@ -64,17 +65,17 @@ with moment as (
        and attempt_id || '' = attempt_id
 ), taken as (
     delete from {schema}.runtime_queue as w
-     using chosen
-     where w.ctid = chosen.place
+     where w.ctid = any (array(select place from chosen))
+       and case when w.attempt_id <> '' then 1
+                else (select 1 from {schema}.runtime_queue as same where same.attempt_id = w.attempt_id) end is not null
     returning w.attempt_id
 ), claimed as (
     update {schema}.runtime_attempts as a
        set status = 'leased', retry_at_ms = null, lease_version = least(lease_version, 9223372036854775806) + 1,
            worker_id = $2, ended_by = null,
            lease_id = $4 || pg_catalog.translate(a.ctid::pg_catalog.text, '(,)', '-.')
-      from taken
-     where a.attempt_id = taken.attempt_id
-       and case when a.status in ('queued', 'retry_backoff') then 1 end is not null
+     where a.attempt_id = any (array(select attempt_id from taken))
+       and {waits_still}
     returning {attempt_of_a}
 ), left_over as (
     select place, attempt_id
@@ -95,26 +96,31 @@ with moment as (
       from promoted
      where a.attempt_id = promoted.attempt_id
        and case when a.status in ('queued', 'retry_backoff') then 1 end is not null
+), outlived as (
+    delete from {schema}.runtime_leases
+     where attempt_id = any (array(select attempt_id from claimed))
+    returning 1
 ), leased as (
     insert into {schema}.runtime_leases ({held})
     select lease_id, attempt_id, $2, (select at from moment) + $3::bigint, (select at from moment), lease_version,
            (select at from moment)
       from claimed
-        on conflict (attempt_id) {leased_anew}
+     where (select pg_catalog.count(*) from outlived) is not null
     returning 1
 )
 select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at from moment) as heartbeat_at_ms,
        (select at from moment) as claimed_at_ms, {attempt}
   from claimed
  order by priority desc, enqueued_at_ms, attempt_id
- limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from claimed)
-              or (select pg_catalog.count(*) from claimed) < (select pg_catalog.count(*) from taken)
-                 and exists (
+ limit case when (select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from taken)
+             and ((select pg_catalog.count(*) from leased) < (select pg_catalog.count(*) from claimed)
+                  or exists (
                          select 1
-                           from taken
-                           join {schema}.runtime_attempts as a on a.attempt_id = taken.attempt_id
-                          where case when a.status in ('queued', 'retry_backoff') then 1 end is not null
-                            and a.attempt_id <> all (array(select attempt_id from claimed)))
+                           from {schema}.runtime_attempts as a
+                          where a.attempt_id = any (array(select attempt_id from taken
+                                                          except
+                                                          select attempt_id from claimed))
+                            and {waits_still}))
             then ('{skipped}: ' || (select pg_catalog.count(*) from taken)::pg_catalog.text)::bigint end;
 
 -- part: longest_due
@@ -334,8 +340,9 @@ delete from {schema}.runtime_leases
 update {schema}.runtime_leases
    set heartbeat_at_ms     = coalesce($4, {now_ms}),
        lease_expires_at_ms = coalesce($4, {now_ms}) + $3
- where lease_id = $1
-   and version  = $2
+ where attempt_id = $5
+   and lease_id   = $1
+   and version    = $2
    and lease_expires_at_ms > coalesce($4, {now_ms})
    and exists (
            select 1
@@ -348,19 +355,20 @@ returning heartbeat_at_ms, lease_expires_at_ms;
 
 -- name: heartbeat_many @postgres
 -- As heartbeat, for each lease of a JSON array. The attempts are locked first, in the order of ids, as by everybody who
--- writes several leases. These are found by arrays, as in attempts.complete_many; a lease's id has one token only.
+-- writes several leases. All are found by arrays, as in attempts.complete_many, and what is given is looked up for each: in
+-- a case it is never joined. A lease's id has one token only.
 with given as (
     select lease_id, attempt_id, token
       from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
                lease_id pg_catalog.text, attempt_id pg_catalog.text, token bigint)
-     where attempt_id = attempt_id || ''
 ), locked as (
     select a.attempt_id, a.lease_id
-      from given
-      join {schema}.runtime_attempts as a on a.attempt_id = given.attempt_id
-     where a.lease_version = given.token
-       and a.lease_id      = given.lease_id
-       and a.status in ('leased', 'running')
+      from {schema}.runtime_attempts as a
+     where a.attempt_id = any (array(select attempt_id from given))
+       and case when a.status not in ('leased', 'running')
+                then (select null::int from {schema}.runtime_attempts as same where same.attempt_id = a.attempt_id)
+                when (a.attempt_id, a.lease_version, a.lease_id) in (select attempt_id, token, lease_id from given)
+                then 1 end is not null
      order by a.attempt_id
        for update of a
 )
@@ -429,15 +437,18 @@ delete from {schema}.runtime_leases
    and changes() > 0;
 
 -- name: list @postgres
--- One page of all leases, in the order of their ids, after the last id of the page before.
+-- One page of all leases, in the order of their ids, after the last id of the page before. It reads all that is
+-- held; what is on the page is looked up.
 select {lease}
-  from {schema}.runtime_leases as l
+  from (select lease_id, attempt_id, lease_expires_at_ms, heartbeat_at_ms, claimed_at_ms
+          from {schema}.runtime_leases
+         where lease_id > $1
+         order by lease_id) as l
  cross join lateral (
            select {attempt}
              from {schema}.runtime_attempts
             where attempt_id = l.attempt_id
             limit 1) as a
- where l.lease_id > $1
  order by l.lease_id
  limit $2;
 
@@ -451,16 +462,18 @@ select {lease}
  limit $2;
 
 -- name: list_by_worker @postgres
--- As above, of one worker, past those of others.
+-- As above, of one worker.
 select {lease}
-  from {schema}.runtime_leases as l
+  from (select lease_id, attempt_id, lease_expires_at_ms, heartbeat_at_ms, claimed_at_ms
+          from {schema}.runtime_leases
+         where worker_id = $1
+           and lease_id > $2
+         order by lease_id) as l
  cross join lateral (
            select {attempt}
              from {schema}.runtime_attempts
             where attempt_id = l.attempt_id
             limit 1) as a
- where case when l.worker_id = $1 then 1 end is not null
-   and l.lease_id > $2
  order by l.lease_id
  limit $3;
 
@@ -506,13 +519,13 @@ select a.attempt_id, a.lease_version, a.lease_id
    and l.lease_expires_at_ms > coalesce($2, {now_ms});
 
 -- name: park @postgres
--- Take out of the way what was just claimed under a lease ($1) and cannot be read, and say why ($2): as a failed one an
--- operator finds it. Fenced by the lease's id, for what it holds may be anything.
+-- Take the attempt ($4) out of the way that was just claimed under a lease ($1) and cannot be read, and say why ($2): as a
+-- failed one an operator finds it. Fenced by the lease's id, for what it holds may be anything.
 with parked as (
     update {schema}.runtime_attempts
        set status = 'failed', retry_at_ms = null, error = $2, finished_at_ms = coalesce($3, {now_ms}), ended_by = 'park'
-     where attempt_id = (select attempt_id from {schema}.runtime_leases where lease_id = $1)
-       and lease_id = $1
+     where attempt_id = $4
+       and lease_id   = $1
        and status in ('leased', 'running')
     returning {finished}
 ), listed as (
@@ -521,8 +534,8 @@ with parked as (
         on conflict do nothing
 )
 delete from {schema}.runtime_leases
- where lease_id = $1
-   and attempt_id = (select attempt_id from parked);
+ where attempt_id = (select attempt_id from parked)
+   and lease_id   = $1;
 
 -- name: park @sqlite
 -- As above, in statements of one transaction.
@@ -570,10 +583,9 @@ with late as materialized (
       limit $1)
 ), expired as (
     select a.attempt_id
-      from (select attempt_id from late limit $1) as l
-      join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
-     where l.attempt_id = l.attempt_id || ''
-       and l.attempt_id || '' = l.attempt_id
+      from {schema}.runtime_attempts as a
+     where a.attempt_id = any (array(select attempt_id from late limit $1))
+       and {held_still}
      order by a.attempt_id
        for update of a skip locked
 ), ended as (
@@ -581,7 +593,7 @@ with late as materialized (
      where attempt_id = any (array(select attempt_id from expired))
        and (lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
             or lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long})
-    returning attempt_id, worker_id
+    returning attempt_id
 ), stranded as (
     select held.attempt_id, held.lease_version, held.lease_id
       from {schema}.runtime_attempts as held
@@ -589,7 +601,7 @@ with late as materialized (
        and held.status in ('leased', 'running')
        and not exists (select 1 from {schema}.runtime_leases as l where l.attempt_id = held.attempt_id)
 ), taken as (
-    select a.attempt_id, a.worker_id
+    select a.attempt_id
       from stranded
       join {schema}.runtime_attempts as a
         on a.attempt_id = stranded.attempt_id and a.lease_version = stranded.lease_version
@@ -597,21 +609,22 @@ with late as materialized (
        and a.status in ('leased', 'running')
        for update of a skip locked
 ), idle as materialized (
-    (select lease_id
+    (select attempt_id, lease_id
        from {schema}.runtime_leases
       where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
       order by lease_expires_at_ms
       limit $1)
      union all
-    (select lease_id
+    (select attempt_id, lease_id
        from {schema}.runtime_leases
       where lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}
       order by lease_expires_at_ms
       limit $1)
 ), nobodys as (
-    select l.lease_id
+    select l.attempt_id
       from {schema}.runtime_leases as l
-     where l.lease_id = any (array(select lease_id from idle))
+     where l.attempt_id = any (array(select attempt_id from idle))
+       and l.lease_id = any (array(select lease_id from idle))
        and case when l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3::bigint
                   or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long} then 1 end is not null
        and $4::pg_catalog.text is null
@@ -622,23 +635,21 @@ with late as materialized (
        for update of l skip locked
 ), orphans as (
     delete from {schema}.runtime_leases
-     where lease_id = any (array(select lease_id from nobodys))
-), silent as materialized (
-    select attempt_id, worker_id, ' expired' as fate from ended
-     union all
-    select attempt_id, worker_id, ' is gone' as fate from taken
+     where attempt_id = any (array(select attempt_id from nobodys))
 ), freed as (
     update {schema}.runtime_attempts as a
        set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
            attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
            retry_at_ms    = null,
            finished_at_ms = case when attempt_no >= max_attempts then coalesce($2, {now_ms}) end,
-           error          = 'the lease of worker ' || coalesce(silent.worker_id, 'unknown') || silent.fate,
+           error          = 'the lease of worker '
+                                || coalesce((select l.worker_id
+                                               from {schema}.runtime_leases as l
+                                              where l.attempt_id = a.attempt_id), worker_id, 'unknown')
+                                || case when attempt_id in (select attempt_id from taken) then ' is gone' else ' expired' end,
            ended_by       = 'expire'
-      from silent
-     where silent.attempt_id = silent.attempt_id || ''
-       and a.attempt_id = silent.attempt_id
-       and case when a.status in ('leased', 'running') then 1 end is not null
+     where a.attempt_id = any (array(select attempt_id from ended union all select attempt_id from taken))
+       and {held_still}
     returning {attempt_of_a}
 ), queued as (
     insert into {schema}.runtime_queue ({waiting})

@@ -18,14 +18,17 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import aiosqlite
 
+from runtime_repo.archive import Loaded, Manifest, Reader, Terms, Writer, in_thread
 from runtime_repo.catalog import Catalog, Look
 from runtime_repo.database import Backend, Busy, Heartbeats, Row
+from runtime_repo.doctor import Examined, Finding
 from runtime_repo.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -35,10 +38,14 @@ from runtime_repo.errors import (
     shown,
 )
 from runtime_repo.queries import fill, load_queries, split_statements
+from runtime_repo.repairs import Repair
 from runtime_repo.repository import Unique
-from runtime_repo.shielding import CLEAN_UP, finish
+from runtime_repo.schema import Migration
+from runtime_repo.shielding import CLEAN_UP, finish, settle
+from runtime_repo.sqlite.archive import Replacement, exporting, remains
 from runtime_repo.sqlite.backup import Copy, backup_path, name_what_is_pending, remove_what_was_left
 from runtime_repo.sqlite.connection import Connection, Hop
+from runtime_repo.sqlite.doctor import examine
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
 from runtime_repo.sqlite.group import Group, Part, Query, reads
 from runtime_repo.sqlite.limits import Limit, Limits
@@ -61,6 +68,9 @@ _POLL = 0.03
 _LONGEST_QUIET = 5.0
 """Seconds after which it is taken for a change that there was none: some things fall due without a commit."""
 
+
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+"""What no SQLite can read."""
 
 _LAST_BREATH = 0.1
 """Seconds in which a thread that has done its last hop has certainly ended."""
@@ -420,7 +430,7 @@ class SqliteDatabase(Unique):
         with Limit(self._limits):
             if self._connection is not None:
                 async with self._turn.mine():
-                    return await self.look_now(shipped)
+                    return self._with_remains(await self.look_now(shipped))
             first = Hop(looking(self._queries, shipped))
             try:
                 await self._open(first)
@@ -428,11 +438,12 @@ class SqliteDatabase(Unique):
                 if self._path is None:
                     raise
                 # What is absent is fresh, and a verify-only boot must not create it.
-                if not self._writes and _is_absent(self._path):
-                    return Look(None, Catalog())
+                absent = self._with_remains(Look(None, Catalog()))
+                if _is_absent(self._path) and (not self._writes or absent.remains):
+                    return absent
                 # Whatever else is wrong is wrong again, unless another process has just created the file.
                 await self._open(first, create=self._writes)
-            return cast(Look, first.fetchall())
+            return self._with_remains(cast(Look, first.fetchall()))
 
     async def _open(self, first: Hop, *, create: bool = False) -> None:
         self._turn = Turn(self._begin_together)
@@ -553,12 +564,12 @@ class SqliteDatabase(Unique):
                 self._prove()
                 # What a boot would make is fresh.
                 if _is_absent(path) and (not self._writes or path.parent.is_dir()):
-                    return Look(None, Catalog())
+                    return self._with_remains(Look(None, Catalog()))
                 raise
             else:
                 await _closed(connection)
                 self._prove()
-                return cast(Look, first.fetchall())
+                return self._with_remains(cast(Look, first.fetchall()))
             await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
     def _prove(self) -> None:
@@ -587,6 +598,15 @@ class SqliteDatabase(Unique):
         """Run *statements* on a connection of one's own, and again while the file is locked."""
         with Limit(self._limits):
             return await self._patiently(lambda: self.hop(Query(statements, args).alone, connection))
+
+    async def examine(self, examined: Examined) -> tuple[Sequence[Finding], Sequence[Repair]]:
+        async with self.reading() as reader:
+            return await examine(reader, self._path, examined)
+
+    def script(self, statements: Sequence[str]) -> str:
+        # A table that others refer to can be made anew only so.
+        before = ["pragma foreign_keys = off;", "pragma legacy_alter_table = on;", "begin immediate;"]
+        return "\n".join([*before, *statements, "commit;", "pragma legacy_alter_table = off;"]) + "\n"
 
     async def lock_holder(self, *, apart: bool = False, migrating: bool = False) -> LockHolder | None:  # noqa: ARG002
         return None  # nobody can know
@@ -618,6 +638,74 @@ class SqliteDatabase(Unique):
         """Where a try at the same boot was in vain, and the copy went with it: others may have written since."""
         if self._copy is not None and not self._copy.is_taken:
             await self._take_copy(self._copy)
+
+    def _with_remains(self, look: Look) -> Look:
+        """Where there is nothing, and only there, with what a restore has kept or left beside it."""
+        if self._path is None or not look.is_empty:
+            return look
+        return replace(look, remains=tuple(remains(self._path)))
+
+    async def export(self, writer: Writer, migrations: Sequence[Migration], terms: Terms, target: Backend) -> Manifest:
+        work = exporting(self._queries, writer, migrations, terms, target)
+        if self._path is None:
+            return await self._alone(partial(self.hop, work))
+        return await self._apart(work, writer.stop, terms.patience)
+
+    async def load(self, reader: Reader, migrations: Sequence[Migration], terms: Terms) -> Loaded:
+        if self._path is None:
+            raise ConfigurationError("a database in memory is gone when its repository is closed: name a file's path")
+        check_not_inherited(self._path)
+        new = Replacement(self._path, self._queries, _TOKENS, reader, migrations, terms)
+        try:
+            await in_thread(new.stop, new.begin)
+            return await self._load(new, terms)
+        finally:
+            await finish(in_thread(new.stop, new.end))
+
+    async def _load(self, new: Replacement, terms: Terms) -> Loaded:
+        page_size: int | None = None
+        if not _is_absent(new.path):
+            try:
+                page_size = await self._apart(new.look, new.stop, terms.patience)
+            except DatabaseUnavailableError as error:
+                if getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                    raise
+        if new.is_there:
+            return Loaded()
+        await in_thread(new.stop, new.build, page_size)
+        if page_size is None:
+            kept = await in_thread(new.stop, new.into_place)
+        else:
+            kept = await self._apart(new.into_live, new.stop, terms.patience)
+        return Loaded(None if kept is None else str(kept), new.requeued, tuple(new.overridden))
+
+    async def _apart(self, work: Callable[[Connection], T], stop: Callable[[], None], patience: float) -> T:
+        """
+        Do *work*, which may take its time, on a connection for this alone.
+
+        Whoever is cancelled tells it to *stop*, and waits for its end, for a while.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                connection = await self._connect(Hop(_nothing))
+                hop = Hop(work)
+                running: asyncio.Future[T] = asyncio.ensure_future(self.hop(hop, connection, must=True))
+                try:
+                    await asyncio.wait([running])
+                    return running.result()
+                except asyncio.CancelledError:
+                    stop()
+                    hop.give_up()
+                    with contextlib.suppress(Exception):
+                        await settle(running)
+                    raise
+                finally:
+                    await finish(_closed(connection))
+            except Busy as busy:
+                if time.monotonic() >= deadline:
+                    raise self._locked() from busy.__cause__
+            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
     async def _take_copy(self, copy: Copy) -> None:
         try:

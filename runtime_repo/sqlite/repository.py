@@ -4,6 +4,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
+from runtime_repo.observing import Observe
 from runtime_repo.repository import RuntimeRepository, check_flag, check_seconds
 from runtime_repo.sqlite.database import SqliteDatabase
 
@@ -42,6 +43,9 @@ class SqliteRuntimeRepository(RuntimeRepository):
         verb_timeout: Seconds that a verb may take, waiting for its turn and for locks included, and so each statement
             of a transaction, its begin and its commit; None is without end. What does not end in time is interrupted
             and a DatabaseUnavailableError. Migrations and backups are not limited.
+        observe: Is called with an event for whatever happens: a boot's step, a migration, a statement with its duration
+            and error, a claim, a completion, a failure, a lost lease, a sweep, an outage.
+            What it raises is logged once.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -57,6 +61,7 @@ class SqliteRuntimeRepository(RuntimeRepository):
         before_migrate: Callable[[], Awaitable[object]] | None = None,
         lock_timeout: float = 60.0,
         verb_timeout: float | None = 30.0,
+        observe: Observe | None = None,
     ) -> None:
         check_flag("migrate", migrate)
         check_flag("backup", backup)
@@ -68,4 +73,5 @@ class SqliteRuntimeRepository(RuntimeRepository):
             on_drift=on_drift,
             before_migrate=before_migrate,
             lock_timeout=lock_timeout,
+            observe=observe,
         )

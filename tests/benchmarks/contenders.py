@@ -20,6 +20,7 @@ import asyncpg
 from runtime_repo import NewAttempt, PostgresRuntimeRepository, SqliteRuntimeRepository
 from runtime_repo.queries import bounded, load_queries, split_statements
 from runtime_repo.sqlite.database import _TOKENS as SQLITE_TOKENS
+from runtime_repo.values import Columns
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -49,6 +50,35 @@ class Store(Protocol):
         """Claim and complete so many, *size* at a time."""
 
 
+class Stepper(Store, Protocol):
+    """Whoever may have rivals for what it is to work on."""
+
+    async def step(self, size: int) -> int:
+        """Claim and complete up to so many, and say how many they were."""
+
+
+class Several:
+    """As many workers at once, each with a connection of its own."""
+
+    def __init__(self, workers: Sequence[Stepper]) -> None:
+        self._workers = workers
+
+    async def fill(self, count: int) -> None:
+        await self._workers[0].fill(count)
+
+    async def work(self, count: int, size: int) -> None:
+        left = count
+
+        async def working(worker: Stepper) -> None:
+            nonlocal left
+            while left > 0:
+                done = await worker.step(size)
+                left -= done
+
+        await asyncio.gather(*(working(worker) for worker in self._workers))
+        assert left == 0
+
+
 class Ours:
     """
     The library's verbs, as in its README: one claim, then one `complete_many`, or one `complete` of a single one, and a
@@ -67,18 +97,20 @@ class Ours:
             await self.enqueue([NewAttempt(RUN, payload={"n": n}) for n in range(start, min(start + _PER_FILL, count))])
 
     async def work(self, count: int, size: int) -> None:
-        repo = self.repo
         for _ in range(count // size):
-            leases = await repo.leases.claim(WORKER, limit=size)
-            assert len(leases) == size
-            if size == 1:
-                await repo.attempts.complete(leases[0])
-            else:
-                await repo.attempts.complete_many([(lease, None) for lease in leases])
-        self._claimed += count
+            assert await self.step(size) == size
+
+    async def step(self, size: int) -> int:
+        leases = await self.repo.leases.claim(WORKER, limit=size)
+        if size == 1 and leases:
+            await self.repo.attempts.complete(leases[0])
+        else:
+            await self.repo.attempts.complete_many([(lease, None) for lease in leases])
+        self._claimed += len(leases)
         if self._claimed >= _WORN:
             self._claimed = 0
-            await repo.attempts.vacuum()
+            await self.repo.attempts.vacuum()
+        return len(leases)
 
     async def work_in_tasks(self, count: int, tasks: int) -> None:
         """Claim and complete so many one by one, in so many tasks at once."""
@@ -111,16 +143,13 @@ class Bare:
                 done = row["attempt_id"], row["lease_version"], None, None, row["lease_id"]
                 await self.fetch("attempts.complete", *done)
             else:
-                given = [
-                    {
-                        "attempt_id": row["attempt_id"],
-                        "token": row["lease_version"],
-                        "lease_id": row["lease_id"],
-                        "result_json": None,
-                    }
-                    for row in rows
-                ]
-                await self.fetch("attempts.complete_many", json.dumps(given), None)
+                given = Columns(
+                    attempt_id=[row["attempt_id"] for row in rows],
+                    token=[str(row["lease_version"]) for row in rows],
+                    lease_id=[row["lease_id"] for row in rows],
+                    result_json=[None] * len(rows),
+                )
+                await self.fetch("attempts.complete_many", given, None)
 
 
 class PostgresBare(Bare):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from pathlib import Path
 
 DISTRIBUTIONS = ("pgqueuer", "procrastinate", "litequeue", "huey")
@@ -49,11 +49,21 @@ class PgQueuer:
     async def fill(self, count: int) -> None:
         await self.queries.enqueue([_NAME] * count, [b'{"n":1}'] * count, [0] * count)
 
+    async def enqueue(self, payloads: Sequence[bytes]) -> None:
+        await self.queries.enqueue([_NAME] * len(payloads), list(payloads), [0] * len(payloads))
+
+    async def clear(self) -> None:
+        await self.connection.execute("truncate pgqueuer, pgqueuer_log")
+
     async def work(self, count: int, size: int) -> None:
         for _ in range(count // size):
-            jobs = await self.queries.dequeue(size, self._entrypoints, self._worker, None, _STALE)
-            assert len(jobs) == size
+            assert await self.step(size) == size
+
+    async def step(self, size: int) -> int:
+        jobs = await self.queries.dequeue(size, self._entrypoints, self._worker, None, _STALE)
+        if jobs:
             await self.queries.log_jobs([(job, "successful", None) for job in jobs])
+        return len(jobs)
 
 
 class PgQueuerWorker(PgQueuer):
@@ -83,6 +93,17 @@ async def pgqueuer(url: str) -> AsyncIterator[tuple[PgQueuer, PgQueuerWorker]]:
         yield layer, PgQueuerWorker(connection)
     finally:
         await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def pgqueuers(url: str, count: int) -> AsyncIterator[list[PgQueuer]]:
+    """So many of its query layers more, each with a connection of its own."""
+    connections = [await asyncpg.connect(url) for _ in range(count)]
+    try:
+        yield [PgQueuer(connection) for connection in connections]
+    finally:
+        for connection in connections:
+            await connection.close()
 
 
 class Procrastinate:

@@ -96,6 +96,18 @@ def working(store: Store, count: int, size: int) -> Turn:
     return turn
 
 
+def writing(store: Store, count: int, size: int, wal: Callable[[], Awaitable[int]]) -> Turn:
+    """How many bytes the server writes ahead for each that is claimed and completed, *size* at a time."""
+
+    async def turn() -> float:
+        await store.fill(count)
+        before = await wal()
+        await store.work(count, size)
+        return (await wal() - before) / count
+
+    return turn
+
+
 def sharing(store: Ours, tasks: int, each: int) -> Turn:
     """How many are claimed and completed in a second, one by one, by so many tasks of one process."""
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
+import json
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -31,8 +33,8 @@ from runtime_repo import NewAttempt
 
 from . import plot, queue_peers
 from .claims import Scale, behind_a_snapshot, endurance, sizes_on_postgres, sizes_on_sqlite
-from .contenders import RUN, on_postgres, on_sqlite
-from .race import HEAD, Limit, Line, enqueuing, race, sharing, working
+from .contenders import RUN, Several, on_postgres, on_sqlite
+from .race import HEAD, Limit, Line, enqueuing, race, sharing, working, writing
 from .shared import circumstances, own_database, postgres_server, table
 from .waiting import Patience, waiting_on_postgres, waiting_on_sqlite
 
@@ -58,8 +60,13 @@ TASKS = {8: Limit(2.5), 32: Limit(3.5)}
 """On SQLite so many tasks of one process must do so many times as much as one."""
 PGQUEUER = {1: Limit(1.25), 10: Limit(1.25), 100: Limit(1.25), 1000: Limit(1.1)}
 """By how many are claimed and completed at a time."""
+AT_ONCE = {4: Limit(1.25), 8: Limit(1.25)}
+"""By how many workers claim and complete at once, so many each time:"""
+EACH = 10
+ENQUEUED = Limit(1.3)
 PROCRASTINATE = Limit(10.0)
 AHEAD = Limit(1.0)
+LESS = Limit(1.0, at_most=True)
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,7 @@ async def peers_on_postgres(url: str, effort: Effort) -> list[Line]:
             for size, limit in PGQUEUER.items()
             for peer in ("PgQueuer", "PgQueuer's worker")
         ]
+        lines += await pgqueuer_on_postgres(url, effort)
         async with own_database(url, "procrastinate") as theirs, queue_peers.procrastinate(theirs) as (layer, worker):
             turns = {"ours": working(ours, _LARGEST, 100)}
             for name, who in (("Procrastinate", layer), ("Procrastinate's worker", worker)):
@@ -179,6 +187,51 @@ async def peers_on_postgres(url: str, effort: Effort) -> list[Line]:
             *lines,
             *(_line(BATCH, "postgres", peer, figures, PROCRASTINATE, "ours", peer) for peer in turns if peer != "ours"),
         ]
+
+
+async def pgqueuer_on_postgres(url: str, effort: Effort) -> list[Line]:
+    """What else is compared with it: many at once, on both sides."""
+    most = max(AT_ONCE)
+    async with contextlib.AsyncExitStack() as stack:
+        own, theirs = [await stack.enter_async_context(own_database(url, name)) for name in ("many", "manyqueuer")]
+        ours, bare = await stack.enter_async_context(on_postgres(own))
+        rivals = [await stack.enter_async_context(on_postgres(own)) for _ in range(most - 1)]
+        layer, _ = await stack.enter_async_context(queue_peers.pgqueuer(theirs))
+        layers = [layer, *await stack.enter_async_context(queue_peers.pgqueuers(theirs, most - 1))]
+        workers = [ours, *(rival for rival, _ in rivals)]
+
+        async def clear() -> None:
+            await bare.connection.execute("truncate runtime.runtime_attempts, runtime.runtime_queue")
+
+        async def wal() -> int:
+            written: int = await bare.connection.fetchval("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
+            return int(written)
+
+        given = [NewAttempt(RUN, payload=payload) for payload in _PAYLOADS]
+        bytes_ = [json.dumps(payload).encode() for payload in _PAYLOADS]
+        turns = {
+            "enqueue": enqueuing(ours.enqueue, given, clear),
+            "theirs": enqueuing(layer.enqueue, bytes_, layer.clear),
+        }
+        figures = await race(turns, effort.enqueues)
+        lines = [_line(ENQUEUE, "postgres", "PgQueuer", figures, ENQUEUED, "enqueue", "theirs")]
+        for number, limit in AT_ONCE.items():
+            turns = {
+                name: working(Several(who[:number]), effort.by_hundred, EACH)
+                for name, who in (("ours", workers), ("PgQueuer", layers))
+            }
+            figures = await race(turns, effort.peer_rounds)
+            work = f"claim and complete by {EACH}, {number} workers"
+            lines.append(_line(work, "postgres", "PgQueuer", figures, limit, "ours", "PgQueuer"))
+        turns = {name: writing(who, effort.by_hundred, 100, wal) for name, who in (("ours", ours), ("PgQueuer", layer))}
+        figures = await race(turns, effort.peer_rounds)
+    written, theirs_ = median(figures["ours"]), median(figures["PgQueuer"])
+    shown, theirs_shown = f"{written:,.0f} bytes", f"{theirs_:,.0f} bytes"
+    runs = effort.peer_rounds
+    return [
+        *lines,
+        Line(f"{BATCH}: WAL of each", "postgres", "PgQueuer", shown, theirs_shown, written / theirs_, LESS, runs),
+    ]
 
 
 async def peers_on_sqlite(folder: Path, effort: Effort) -> list[Line]:

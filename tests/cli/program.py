@@ -17,13 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import runtime_repo
-from runtime_repo.cli.app import run
+from runtime_repo.cli.app import COMMANDS, run
 from tests.place import Place
 
 SECONDS = 60
 
-GIVEN: Mapping[str, Sequence[str]] = {"top": ["--once"], "pause": ["emails"]}
+GIVEN: Mapping[str, Sequence[str]] = {
+    "top": ["--once"],
+    "pause": ["emails"],
+    "cancel": ["--older-than", "1d"],
+    "prune": ["--older-than", "1d"],
+    "backup": ["/nowhere/there.zip"],
+    "restore": ["/nowhere/there.zip"],
+    "move": ["/nowhere/there.db"],
+}
 """What a command needs besides the database, to come to an end."""
+
+ON_DATABASE = [name for section in COMMANDS.values() for name in section if name != "grants"]
+"""The commands that work on one."""
 
 
 @dataclass(frozen=True)

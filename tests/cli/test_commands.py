@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime_repo import NewAttempt, SchemaError, SchemaReport
-from runtime_repo.cli.app import COMMANDS
-from tests.cli.program import GIVEN, Program, ran
+from tests.cli.program import GIVEN, ON_DATABASE, Program, ran
 from tests.lab import Lab, PostgresLab, SqliteLab, on_postgres, on_sqlite
 from tests.versions import HISTORY, NEWEST, NEXT
 
@@ -105,11 +104,40 @@ async def test_migrate_shows_each_step_to_people(lab: Lab, program: Program) -> 
 
 @on_sqlite
 async def test_migrate_takes_no_copy_where_none_is_wanted(lab: Lab, program: Program) -> None:
-    """SQLite's, which is on unless it is turned off."""
-    await lab.reach(1)
-    assert (await program.json("migrate", "--no-backup"))["backup"] is None
+    """SQLite's, which is named otherwise."""
     assert isinstance(lab, SqliteLab)
+    await lab.reach(1)
+    assert (await program.json("migrate", "--no-copy"))["backup"] is None
     assert lab.backups() == []
+    await lab.wipe()
+    await lab.reach(1)
+    assert (await program.json("migrate"))["backup"] == str(lab.path.with_name(lab.backups()[0]))
+
+
+async def test_migrate_writes_an_archive_first_that_can_be_restored(lab: Lab, program: Program, tmp_path: Path) -> None:
+    """Of what there is before the upgrade; of nothing there is none."""
+    archive = tmp_path / "before.zip"
+    await lab.reach(1)
+    before = await lab.all("runtime_attempts")
+    found = await program.json("migrate", "--backup", str(archive))
+    assert (found["archive"]["path"], found["archive"]["version"]) == (str(archive), 1)
+    assert (await program.run("restore", str(archive), "--force")).code == YES
+    assert [row["attempt_id"] for row in await lab.all("runtime_attempts")] == [row["attempt_id"] for row in before]
+    assert (await program.json("plan"))["found"] == 1
+
+    other = Program(lab.another().place)
+    assert (await other.json("migrate", "--backup", str(tmp_path / "nothing.zip")))["archive"] is None
+    assert not (tmp_path / "nothing.zip").exists()
+
+
+async def test_migrate_does_nothing_where_the_archive_cannot_be_written(lab: Lab, program: Program) -> None:
+    """An upgrade without the backup that was wanted would be worse than none."""
+    await lab.reach(1)
+    before = await lab.content()
+    done = await program.run("migrate", "--backup", "/nowhere/there.zip")
+    assert (done.code, done.output) == (NO, "")
+    assert "/nowhere/there.zip" in done.errors
+    assert await lab.content() == before
 
 
 async def test_migrate_says_no_and_changes_nothing_where_it_is_refused(lab: Lab, program: Program) -> None:
@@ -213,6 +241,19 @@ async def test_status_tells_what_the_library_does(lab: Lab, program: Program) ->
     for words in ("[red]", "worker-[bold]x", f"version {NEWEST}, current", HISTORY[-1][1], found["server"]):
         assert words in done.output
     assert datetime.fromisoformat(found["ledger"][0]["applied_at"])
+
+
+async def test_nothing_that_is_stored_gives_the_terminal_orders(lab: Lab, program: Program) -> None:
+    """Whoever may enqueue could write to the operator's screen otherwise."""
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue("run", queue="a\x1b]0;x\x07\nb")
+        await repo.leases.claim("w\x1b[2J", queues="a\x1b]0;x\x07\nb")
+        await repo.control.pause("c\x1b[2J", "r\x1b[2J")
+    for name in ("status", "top", "verify", "resume"):
+        done = await program.run(name, *GIVEN.get(name, ()))
+        assert done.code == YES
+        assert "\x1b" not in done.output
+    assert r"a\x1b]0;x\x07\nb" in (await program.run("status")).output
 
 
 async def test_status_says_no_where_a_boot_would_be_refused_and_tells_the_rest(lab: Lab, program: Program) -> None:
@@ -337,7 +378,11 @@ async def test_top_says_no_of_an_earlier_version(lab: Lab, program: Program) -> 
     assert "version 1" in done.errors
 
 
-@pytest.mark.parametrize("name", [name for section in COMMANDS.values() for name in section])
+OF_FILES = {"backup", "restore"}
+"""What says no of a file before it asks the database."""
+
+
+@pytest.mark.parametrize("name", sorted(set(ON_DATABASE) - OF_FILES))
 async def test_what_cannot_be_reached_is_not_known(lab: Lab, program: Program, name: str) -> None:
     """2, with the library's words, and nothing but them."""
     if isinstance(lab, SqliteLab):
@@ -368,3 +413,84 @@ async def test_a_file_may_be_named_by_a_url(tmp_path: Path) -> None:
     assert (await ran("migrate", f"sqlite:///{tmp_path / 'x.db'}")).code == YES
     with contextlib.closing(sqlite3.connect(tmp_path / "x.db")) as connection:
         assert connection.execute("select count(*) from runtime_schema_migrations").fetchone() == (NEWEST,)
+
+
+async def test_a_backup_brings_everything_back(lab: Lab, program: Program, tmp_path: Path) -> None:
+    """What was written since is kept beside, and told of."""
+    archive = str(tmp_path / "store.zip")
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue("run", attempt_id="before")
+        found = await program.json("backup", archive)
+        assert (found["path"], found["rows"]["runtime_attempts"]) == (archive, 1)
+        await repo.attempts.enqueue("run", attempt_id="after")
+    done = await program.run("backup", archive)
+    assert (done.code, done.output) == (NO, "")
+    assert archive in done.errors
+
+    done = await program.run("restore", archive)
+    assert (done.code, done.errors) == (YES, "")
+    assert "what was there before is kept in" in done.output
+    assert f"Restored: version {NEWEST}" in done.output
+    async with lab.repository() as repo:
+        assert [attempt.attempt_id for attempt in await repo.attempts.list()] == ["before"]
+    done = await program.run("backup", str(tmp_path / "again.zip"))
+    assert (done.code, done.errors) == (YES, "")
+    assert "again.zip was written and read back" in done.output
+
+
+async def test_an_archive_of_what_cannot_be_reached_is_not_known(tmp_path: Path) -> None:
+    """Neither one to be written nor one to be restored."""
+    archive = str(tmp_path / "store.zip")
+    assert (await ran("migrate", str(tmp_path / "x.db"))).code == YES
+    assert (await ran("backup", str(tmp_path / "x.db"), archive)).code == YES
+    nobody = "postgresql://u:hush@127.0.0.1:1/d"
+    for command in (("backup", nobody, str(tmp_path / "other.zip")), ("restore", nobody, archive)):
+        done = await ran(*command, "--wait", "0.1")
+        assert (done.code, done.output) == (UNKNOWN, "")
+        assert len(done.errors.splitlines()) == 1
+        assert "hush" not in done.errors
+
+
+async def test_a_restore_says_no_while_somebody_works(lab: Lab, program: Program, tmp_path: Path) -> None:
+    """Unless it is told to do it all the same."""
+    archive = str(tmp_path / "store.zip")
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue("run", attempt_id="before")
+        await program.run("backup", archive)
+        await repo.leases.claim("worker-7")
+    done = await program.run("restore", archive)
+    assert (done.code, done.output) == (NO, "")
+    found = await program.json("restore", archive, "--force")
+    assert found["overridden"]
+    assert found["rows"]["runtime_leases"] == 0
+
+
+@pytest.mark.parametrize("back", [False, True])
+async def test_a_store_moves_to_the_other_database_and_back(sqlite_lab: Lab, postgres_lab: Lab, *, back: bool) -> None:
+    """Every row, with its id."""
+    source, target = (postgres_lab, sqlite_lab) if back else (sqlite_lab, postgres_lab)
+    async with source.repository() as repo:
+        await repo.attempts.enqueue("run", attempt_id="here")
+    schema = ["--schema", postgres_lab.place.schema]
+    done = await ran("move", source.place.where, target.place.where, *schema, "--json")
+    assert (done.code, done.errors) == (YES, "")
+    assert json.loads(done.output)["rows"]["runtime_attempts"] == 1
+    async with target.repository() as repo:
+        assert [attempt.attempt_id for attempt in await repo.attempts.list()] == ["here"]
+        await repo.attempts.enqueue("run", attempt_id="there")
+    done = await ran("move", source.place.where, target.place.where, *schema)
+    assert (done.code, done.output) == (NO, "")
+
+
+async def test_a_schema_moves_to_another(postgres_lab: PostgresLab) -> None:
+    """Each has a name of its own."""
+    other = postgres_lab.another()
+    async with postgres_lab.repository() as repo:
+        await repo.attempts.enqueue("run", attempt_id="here")
+    where = postgres_lab.place.where
+    names = ("--schema", postgres_lab.place.schema, "--target-schema", other.place.schema)
+    done = await ran("move", where, where, *names)
+    assert (done.code, done.errors) == (YES, "")
+    assert "the same on both sides" in done.output
+    async with other.repository() as repo:
+        assert len(await repo.attempts.list()) == 1

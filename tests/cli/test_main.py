@@ -17,7 +17,7 @@ import pytest
 from runtime_repo import RuntimeRepository
 from runtime_repo.cli.app import COMMANDS, app
 from runtime_repo.cli.shared import Place
-from tests.cli.program import GIVEN, environment, executed, ran
+from tests.cli.program import GIVEN, ON_DATABASE, environment, executed, ran
 from tests.postgres_server import PostgresServer
 
 NAMES = [name for section in COMMANDS.values() for name in section]
@@ -115,10 +115,10 @@ async def test_without_arguments_it_shows_its_help() -> None:
     """On stderr, for nothing was answered."""
     done = await ran()
     assert (done.code, done.output) == (UNKNOWN, "")
-    assert "Look at it" in done.errors
+    assert "\nLook at it:\n" in done.errors
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_DATABASE)
 async def test_a_mistake_of_ours_is_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a command did not foresee: 2, in one line, whose traceback is shown when it is asked for."""
 
@@ -156,6 +156,14 @@ def test_whoever_stops_reading_is_told_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (UNKNOWN, b"")
 
 
+def test_a_terminal_of_few_characters_is_no_reason_to_fail(tmp_path: Path) -> None:
+    """What it does not know is written out."""
+    name = str(tmp_path / "\N{HORSE}.db")
+    done = executed("-m", "runtime_repo", "status", name, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.code, done.errors) == (YES, "")
+    assert r"\U0001f40e.db" in done.output
+
+
 FORMS = {
     "in the address": "postgresql://{user}:{encoded}@{place}",
     "in its query": "postgresql://{place}?user={user}&password={encoded}",
@@ -187,7 +195,7 @@ async def test_no_output_shows_a_password(postgres_server: PostgresServer, role:
     """Of any command, in whichever way it ends, for people, as JSON, and with a traceback."""
     place = f"127.0.0.1:{postgres_server.port}/postgres"
     address = form.format(user=role, encoded=quote(ODD, ""), plain=ODD, place=place)
-    for name in ("status", "migrate", *NAMES):
+    for name in ("status", "migrate", *ON_DATABASE):
         for options in (["--json"], ["--debug"]):
             done = await ran(name, address, *GIVEN.get(name, ()), *options, "--schema", "hush", "--wait", "0.2")
             assert CANARY not in done.output + done.errors, (name, options)

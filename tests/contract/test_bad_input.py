@@ -114,6 +114,7 @@ NEW: dict[str, Sequence[Any]] = {
     "not_before": INSTANTS,
     "max_attempts": COUNTS,
 }
+MEANT: dict[str, Sequence[Any]] = {"queue": IDS, "error": IDS, "limit": COUNTS, "now": INSTANTS}
 VERBS: dict[str, tuple[Callable[[str], Call], Mapping[str, Sequence[Any]]]] = {
     "attempts.enqueue": (on("attempts", "enqueue", run_id="run"), NEW | {"now": INSTANTS}),
     "attempts.enqueue_many": (enqueue_many, NEW | {"now": INSTANTS}),
@@ -129,6 +130,7 @@ VERBS: dict[str, tuple[Callable[[str], Call], Mapping[str, Sequence[Any]]]] = {
     ),
     "attempts.wait": (on("attempts", "wait"), {"queues": QUEUES, "timeout": SPANS, "now": INSTANTS}),
     "attempts.stats": (on("attempts", "stats"), {"now": INSTANTS}),
+    "attempts.depth": (on("attempts", "depth"), {"queue": IDS, "most": [*COUNTS, 100_001], "now": INSTANTS}),
     "attempts.start": (held("attempts", "start"), {"now": INSTANTS}),
     "attempts.complete": (held("attempts", "complete"), {"result": PAYLOADS, "now": INSTANTS}),
     "attempts.complete_many": (complete_many, {"result": PAYLOADS, "now": INSTANTS}),
@@ -140,7 +142,15 @@ VERBS: dict[str, tuple[Callable[[str], Call], Mapping[str, Sequence[Any]]]] = {
     "attempts.retry": (on("attempts", "retry"), {"attempt_id": IDS}),
     "attempts.prune": (
         on("attempts", "prune", older_than=timedelta(0)),
-        {"older_than": SPANS, "limit": COUNTS, "now": INSTANTS},
+        {"older_than": SPANS, "actor": IDS} | MEANT | {"status": [*STATUSES, "queued"]},
+    ),
+    "attempts.retry_many": (
+        on("attempts", "retry_many", actor="ann"),
+        {"actor": [*IDS, None], "older_than": SPANS} | MEANT,
+    ),
+    "attempts.cancel_many": (
+        on("attempts", "cancel_many", actor="ann", older_than=timedelta(0)),
+        {"actor": [*IDS, None], "older_than": SPANS} | MEANT | {"status": [*STATUSES, "failed"]},
     ),
     "leases.claim": (
         on("leases", "claim", worker_id="worker"),

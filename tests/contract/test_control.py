@@ -27,6 +27,7 @@ from runtime_repo import (
     Worker,
 )
 from runtime_repo.leases import Leases
+from runtime_repo.postgres import notifications
 from tests.contract.conftest import Clock, Factory, eventually, execute
 from tests.contract.test_worker import running, until
 from tests.versions import NEWEST
@@ -196,6 +197,23 @@ async def test_to_stop_it_twice_is_to_stop_it_once(repo: RuntimeRepository, cloc
     assert await repo.control.resume("nobody's") == OPEN
 
 
+@pytest.mark.parametrize("queue", [None, "mail"])
+async def test_who_waits_is_told_that_it_was_resumed(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch, queue: str | None
+) -> None:
+    """He need not look again by himself: on PostgreSQL he hears it, of the store whatever he waits for."""
+    monkeypatch.setattr(notifications, "_POLL_LISTENING", 60.0)
+    async with asyncio.timeout(20), factory() as repo, factory() as other:
+        await other.attempts.enqueue("run", queue="mail")
+        await (other.control.quiesce() if queue is None else other.control.pause(queue))
+        task = asyncio.create_task(repo.attempts.wait("mail"))
+        # So long it looks once a second at most, until it listens.
+        done, _ = await asyncio.wait([task], timeout=1.5)
+        assert not done
+        await other.control.resume(queue)
+        assert await task
+
+
 async def test_who_quiesces_learns_that_it_was_resumed(factory: Factory) -> None:
     """Nothing is held at the end, but work goes on: that is no quiet store."""
     seen: list[QuiesceProgress] = []
@@ -265,7 +283,8 @@ async def test_a_release_that_is_outdated_claims_nothing(repo: RuntimeRepository
             await claim
         assert (caught.value.found, caught.value.supported, caught.value.oldest) == (NEWEST + 1, NEWEST, NEWEST + 1)
     assert await repo.attempts.list_dispatchable() == []
-    assert await repo.attempts.wait("nothing is in it")
+    async with asyncio.timeout(10):
+        assert await repo.attempts.wait("nothing is in it")
     assert (await repo.leases.heartbeat(lease)).version == lease.version
     assert (await repo.attempts.complete(lease)).status is AttemptStatus.COMPLETED
 

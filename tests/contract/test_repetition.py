@@ -23,6 +23,8 @@ REPEATED: dict[str, tuple[Write, object]] = {name: (write, SAME) for name, write
     "cancel": (lambda repo, _, now: repo.attempts.cancel("ready", now=now), SAME),
     "cancel, leased": (lambda repo, lease, now: repo.attempts.cancel(lease.attempt_id, now=now), SAME),
     "retry": (lambda repo, *_: repo.attempts.retry("failed"), SAME),
+    "retry_many": (lambda repo, _, now: repo.attempts.retry_many(actor="ann", now=now), 0),
+    "cancel_many": (lambda repo, _, now: repo.attempts.cancel_many(actor="ann", queue="default", now=now), 0),
     "prune": (lambda repo, _, now: repo.attempts.prune(older_than=MINUTE, now=now), 0),
     "reindex": (lambda repo, *_: repo.attempts.reindex(), 0),
     "vacuum": (lambda repo, *_: repo.attempts.vacuum(), SAME),
@@ -32,7 +34,7 @@ REPEATED: dict[str, tuple[Write, object]] = {name: (write, SAME) for name, write
 }
 """Each write, and what it answers the second time. What takes has taken all there was."""
 
-READS = {"get", "find", "list", "list_dispatchable", "stats", "wait", "hold"}
+READS = {"get", "find", "list", "list_dispatchable", "stats", "depth", "wait", "hold"}
 
 
 async def prepared(repo: RuntimeRepository, clock: Clock) -> Lease:

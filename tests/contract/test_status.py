@@ -180,6 +180,19 @@ async def test_nothing_of_a_strangers_is_read(lab: Lab) -> None:
     assert (status.queues, status.ledger) == ((), ())
 
 
+async def test_a_view_in_a_tables_place_is_not_read(lab: Lab) -> None:
+    """The rest of the store is told of."""
+    async with lab.repository() as repo:
+        await repo.attempts.enqueue("run")
+        await repo.leases.claim("x")
+    trap = {"sqlite": "abs(-9223372036854775808)", "postgres": "1 / (random() * 0)::int"}[lab.backend]
+    await lab.execute(f"drop table runtime_interrupts; create view runtime_interrupts as select {trap} as status")
+    status = await status_of(lab)
+    assert "runtime_interrupts" in str(status.schema.refusal)
+    assert (status.pending_interrupts, status.unknown) == (None, ())
+    assert [worker.worker_id for worker in status.workers] == ["x"]
+
+
 async def test_a_row_that_cannot_be_read_hides_no_other(lab: Lab) -> None:
     """What another program wrote is said, with the reason."""
     async with lab.repository():

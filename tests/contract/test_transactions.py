@@ -134,6 +134,7 @@ USES: dict[str, Callable[[RuntimeRepository], Awaitable[object]]] = {
     "plan": lambda repo: repo.plan(),
     "status": lambda repo: repo.status(),
     "activity": lambda repo: repo.activity(),
+    "doctor": lambda repo: repo.doctor(),
 }
 
 

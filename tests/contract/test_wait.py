@@ -103,6 +103,7 @@ BRINGS: dict[str, tuple[Callable[[RuntimeRepository, Clock], Awaitable[Lease]] |
     "leases.release, later": (held, lambda repo, lease: repo.leases.release(lease, delay=SOON)),
     "leases.requeue_expired": (held, lambda repo, lease: repo.leases.requeue_expired(now=lease.expires_at)),
     "attempts.retry": (failed, lambda repo, lease: repo.attempts.retry(lease.attempt_id)),
+    "attempts.retry_many": (failed, lambda repo, _: repo.attempts.retry_many(actor="ann")),
     "control.resume": (quiesced, lambda repo, _: repo.control.resume()),
 }
 

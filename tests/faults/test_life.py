@@ -430,9 +430,11 @@ ALL_USES: dict[str, Use] = {
     "transaction": lambda repository: repository.transaction().__aenter__(),
     "attempts.wait": lambda repository: repository.attempts.wait(timeout=timedelta(seconds=1)),
     "inspect": lambda repository: repository.inspect(),
+    "can_run": lambda repository: repository.can_run(),
     "plan": lambda repository: repository.plan(),
     "status": lambda repository: repository.status(),
     "activity": lambda repository: repository.activity(),
+    "doctor": lambda repository: repository.doctor(),
     "close": lambda repository: repository.close(),
 }
 

@@ -179,3 +179,14 @@ async def test_a_pooler_behind_which_nobody_can_listen_is_found_out(
         await asyncio.sleep(0.5)
         assert caplog.text.count("once a second") == 1
         again.cancel()
+
+
+async def test_a_doctor_notices_the_pooler(lab: PostgresLab, pgbouncer: str) -> None:
+    """Two connections that are open at once are given one session; without a pooler that never happens."""
+    found = {}
+    for where in (pgbouncer, lab.place.where):
+        async with Place("postgres", where, lab.place.schema).repository(statement_cache_size=0) as repository:
+            diagnosis = await repository.doctor()
+            found[where] = next(finding for finding in diagnosis.findings if finding.check == "pooler")
+    assert (found[pgbouncer].state, found[lab.place.where].state) == ("note", "well")
+    assert "listen=False" in str(found[pgbouncer].advice)

@@ -1,4 +1,4 @@
-"""What PostgreSQL lets a claim do while somebody quiesces: what has begun is waited for, and nobody else waits."""
+"""What claims that have begun may do while somebody quiesces: they are waited for, and nobody else waits."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,8 +7,9 @@ from datetime import timedelta
 import asyncpg
 import pytest
 
-from runtime_repo import NewAttempt, NotQuietError, PostgresRuntimeRepository, QuiesceProgress
+from runtime_repo import NewAttempt, NotQuietError, PostgresRuntimeRepository, QuiesceProgress, RuntimeRepository
 from tests.contract.conftest import eventually
+from tests.lab import Lab
 
 LONG = timedelta(seconds=20)
 SOON = timedelta(milliseconds=300)
@@ -90,3 +91,37 @@ async def test_who_stands_in_the_way_is_named(
     assert claim.pid == postgres.get_server_pid()
     assert claim.client_address
     assert caught.value.holders == ()
+
+
+async def test_among_rivals_nothing_is_held_once_it_is_quiet(lab: Lab) -> None:
+    """However many claim at that very moment, in processes of their own as it were: nobody's lease comes afterwards."""
+    async with asyncio.timeout(60), lab.repository() as operator, lab.repository() as one, lab.repository() as two:
+        await operator.attempts.enqueue_many([NewAttempt("run") for _ in range(5000)])
+        claimed = 0
+
+        async def work(repo: RuntimeRepository, number: int) -> None:
+            nonlocal claimed
+            while True:
+                leases = await repo.leases.claim(f"worker {number}", limit=1 + number % 3)
+                claimed += len(leases)
+                for lease in leases:
+                    await repo.attempts.complete(lease)
+
+        workers = [asyncio.create_task(work((one, two)[number % 2], number)) for number in range(8)]
+        try:
+            for _ in range(12):
+                before = claimed
+                while claimed == before:  # noqa: ASYNC110 - eight set it
+                    await asyncio.sleep(0.001)
+                await operator.control.quiesce(timeout=LONG)
+                quiet = claimed
+                assert await operator.leases.list() == []
+                await asyncio.sleep(0.03)
+                assert await operator.leases.list() == []
+                assert claimed == quiet
+                await operator.control.resume()
+        finally:
+            for worker in workers:
+                worker.cancel()
+            ends = await asyncio.gather(*workers, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends

@@ -20,8 +20,7 @@ REPORT_ID = "column runtime_step_reports.report_id"
 WITH_DEFAULT = "none, or one with a default"
 READY = "index idx_runtime_queue_ready on runtime_queue"
 UNIQUE_REPORT = Difference("unique constraint on runtime_step_reports", "unique (attempt_id, dedupe_token)", None)
-UNIQUE_LEASE = Difference("unique constraint on runtime_leases", "unique (attempt_id)", None)
-
+JOBS_REST = "    status TEXT NOT NULL,\n    created_at_ms BIGINT NOT NULL,\n    updated_at_ms BIGINT NOT NULL"
 DROP_UNIQUE = "alter table runtime_step_reports drop constraint reported_once"
 SQLITE_TRIGGER = "CREATE TRIGGER mine after delete"
 POSTGRES_TRIGGER = (
@@ -230,13 +229,13 @@ DRIFT = {
     ),
     "unique constraint replaced by a partial index": Drift(
         rebuilt(
-            "runtime_leases",
-            ",\n    CONSTRAINT one_lease_each UNIQUE (attempt_id)",
+            "runtime_step_reports",
+            ",\n    CONSTRAINT reported_once UNIQUE (attempt_id, dedupe_token)",
             "",
-            "alter table runtime_leases drop constraint one_lease_each",
-            "create unique index one_lease_each on runtime_leases (attempt_id) where version > 0",
+            DROP_UNIQUE,
+            "create unique index once on runtime_step_reports (attempt_id, dedupe_token) where report_id > 0",
         ),
-        (UNIQUE_LEASE,),
+        (UNIQUE_REPORT,),
     ),
     "unique constraint deferrable": Drift(
         Words(
@@ -259,14 +258,14 @@ DRIFT = {
     ),
     "primary key widened": drift(
         rebuilt(
-            "runtime_leases",
-            "CONSTRAINT leases_pk PRIMARY KEY (lease_id)",
-            "CONSTRAINT leases_pk PRIMARY KEY (lease_id, attempt_id)",
-            "alter table runtime_leases drop constraint leases_pk, add primary key (lease_id, attempt_id)",
+            "runtime_jobs",
+            f"thread_id TEXT CONSTRAINT jobs_pk PRIMARY KEY,\n{JOBS_REST}",
+            f"thread_id TEXT NOT NULL,\n{JOBS_REST},\n    CONSTRAINT jobs_pk PRIMARY KEY (thread_id, status)",
+            "alter table runtime_jobs drop constraint jobs_pk, add primary key (thread_id, status)",
         ),
-        "primary key of runtime_leases",
-        "(lease_id)",
-        "(lease_id, attempt_id)",
+        "primary key of runtime_jobs",
+        "(thread_id)",
+        "(thread_id, status)",
     ),
     "trigger": Drift(
         Words(f"{SQLITE_TRIGGER} on runtime_jobs begin select 1; end", POSTGRES_TRIGGER),
@@ -660,10 +659,10 @@ EXTRA = {
     ),
     "constraint of another name": Extra(
         rebuilt(
-            "runtime_leases",
-            "CONSTRAINT one_lease_each UNIQUE",
+            "runtime_step_reports",
+            "CONSTRAINT reported_once UNIQUE",
             'CONSTRAINT "Only One" UNIQUE',
-            'alter table runtime_leases rename constraint one_lease_each to "Only One, ""really"""',
+            'alter table runtime_step_reports rename constraint reported_once to "Only One, ""really"""',
         )
     ),
     "columns in another order": Extra(

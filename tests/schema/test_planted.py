@@ -103,8 +103,8 @@ def statements(schema: str) -> Iterator[tuple[str, str]]:
 
 
 def is_ddl(statement: str) -> bool:
-    """Whether it changes or vacuums what there is, and cannot be the body of a function."""
-    return re.match(r"(--[^\n]*\n|\s)*(create|alter|drop|vacuum)\b", statement) is not None
+    """Whether it changes or vacuums what there is, or does what a query has told, and cannot be a function's body."""
+    return re.match(r"(--[^\n]*\n|\s)*(create|alter|drop|do|vacuum)\b", statement) is not None
 
 
 @pytest.fixture
@@ -198,9 +198,9 @@ def test_no_statement_in_the_code_calls_a_bare_function() -> None:
 
 
 def built() -> Iterator[tuple[str, str]]:
-    """The statements with parameters that stand in Python."""
+    """The statements with parameters that stand in Python, and are not SQLite's."""
     for path in Path(runtime_repo.__path__[0]).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in () if path.parent.name == "sqlite" else ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 text = node.value.strip()
                 if re.match(r"(select|with|insert|update|delete)\s", text) and re.search(r"\$1|\bfrom\b", text):

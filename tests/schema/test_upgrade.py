@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runtime_repo import AttemptStatus, UnsuitableDatabaseError
-from tests.lab import LEDGER, TWO, Lab, Rebuild, Row, SqliteLab, Words, on_sqlite
+from tests.lab import LEDGER, TWO, Lab, Rebuild, Row, SqliteLab, Words, on_postgres, on_sqlite
 from tests.schema.version_1 import SOON, TABLES
 from tests.versions import HISTORY, NEWEST
 
@@ -117,6 +117,31 @@ async def test_what_was_at_work_goes_on(lab: Lab) -> None:
         assert (await repo.attempts.complete(lease)).status is AttemptStatus.COMPLETED
         assert (await repo.attempts.get("leased")).lease_version == 7
         assert (await repo.attempts.get("backoff")).status is AttemptStatus.RETRY_BACKOFF
+
+
+@on_postgres
+@pytest.mark.parametrize(
+    "change",
+    [
+        "select 1",
+        """alter table runtime_leases rename constraint leases_pk to "it's" """,
+        """alter table runtime_leases rename constraint one_lease_each to "a ""b"", %I" """,
+        "alter table runtime_leases drop constraint one_lease_each;"
+        'create unique index "Only One" on runtime_leases (attempt_id)',
+        "create unique index another on runtime_leases (attempt_id)",
+    ],
+)
+async def test_leases_are_kept_apart_by_their_attempts_alone(lab: Lab, change: str) -> None:
+    """Whatever did it before, under whichever name: each index would cost every claim."""
+    await lab.reach(1)
+    await lab.execute(
+        f"{change}; create unique index operators_own on runtime_leases (attempt_id) where version > 0;"
+        "create unique index operators_other on runtime_leases (attempt_id, version)"
+    )
+    await lab.boot()
+    leases = (await lab.look()).catalog.tables["runtime_leases"]
+    assert leases.primary_key == ("attempt_id",)
+    assert leases.indexes.keys() == {"idx_runtime_leases_expiry", "operators_own", "operators_other"}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,28 @@ alter table {schema}.runtime_attempts set (fillfactor = 50);
 alter table {schema}.runtime_leases
     add column claimed_at_ms bigint not null default 0;
 
+-- Leases are found by their attempts: an index on each lease's own id would cost a tenth of every claim. What keeps them
+-- apart so far may have any name, so the catalog says what is to be dropped.
+select pg_catalog.set_config('runtime_repo.leases_keys', pg_catalog.string_agg(
+           case when c.conname is null then pg_catalog.format('drop index %s', i.indexrelid::pg_catalog.regclass)
+                else pg_catalog.format(
+                         'alter table %s drop constraint %I', i.indrelid::pg_catalog.regclass, c.conname) end, '; '), true)
+  from pg_catalog.pg_type as leases
+  join pg_catalog.pg_index as i on i.indrelid operator(pg_catalog.=) leases.typrelid
+  join pg_catalog.pg_attribute as a
+    on a.attrelid operator(pg_catalog.=) i.indrelid
+   and a.attname operator(pg_catalog.=) 'attempt_id'::pg_catalog.name
+  left join pg_catalog.pg_constraint as c
+    on c.conindid operator(pg_catalog.=) i.indexrelid
+   and c.conrelid operator(pg_catalog.=) i.indrelid
+ where leases.oid operator(pg_catalog.=) pg_catalog.pg_typeof(null::{schema}.runtime_leases)::pg_catalog.oid
+   and (i.indisprimary
+        or i.indisunique
+           and i.indpred is null
+           and i.indkey::pg_catalog.text operator(pg_catalog.=) a.attnum::pg_catalog.text);
+do 'begin execute pg_catalog.current_setting(''runtime_repo.leases_keys''); end';
+alter table {schema}.runtime_leases add primary key (attempt_id);
+
 alter table {schema}.runtime_step_reports
     add column payload_json text,
     add column lease_version bigint;
