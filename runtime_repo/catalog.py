@@ -145,7 +145,7 @@ def compare(expected: Catalog, live: Catalog, *, is_trusted: bool = True) -> tup
     - Drift is whatever changes what our statements mean: a table, column, key, unique constraint or index that is
       missing or another; a collation by which two ids may be equal that are not the same (on SQLite any but BINARY);
       a table that a crash empties (UNLOGGED); a trigger, a rule, a child table, a deferrable primary key; of SQLite's
-      a conflict clause, and storage WITHOUT ROWID or a column of that name, for rows are found by it; an extra column
+      a conflict clause, and storage WITHOUT ROWID where ours has it, or a column of that name; an extra column
       that is NOT NULL, or of a domain with constraints, and has no default, for it makes every insert fail.
     - Where strangers own what is ours (not *is_trusted*), drift is every expression of theirs, too, for it runs as
       whoever calls a verb: an extra column's default, an expression or a predicate of an extra index, a CHECK or
