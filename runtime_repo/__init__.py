@@ -177,16 +177,36 @@ __all__ = [
     "repository_from_url",
 ]
 
+_DRIVERS = {"SqliteRuntimeRepository": "sqlite", "PostgresRuntimeRepository": "postgres", "repository_from_url": "url"}
+"""Where those names live that load a driver, or both."""
+
 _HOMES = [
-    *("errors", "retry", "rows", "records", "schema", "archive", "status", "control", "doctor", "repairs", "api_keys"),
-    *("audit", "interrupts", "jobs", "step_reports", "repository", "observing", "worker", "sqlite", "postgres", "url"),
+    "errors",
+    "retry",
+    "rows",
+    "records",
+    "schema",
+    "archive",
+    "status",
+    "control",
+    "doctor",
+    "repairs",
+    "api_keys",
+    "audit",
+    "interrupts",
+    "jobs",
+    "step_reports",
+    "repository",
+    "observing",
+    "worker",
 ]
-"""Where the names above live, and are looked for in this order: what needs both drivers comes last."""
+"""Where the others live, and are looked for in this order."""
 
 if not TYPE_CHECKING:  # to a type checker every name would be there
 
     def __getattr__(name: str) -> object:
-        for home in _HOMES if name in __all__ else ():
+        homes = [_DRIVERS[name]] if name in _DRIVERS else _HOMES if name in __all__ else ()
+        for home in homes:
             module = importlib.import_module(f"{__name__}.{home}")
             if name in module.__all__:
                 globals()[name] = found = getattr(module, name)

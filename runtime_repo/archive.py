@@ -247,8 +247,8 @@ class Tally:
         lines = (self._rest + piece).split(b"\n")
         self._rest = lines.pop()
         self.rows += len(lines)
-        sha256, number = hashlib.sha256, int.from_bytes
-        self._sum = (self._sum + sum([number(sha256(line).digest(), "big") for line in lines])) % 2**256
+        sha256 = hashlib.sha256
+        self._sum = (self._sum + sum(map(int.from_bytes, [sha256(line).digest() for line in lines]))) % 2**256
 
     def member(self, columns: Sequence[str], counter: Counter | None = None) -> Member:
         """What was fed; every row must have ended."""

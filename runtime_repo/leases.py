@@ -47,7 +47,7 @@ from runtime_repo.values import (
     instant_ms,
     maybe_version,
     new_id,
-    queue_names,
+    queues_json,
     skipped,
     span_ms,
     storable,
@@ -117,7 +117,7 @@ class Leases:
         """
         check_id("worker_id", worker_id)
         given = (
-            json.dumps(queue_names(queues)),
+            queues_json(queues),
             worker_id,
             span_ms("ttl", ttl, positive=True),
             claim_id := new_id(),

@@ -2,7 +2,8 @@
 What an application can watch: one callable, told by events of what the library does.
 
 Events are told where the statements go by, so that no verb and no loop knows of it, and nothing is in the way where
-nobody watches. What is done in a transaction is told when that is committed.
+nobody watches. What is done in a transaction is told when that is committed; of one of the application's own, whose end
+nobody sees, only the statements are.
 """
 
 import asyncio
@@ -30,6 +31,8 @@ __all__ = [
     "LeaseLost",
     "Migrated",
     "Observe",
+    "ObservedSource",
+    "ObservedTransaction",
     "Observer",
     "OutageBegan",
     "OutageEnded",
@@ -106,7 +109,7 @@ class Failed(NamedTuple):
 
 
 class LeaseLost(NamedTuple):
-    """A write under a lease, or its heartbeat, was refused."""
+    """A write under a lease, or its heartbeat, was refused. What an outage costs, its end tells."""
 
     attempt_id: str
     status: str | None

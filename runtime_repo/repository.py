@@ -42,7 +42,7 @@ from runtime_repo.errors import ConfigurationError, RepositoryClosedError
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
-from runtime_repo.observing import Observe, ObservedSource, Observer, observed_boot
+from runtime_repo.observing import Observe, ObservedSource, ObservedTransaction, Observer, observed_boot
 from runtime_repo.schema import (
     Compatibility,
     Policy,
@@ -414,6 +414,9 @@ class RuntimeRepository(Stores):
         own = self._gate.atomic()
         async with contextlib.AsyncExitStack() as stack:
             opened = await stack.enter_async_context(statements or own)
+            if statements is not None and self._observer is not None:
+                # Its end is not seen, so what it did is not told.
+                opened = ObservedTransaction(opened, self._observer, [])
             gate = _TransactionGate(_OneByOne(opened), self._gate)
             try:
                 with self._gate.within_transaction():
@@ -586,8 +589,9 @@ class _Gate(Unique):
         self.loop: asyncio.AbstractEventLoop | None = None
         """The event loop that what is open, or being opened, belongs to."""
 
-    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        return await self._opened().fetch(query, *args)
+    # Each coroutine that only awaits another would cost as much as a column.
+    def fetch(self, query: str, *args: object) -> Coroutine[Any, Any, Sequence[Row]]:
+        return self._opened().fetch(query, *args)
 
     async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
         return await self._opened().glance(query, *args, within=within)

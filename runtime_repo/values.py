@@ -6,9 +6,9 @@ invalid is refused here, before anything is written.
 """
 
 import json
+import os
 import random
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +44,7 @@ __all__ = [
     "new_ids",
     "no_thread",
     "queue_names",
+    "queues_json",
     "skipped",
     "span_ms",
     "storable",
@@ -141,6 +142,16 @@ def queue_names(queues: str | Sequence[str]) -> Sequence[str]:
     if not names:
         raise ConfigurationError("queues is empty: expected the name of a queue, or several")
     return list(dict.fromkeys(names))
+
+
+def queues_json(queues: str | Sequence[str]) -> str:
+    """The queues that are named, each once, as a JSON array."""
+    return _queue_json(queues) if type(queues) is str else json.dumps(queue_names(queues))
+
+
+@lru_cache(maxsize=128)  # whoever works asks for the same one again and again
+def _queue_json(queue: str) -> str:
+    return json.dumps(queue_names(queue))
 
 
 def check_after(value: str) -> str:
@@ -361,6 +372,12 @@ def _on_its_own_stack(work: Callable[[Any], T], value: Any) -> T:
         return done.result()
 
 
+_chance = random.Random()  # noqa: S311 - ids must be unique, not secret
+"""Seeded by the system, in a child of a fork anew, and never by the application: to ask the system takes longer."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_chance.seed)
+
+
 def new_id() -> str:
     """A unique id whose text order is the order of creation, to the millisecond (the layout of UUID version 7)."""
     return next(new_ids())
@@ -369,9 +386,10 @@ def new_id() -> str:
 def new_ids() -> Iterator[str]:
     """Unique ids, each of which comes after the one before it in the order of text."""
     head = time.time_ns() // 1_000_000
-    start = f"{head >> 16:08x}-{head & 0xFFFF:04x}-7{secrets.randbits(12):03x}-{0x8000 | secrets.randbits(14):04x}"
+    chance = _chance.getrandbits(12 + 14 + 47)
+    start = f"{head >> 16:08x}-{head & 0xFFFF:04x}-7{chance >> 61:03x}-{0x8000 | chance >> 47 & 0x3FFF:04x}"
     # Of its 48 bits the uppermost is left clear, so that counting on does not overflow.
-    tail = secrets.randbits(47)
+    tail = chance & (1 << 47) - 1
     while True:
         yield f"{start}-{tail:012x}"
-        tail += 1 + random.getrandbits(16)
+        tail += 1 + _chance.getrandbits(16)

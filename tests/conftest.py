@@ -79,6 +79,8 @@ async def postgres_schema(postgres_url: str) -> AsyncIterator[str]:
         except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
             await connection.execute(TERMINATE_HOLDERS, schema)
             await connection.execute(f"drop schema if exists {schema} cascade")
+        for row in await connection.fetch("select nspname from pg_namespace where starts_with(nspname, $1)", schema):
+            await connection.execute(f"drop schema {row['nspname']} cascade")  # what a restore has kept
     finally:
         await connection.close()
 

@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 
@@ -149,4 +151,9 @@ def _failed(error: BaseException, redaction: Redaction, *, is_json: bool) -> int
 
 
 def _say(words: str) -> None:
-    sys.stderr.write(f"runtime-repo: {printable(words)}\n")
+    """On one line, which a terminal would break within words."""
+    line = f"runtime-repo: {printable(words)}"
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    sys.stderr.write(f"{line}\n")

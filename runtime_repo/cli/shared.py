@@ -53,21 +53,27 @@ class Place:
             ConfigurationError: It is no database's address.
             click.UsageError: It is an address that was not written as one, or has options of the other database.
         """
-        from runtime_repo.sqlite import SqliteRuntimeRepository
+        if "://" not in self.given:
+            from runtime_repo.sqlite import SqliteRuntimeRepository
+
+            self._check_schema()
+            _check_path(self.given)
+            return SqliteRuntimeRepository(self.given, **options)
+
         from runtime_repo.url import repository_from_url
 
         if not self.is_postgres:
-            if self.schema is not None:
-                raise click.UsageError("--schema is for PostgreSQL: a SQLite file has one schema")
-            if "://" not in self.given:
-                _check_path(self.given)
-                return SqliteRuntimeRepository(self.given, **options)
+            self._check_schema()
             return repository_from_url(self.given, **options)
         schema = self.schema or os.environ.get(SCHEMA) or "runtime"
         # It works behind a pooler too, which none of these commands would be slower for.
         ours = {"statement_cache_size": 0, "server_settings": {"application_name": "runtime-repo"}}
         given = {"schema": schema, "listen": False, "startup_timeout": self.wait} | ours | options
         return repository_from_url(self.given, **given)
+
+    def _check_schema(self) -> None:
+        if self.schema is not None:
+            raise click.UsageError("--schema is for PostgreSQL: a SQLite file has one schema")
 
     @property
     def is_postgres(self) -> bool:

@@ -205,9 +205,11 @@ class _Loading:
             await self._copy_in(table)
         for table in self._tables:
             await self._prove(table)
-        requeued = 0 if self._terms.is_move else await self._raise_tokens()
         for statement in again:
             await self._run(statement)
+        # Behind the indexes: one that is made of rows which this transaction has updated is not used as long as anybody
+        # has an older snapshot.
+        requeued = 0 if self._terms.is_move else await self._raise_tokens()
         await self._count_on()
         await self._run("analyze " + ", ".join(map(self._database.named, self._tables)))
         for owner in {existing[LEDGER]} if LEDGER in existing else ():

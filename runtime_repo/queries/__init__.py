@@ -3,7 +3,9 @@ The named statements, one ``.sql`` file per noun, and how they are loaded.
 
 A statement stands under ``-- name: verb``; where the databases truly differ, each dialect has its own under
 ``-- name: verb @sqlite`` and ``-- name: verb @postgres``. A query may be several statements on SQLite, which has no
-data-modifying common table expressions; they run in one transaction and the last one's rows are the answer.
+data-modifying common table expressions; they run in one transaction and the rows of the last one that has any are the
+answer. What one of them finds for the next ones is called ``"$7"``, as the argument that it is then; where it is NULL,
+whatever needs it is not done.
 
 The columns of a row are named once, in the head of a file: ``-- columns job: thread_id, status``. Statements of every
 file refer to them as ``{job}``, and as ``{job_of_x}`` where a table's alias goes before each; so may other such lines.
@@ -105,6 +107,7 @@ class _Filled(Mapping[str, str]):
         return len(self._texts)
 
 
+@lru_cache(maxsize=128)
 def bounded(query: str, count: int) -> str:
     """The *query* for at least *count* rows, of those that differ in how many they are made for."""
     return f"{query} {next(bound for bound in _BOUNDS[query] if count <= bound)}"
@@ -119,7 +122,7 @@ def _read() -> None:
                 _PARTS[name] = re.sub(r"^--.*\n", "", text.strip(), flags=re.MULTILINE)
                 continue
             query = f"{noun}.{name}"
-            _BOUNDS[query] = [int(bound) for bound in bounds.split()]
+            _BOUNDS[query] = sorted({*_BOUNDS.get(query, ()), *map(int, bounds.split())})
             for backend, texts in _TEXTS.items():
                 if only in (None, backend):
                     texts |= {f"{query} {bound}": text.strip().replace("{most}", bound) for bound in bounds.split()}

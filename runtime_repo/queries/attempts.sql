@@ -435,7 +435,8 @@ select {attempt}
   from done;
 
 -- name: complete @sqlite
--- As above, in statements of one transaction.
+-- As above, in statements of one transaction. To return what it has written takes SQLite longer than to read it, by which
+-- a repetition is answered as well.
 update {schema}.runtime_attempts
    set status         = 'completed',
        result_json    = $3,
@@ -445,8 +446,7 @@ update {schema}.runtime_attempts
  where attempt_id    = $1
    and lease_version = $2
    and lease_id      = $5
-   and status in ('leased', 'running')
-returning {attempt};
+   and status in ('leased', 'running');
 insert or replace into {schema}.runtime_finished ({finished})
 select {finished}
   from {schema}.runtime_attempts
@@ -455,6 +455,12 @@ select {finished}
 delete from {schema}.runtime_leases
  where attempt_id = $1
    and changes() > 0;
+select {attempt}
+  from {schema}.runtime_attempts
+ where attempt_id    = $1
+   and lease_version = $2
+   and lease_id      = $5
+   and ended_by      = 'complete';
 
 -- name: complete_many @postgres
 -- As complete, for each lease of an array ($1) of four columns, one behind the other; returns those that were still their
@@ -499,7 +505,17 @@ select null, null, null
  where (select pg_catalog.count(*) from done) = (select pg_catalog.count(*) from given);
 
 -- name: complete_many @sqlite
--- As above, in statements of one transaction; what is completed has no lease.
+-- As above, in statements of one transaction, of the places ($3) of those that are still their token's to finish: in one
+-- way if there is any result ($4), and in half the time if there is none ($5). They are named if they are not all ($6, $7).
+select places as "$3", case when has_results then places end as "$4", case when not has_results then places end as "$5"
+  from (select nullif(json_group_array(a.rowid), '[]') as places,
+               max(json_type(given.value, '$.result_json') <> 'null') as has_results
+          from json_each($1) as given
+         cross join {schema}.runtime_attempts as a
+         where a.attempt_id    = json_extract(given.value, '$.attempt_id')
+           and a.lease_version = json_extract(given.value, '$.token')
+           and a.lease_id      = json_extract(given.value, '$.lease_id')
+           and a.status in ('leased', 'running')) as found;
 update {schema}.runtime_attempts as a
    set status         = 'completed',
        result_json    = given.result_json,
@@ -509,24 +525,44 @@ update {schema}.runtime_attempts as a
   from (select json_extract(value, '$.attempt_id') as attempt_id, json_extract(value, '$.token') as token,
                json_extract(value, '$.lease_id') as lease_id, json_extract(value, '$.result_json') as result_json
           from json_each($1)) as given
- where a.attempt_id    = given.attempt_id
+ where $4 is not null
+   and a.attempt_id    = given.attempt_id
    and a.lease_version = given.token
    and a.lease_id      = given.lease_id
-   and a.status in ('leased', 'running')
-returning attempt_id, lease_version, lease_id;
+   and a.status in ('leased', 'running');
+update {schema}.runtime_attempts
+   set status         = 'completed',
+       result_json    = null,
+       error          = null,
+       finished_at_ms = coalesce($2, {now_ms}),
+       ended_by       = 'complete'
+ where rowid in (select value from json_each($5));
 insert or replace into {schema}.runtime_finished ({finished})
 select {finished_of_a}
-  from json_each($1) as given
+  from json_each($3) as given
  cross join {schema}.runtime_attempts as a
- where a.attempt_id = json_extract(given.value, '$.attempt_id')
-   and a.status     = 'completed';
+ where a.rowid  = given.value
+   and a.status = 'completed';
 delete from {schema}.runtime_leases
  where attempt_id in (
            select a.attempt_id
-             from json_each($1) as given
+             from json_each($3) as given
             cross join {schema}.runtime_attempts as a
-            where a.attempt_id = json_extract(given.value, '$.attempt_id')
-              and a.status     = 'completed');
+            where a.rowid  = given.value
+              and a.status = 'completed');
+select case when count(*) < json_array_length($1) then $3 end as "$6",
+       case when count(*) = json_array_length($1) then 1 end as "$7"
+  from json_each($3) as given
+ cross join {schema}.runtime_attempts as a
+ where a.rowid  = given.value
+   and a.status = 'completed';
+select a.attempt_id, a.lease_version, a.lease_id
+  from json_each($6) as given
+ cross join {schema}.runtime_attempts as a
+ where a.rowid  = given.value
+   and a.status = 'completed';
+select null as attempt_id, null as lease_version, null as lease_id
+ where $7 = 1;
 
 -- name: complete_shared @postgres
 -- As complete, for each lease of a JSON array; returns what was completed. A row that somebody has locked is left alone:

@@ -123,86 +123,105 @@ select (select at from moment) + $3::bigint as lease_expires_at_ms, (select at f
                             and {waits_still}))
             then ('{skipped}: ' || (select pg_catalog.count(*) from taken)::pg_catalog.text)::bigint end;
 
--- part: longest_due
--- On SQLite, what a claim promotes of what is due in several queues.
-             from json_each($1) as named
-            cross join {schema}.runtime_queue as w
-            where {is_open}
-              and w.rowid in (
-                      select rowid
-                        from {schema}.runtime_queue
-                       where queue = named.value
-                         and retry_at_ms is not null
-                         and retry_at_ms <= coalesce($5, {now_ms})
-                       order by retry_at_ms, attempt_id
-                       limit $6)
-
--- part: first_waiting
--- On SQLite, what a claim takes of what is ready in several queues.
-(
-           select w.rowid as place, w.attempt_id
-             from json_each($1) as named
-            cross join {schema}.runtime_queue as w
-            where {is_open}
-              and w.rowid in (
-                      select rowid
-                        from {schema}.runtime_queue
-                       where queue = named.value
-                         and retry_at_ms is null
-                       order by priority desc, enqueued_at_ms, attempt_id
-                       limit $6)
-            order by w.priority desc, w.enqueued_at_ms, w.attempt_id
-            limit $6)
-
--- name: claim 1 10 100 1000 10000 @sqlite
--- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and
--- what is due is promoted first. SQLite has no lateral join; a correlated IN does the same, behind a cross join: that is
--- never turned round. All of it fails if what is leased is not all that was chosen, unless the rest was left behind.
+-- part: what_is_due_is_promoted
+-- On SQLite, as far as a claim looks at it ($7). SQLite has no lateral join; a correlated IN does the same, behind a cross
+-- join: that is never turned round.
+select nullif(json_group_array(w.rowid), '[]') as "$7"
+  from json_each($1) as named
+ cross join {schema}.runtime_queue as w
+ where {is_open}
+   and w.rowid in (
+           select rowid
+             from {schema}.runtime_queue
+            where queue = named.value
+              and retry_at_ms is not null
+              and retry_at_ms <= coalesce($5, {now_ms})
+            order by retry_at_ms, attempt_id
+            limit $6);
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
  where attempt_id in (
-           select w.attempt_id {longest_due})
+           select attempt_id from {schema}.runtime_queue where rowid in (select value from json_each($7)))
    and status in ('queued', 'retry_backoff');
 update {schema}.runtime_queue
    set retry_at_ms = null
- where changes() > 0
-   and rowid in (
-           select w.rowid {longest_due});
-insert into {schema}.runtime_leases ({held})
-select $4 || '-' || a.rowid, a.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
-       min(a.lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
-  from {first_waiting} as first
- cross join {schema}.runtime_attempts as a
- where a.attempt_id = first.attempt_id
-   and a.status in ('queued', 'retry_backoff')
-    on conflict (attempt_id) {leased_anew};
+ where rowid in (select value from json_each($7))
+
+-- part: ready
+-- On SQLite, the places of the first of a queue.
+(
+           select rowid
+             from {schema}.runtime_queue
+            where queue = named.value
+              and retry_at_ms is null
+            order by priority desc, enqueued_at_ms, attempt_id
+            limit $6)
+
+-- name: claim 1 @sqlite
+-- As above, in statements of one transaction, which holds the database's only write lock: here nobody rivals, and what
+-- is due is promoted first. Then the first place ($8) is no place to wait any more, and its attempt ($9), if it does wait,
+-- is leased from one moment ($10) on, or all of it fails.
+{what_is_due_is_promoted};
+select w.rowid as "$8", a.rowid as "$9", coalesce($5, {now_ms}) as "$10"
+  from json_each($1) as named
+ cross join {schema}.runtime_queue as w
+  left join {schema}.runtime_attempts as a
+    on a.attempt_id = w.attempt_id and a.status in ('queued', 'retry_backoff')
+ where {is_open}
+   and w.rowid = {ready}
+ order by w.priority desc, w.enqueued_at_ms, w.attempt_id
+ limit 1;
 delete from {schema}.runtime_queue
- where rowid in (select place from {first_waiting} as first)
-   and json_extract('[]', case when changes() = (select count(*) from {first_waiting} as first) then '$'
-                               when changes() = (
-                                        select count((select 1
-                                                        from {schema}.runtime_attempts as a
-                                                       where a.attempt_id = first.attempt_id
-                                                         and a.status in ('queued', 'retry_backoff')))
-                                          from {first_waiting} as first) then '$'
-                               else '{skipped}' end) is not null;
+ where rowid = $8;
 update {schema}.runtime_attempts
-   set status = 'leased', lease_version = min(lease_version, 9223372036854775806) + 1, worker_id = $2, ended_by = null,
-       lease_id = $4 || '-' || rowid
- where attempt_id in (
-           select attempt_id from {schema}.runtime_leases where lease_id > $4 || '-' and lease_id < $4 || '.');
-select {lease}
-  from {schema}.runtime_leases as l
+   set status = 'leased', retry_at_ms = null, lease_version = min(lease_version, 9223372036854775806) + 1,
+       worker_id = $2, ended_by = null, lease_id = $4 || '-' || rowid
+ where rowid = $9;
+insert into {schema}.runtime_leases ({held})
+select lease_id, attempt_id, $2, $10 + $3, $10, lease_version, $10
+  from {schema}.runtime_attempts
+ where rowid = $9
+   and json_extract('[]', case when changes() = 1 then '$' else '{skipped}' end) is not null
+    on conflict (attempt_id) {leased_anew};
+select $10 + $3 as lease_expires_at_ms, $10 as heartbeat_at_ms, $10 as claimed_at_ms, {attempt}
+  from {schema}.runtime_attempts
+ where rowid = $9
+   and json_extract('[]', case when changes() = 1 then '$' else '{skipped}' end) is not null;
+
+-- name: claim 10 100 1000 10000 @sqlite
+-- As above, of several: the places ($8), and the attempts ($9) that do wait, so many ($10).
+{what_is_due_is_promoted};
+select nullif(json_group_array(first.place), '[]') as "$8",
+       nullif(json_group_array(a.rowid) filter (where a.rowid is not null), '[]') as "$9",
+       count(a.rowid) as "$10",
+       coalesce($5, {now_ms}) as "$11"
+  from (select w.rowid as place, w.attempt_id
+          from json_each($1) as named
+         cross join {schema}.runtime_queue as w
+         where {is_open}
+           and w.rowid in {ready}
+         order by w.priority desc, w.enqueued_at_ms, w.attempt_id
+         limit $6) as first
+  left join {schema}.runtime_attempts as a
+    on a.attempt_id = first.attempt_id and a.status in ('queued', 'retry_backoff');
+delete from {schema}.runtime_queue
+ where rowid in (select value from json_each($8));
+update {schema}.runtime_attempts
+   set status = 'leased', retry_at_ms = null, lease_version = min(lease_version, 9223372036854775806) + 1,
+       worker_id = $2, ended_by = null, lease_id = $4 || '-' || rowid
+ where rowid in (select value from json_each($9));
+insert into {schema}.runtime_leases ({held})
+select a.lease_id, a.attempt_id, $2, $11 + $3, $11, a.lease_version, $11
+  from json_each($9) as chosen
  cross join {schema}.runtime_attempts as a
- where l.lease_id > $4 || '-'
-   and l.lease_id < $4 || '.'
-   and a.attempt_id = l.attempt_id
-   and json_extract('[]', case when changes() = (
-                                        select count(*)
-                                          from {schema}.runtime_leases
-                                         where lease_id > $4 || '-'
-                                           and lease_id < $4 || '.') then '$'
-                               else '{skipped}' end) is not null
+ where a.rowid = chosen.value
+   and json_extract('[]', case when changes() = $10 then '$' else '{skipped}' end) is not null
+    on conflict (attempt_id) {leased_anew};
+select $11 + $3 as lease_expires_at_ms, $11 as heartbeat_at_ms, $11 as claimed_at_ms, {attempt_of_a}
+  from json_each($9) as chosen
+ cross join {schema}.runtime_attempts as a
+ where a.rowid = chosen.value
+   and json_extract('[]', case when changes() = $10 then '$' else '{skipped}' end) is not null
  order by a.priority desc, a.enqueued_at_ms, a.attempt_id;
 
 -- name: claim_attempt @postgres
@@ -241,38 +260,31 @@ select {lease}
             then ('{skipped}: ' || (select pg_catalog.count(*) from taken)::pg_catalog.text)::bigint end;
 
 -- name: claim_attempt @sqlite
--- As above, in statements of one transaction.
-insert into {schema}.runtime_leases ({held})
-select $4, a.attempt_id, $2, coalesce($5, {now_ms}) + $3, coalesce($5, {now_ms}),
-       min(a.lease_version, 9223372036854775806) + 1, coalesce($5, {now_ms})
+-- As above, in statements of one transaction: of the attempt's place ($6), and where it waits ($7).
+select a.rowid as "$6", w.rowid as "$7", coalesce($5, {now_ms}) as "$8"
   from {schema}.runtime_queue as w
  cross join {schema}.runtime_attempts as a
  where w.attempt_id = $1
    and (w.retry_at_ms is null or w.retry_at_ms <= coalesce($5, {now_ms}))
    and (select 1 from (select w.queue as value) as named where {is_open}) is not null
    and a.attempt_id = w.attempt_id
-   and a.status in ('queued', 'retry_backoff')
-    on conflict (attempt_id) {leased_anew};
+   and a.status in ('queued', 'retry_backoff');
+delete from {schema}.runtime_queue
+ where rowid = $7;
 update {schema}.runtime_attempts
    set status = 'leased', retry_at_ms = null, lease_version = min(lease_version, 9223372036854775806) + 1,
        worker_id = $2, lease_id = $4, ended_by = null
- where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $4);
-select json_extract('[]', '{skipped}')
-  from {schema}.runtime_attempts as a
-  join {schema}.runtime_queue as w on w.attempt_id = a.attempt_id
- where a.attempt_id = $1
-   and changes() = 0
-   and a.status in ('queued', 'retry_backoff')
-   and (w.retry_at_ms is null or exists (select 1 from {schema}.runtime_leases where lease_id = $4))
-   and (select 1 from (select w.queue as value) as named where {is_open}) is not null;
-delete from {schema}.runtime_queue
- where attempt_id = $1
-   and exists (select 1 from {schema}.runtime_leases where lease_id = $4);
-select {lease}
-  from {schema}.runtime_leases as l
-  join {schema}.runtime_attempts as a on a.attempt_id = l.attempt_id
- where l.lease_id = $4
-   and a.lease_id = l.lease_id;
+ where rowid = $6;
+insert into {schema}.runtime_leases ({held})
+select lease_id, attempt_id, $2, $8 + $3, $8, lease_version, $8
+  from {schema}.runtime_attempts
+ where rowid = $6
+   and json_extract('[]', case when changes() = 1 then '$' else '{skipped}' end) is not null
+    on conflict (attempt_id) {leased_anew};
+select $8 + $3 as lease_expires_at_ms, $8 as heartbeat_at_ms, $8 as claimed_at_ms, {attempt}
+  from {schema}.runtime_attempts
+ where rowid = $6
+   and json_extract('[]', case when changes() = 1 then '$' else '{skipped}' end) is not null;
 
 -- name: give_back @postgres
 -- Undo a claim ($1) whose caller was cancelled: the attempts are ready again and the try does not count. Returns their
@@ -310,28 +322,27 @@ with mine as (
 select queue from freed;
 
 -- name: give_back @sqlite
--- As above, in statements of one transaction.
+-- As above, in statements of one transaction: the places of the attempts ($2).
+select nullif(json_group_array(a.rowid), '[]') as "$2"
+  from {schema}.runtime_leases as l
+ cross join {schema}.runtime_attempts as a
+ where (l.lease_id = $1 or l.lease_id > $1 || '-' and l.lease_id < $1 || '.')
+   and a.attempt_id    = l.attempt_id
+   and a.lease_version = l.version
+   and a.lease_id      = l.lease_id
+   and a.status in ('leased', 'running');
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null, ended_by = 'give_back'
- where status in ('leased', 'running')
-   and (attempt_id, lease_version, lease_id) in (
-           select attempt_id, version, lease_id from {schema}.runtime_leases
-            where lease_id = $1
-               or lease_id > $1 || '-' and lease_id < $1 || '.')
+ where rowid in (select value from json_each($2))
 returning queue;
 insert into {schema}.runtime_queue ({waiting})
 select {waiting}
   from {schema}.runtime_attempts
- where status = 'queued'
+ where rowid in (select value from json_each($2))
    and ended_by = 'give_back'
-   and (attempt_id, lease_version, lease_id) in (
-           select attempt_id, version, lease_id from {schema}.runtime_leases
-            where lease_id = $1
-               or lease_id > $1 || '-' and lease_id < $1 || '.')
     on conflict (attempt_id) {replaced};
 delete from {schema}.runtime_leases
- where lease_id = $1
-    or lease_id > $1 || '-' and lease_id < $1 || '.';
+ where attempt_id in (select attempt_id from {schema}.runtime_attempts where rowid in (select value from json_each($2)));
 
 -- name: heartbeat
 -- Keep a lease, while it is still this token's and has not run out. Fenced on the lease's own row, and it looks at the
@@ -385,8 +396,8 @@ returning lease_id, heartbeat_at_ms, lease_expires_at_ms;
 update {schema}.runtime_leases
    set heartbeat_at_ms     = coalesce($3, {now_ms}),
        lease_expires_at_ms = coalesce($3, {now_ms}) + $2
- where (lease_id, version) in (
-           select a.lease_id, a.lease_version
+ where (attempt_id, lease_id, version) in (
+           select a.attempt_id, a.lease_id, a.lease_version
              from json_each($1) as given
              join {schema}.runtime_attempts as a
                on a.attempt_id    = json_extract(given.value, '$.attempt_id')
@@ -454,12 +465,16 @@ select {lease}
 
 -- name: list @sqlite
 select {lease}
-  from {schema}.runtime_leases as l
+  from (select lease_id, attempt_id, lease_expires_at_ms, heartbeat_at_ms, claimed_at_ms
+          from {schema}.runtime_leases
+         where lease_id > $1
+           and exists (
+                   select 1 from {schema}.runtime_attempts as a where a.attempt_id = runtime_leases.attempt_id)
+         order by lease_id
+         limit $2) as l
  cross join {schema}.runtime_attempts as a
- where l.lease_id > $1
-   and a.attempt_id = l.attempt_id
- order by l.lease_id
- limit $2;
+ where a.attempt_id = l.attempt_id
+ order by l.lease_id;
 
 -- name: list_by_worker @postgres
 -- As above, of one worker.
@@ -479,13 +494,17 @@ select {lease}
 
 -- name: list_by_worker @sqlite
 select {lease}
-  from {schema}.runtime_leases as l
+  from (select lease_id, attempt_id, lease_expires_at_ms, heartbeat_at_ms, claimed_at_ms
+          from {schema}.runtime_leases
+         where worker_id = $1
+           and lease_id > $2
+           and exists (
+                   select 1 from {schema}.runtime_attempts as a where a.attempt_id = runtime_leases.attempt_id)
+         order by lease_id
+         limit $3) as l
  cross join {schema}.runtime_attempts as a
- where l.worker_id = $1
-   and l.lease_id > $2
-   and a.attempt_id = l.attempt_id
- order by l.lease_id
- limit $3;
+ where a.attempt_id = l.attempt_id
+ order by l.lease_id;
 
 -- name: holder
 -- Who holds an attempt now, and under which token, and whether its lease has not run out. A lease that outlived a cancel
@@ -538,19 +557,24 @@ delete from {schema}.runtime_leases
    and lease_id   = $1;
 
 -- name: park @sqlite
--- As above, in statements of one transaction.
+-- As above, in statements of one transaction. What a key holds may be no text, so its place ($5) is looked for.
+select a.rowid as "$5"
+  from {schema}.runtime_leases as l
+ cross join {schema}.runtime_attempts as a
+ where l.lease_id   = $1
+   and a.attempt_id = l.attempt_id
+   and a.lease_id   = $1
+   and a.status in ('leased', 'running');
 update {schema}.runtime_attempts
    set status = 'failed', retry_at_ms = null, error = $2, finished_at_ms = coalesce($3, {now_ms}), ended_by = 'park'
- where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $1)
-   and lease_id = $1
-   and status in ('leased', 'running');
+ where rowid = $5;
 insert or replace into {schema}.runtime_finished ({finished})
 select {finished}
   from {schema}.runtime_attempts
- where attempt_id in (select attempt_id from {schema}.runtime_leases where lease_id = $1)
+ where rowid = $5
    and changes() > 0;
 delete from {schema}.runtime_leases
- where lease_id = $1;
+ where attempt_id = (select attempt_id from {schema}.runtime_attempts where rowid = $5 and ended_by = 'park');
 
 -- name: requeue_expired @postgres
 -- Take attempts from workers that fell silent. The attempt is locked first, skipping those that are being written, then
@@ -688,8 +712,8 @@ select {attempt}
         select $4)
 
 -- name: requeue_expired @sqlite
--- As above, in statements of one transaction. The clock moves between them, so each goes by what the first one wrote. By
--- their rowid: a key may be NULL. A time that is text or bytes is beyond all numbers.
+-- As above, in statements of one transaction. The clock moves between them, so each goes by what the first one wrote.
+-- A time that is text or bytes is beyond all numbers.
 update {schema}.runtime_attempts
    set status         = case when attempt_no >= max_attempts then 'failed' else 'queued' end,
        attempt_no     = case when attempt_no >= max_attempts then attempt_no else attempt_no + 1 end,
@@ -750,8 +774,8 @@ select {finished_of_a}
    and a.status     = 'failed'
    and a.ended_by   = 'expire';
 delete from {schema}.runtime_leases
- where rowid in (
-           select l.rowid
+ where attempt_id in (
+           select l.attempt_id
              from {schema}.runtime_leases as l
             where (l.lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
                    or l.lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long})
@@ -760,8 +784,8 @@ delete from {schema}.runtime_leases
                     where a.attempt_id = l.attempt_id)
             limit $1);
 delete from {schema}.runtime_leases
- where rowid in (
-           select rowid
+ where attempt_id in (
+           select attempt_id
              from {schema}.runtime_leases
             where lease_expires_at_ms <= coalesce($2, {now_ms}) - $3
                or lease_expires_at_ms > coalesce($2, {now_ms}) + {too_long}

@@ -27,15 +27,24 @@ class Hop:
     A function to run on the connection's thread, dressed as what aiosqlite lets through: parameters and cursor. It may
     run within another.
 
+    Args:
+        work: What to run.
+        repeats: Whether it may be run a second time where the first one came upon text that is not UTF-8.
+
     Attributes:
         connection: Where it runs or ran; None as long as it has not begun.
         failed: Whether it has ended with an error.
     """
 
-    def __init__(self, work: Callable[["Connection"], Any]) -> None:
+    __slots__ = ("_repeats", "_result", "_runs", "_work", "connection", "failed", "given_up")
+
+    _lock = threading.Lock()
+    """Of all of them, since each holds it for a moment only."""
+
+    def __init__(self, work: Callable[["Connection"], Any], *, repeats: bool = True) -> None:
         self._work = work
+        self._repeats = repeats
         self._result: Any = None
-        self._lock = threading.Lock()
         self._runs = False
         self.connection: Connection | None = None
         self.given_up = False
@@ -64,7 +73,7 @@ class Hop:
         try:
             return self._work(connection)
         except Exception as error:
-            if connection.text_factory is not str or not _is_undecodable(error):
+            if not self._repeats or connection.text_factory is not str or not _is_undecodable(error):
                 raise
         # Outside of the handler, which would keep the cursor that failed. A function in Python for each cell of text
         # is slow, so it is there only once it is needed.

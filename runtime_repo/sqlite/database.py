@@ -17,9 +17,9 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -46,9 +46,10 @@ from runtime_repo.sqlite.backup import Copy, backup_path, name_what_is_pending, 
 from runtime_repo.sqlite.connection import Connection, Hop
 from runtime_repo.sqlite.doctor import examine
 from runtime_repo.sqlite.fork import check_not_inherited, hold_inherited, is_idle, note
-from runtime_repo.sqlite.group import Group, Part, Query, reads
+from runtime_repo.sqlite.group import Glance, Group, Part, Query
 from runtime_repo.sqlite.limits import Limit, Limits
 from runtime_repo.sqlite.look import inspecting, looking
+from runtime_repo.sqlite.statements import Prepared
 from runtime_repo.sqlite.translation import is_writable, translated
 from runtime_repo.sqlite.turn import ALONE, Turn
 
@@ -103,8 +104,6 @@ class SqliteDatabase(Unique):
         self._backup = backup
         self._lock_timeout = lock_timeout
         self._limits = Limits(verb_timeout, self._silent)
-        self._queries = _queries()
-        self._readers = _readers()
         self._connection: aiosqlite.Connection | None = None
         self._turn = Turn(self._begin_together)
         self._groups: set[asyncio.Task[None]] = set()
@@ -118,7 +117,7 @@ class SqliteDatabase(Unique):
         return str(self._path or ":memory:")
 
     def text(self, query: str) -> str:
-        return re.sub(r"^--.*\n", "", "\n".join(self._queries[query]), flags=re.MULTILINE)
+        return re.sub(r"^--.*\n", "", load_queries("sqlite", **_TOKENS)[query], flags=re.MULTILINE)
 
     def filled(self, text: str) -> str:
         return fill(text, _TOKENS)
@@ -140,8 +139,8 @@ class SqliteDatabase(Unique):
             own = None if self._connection is None else self._connection._connection
             hold_inherited(self._path, was_idle=isinstance(own, Connection) and is_idle(own))
 
-    async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        return await self._do(self._part(query, args))
+    def fetch(self, query: str, *args: object) -> Coroutine[Any, Any, Sequence[Row]]:
+        return self._do(Part(Query(PREPARED[query], args)))
 
     async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
         was_asked = False
@@ -153,7 +152,7 @@ class SqliteDatabase(Unique):
 
         try:
             async with asyncio.timeout(within) as limit:
-                return await self._do(self._part(query, args, when_called=asked))
+                return await self._do(Part(Query(PREPARED[query], args), when_called=asked))
         except TimeoutError:
             if was_asked:
                 raise
@@ -161,38 +160,38 @@ class SqliteDatabase(Unique):
 
     async def ask_in_a_hurry(self, query: str, *args: object) -> tuple[Sequence[Row], float]:
         """As ``fetch``, before all others that wait for their turn; and when that had come."""
-        part = self._part(query, args, hurries=True)
+        part: Part[Sequence[Row]] = Part(Query(PREPARED[query], args), hurries=True)
         return await self._do(part), part.asked_at
-
-    def _part(
-        self,
-        query: str,
-        args: Sequence[object],
-        *,
-        hurries: bool = False,
-        when_called: Callable[[], None] | None = None,
-    ) -> "Part[Sequence[Row]]":
-        what = Query(self._queries[query], args)
-        shared = None if query in self._readers else what.shared
-        return Part(what.alone, shared, hurries=hurries, when_called=when_called)
 
     async def _do(self, part: "Part[T]") -> T:
         """Do what a caller wants, in its turn."""
         with Limit(self._limits):
-            return await self._patiently(self._do_in_turn, part, hurries=part.hurries)
+            return await self._in_turn(part)
 
-    async def _do_in_turn(self, part: "Part[T]") -> T:
-        try:
-            answer = await self._turn.share(part)
-        except asyncio.CancelledError:
-            part.give_up()
-            raise
-        if answer is not ALONE:
-            return cast(T, answer)
-        try:
-            return await self.hop(part.alone)
-        finally:
-            self._turn.give()
+    async def _in_turn(self, part: "Part[T]") -> T:
+        """As above, however long it takes, but for locks: as ``_patiently``, without a coroutine for each step."""
+        loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            turn = self._turn
+            try:
+                if (answer := turn.ask(part, loop)) is not None:
+                    try:
+                        found = await answer
+                    except asyncio.CancelledError:
+                        turn.left(part)
+                        part.give_up()
+                        raise
+                    if found is not ALONE:
+                        return cast(T, found)
+                try:
+                    return cast(T, await self.hop(part.what.alone))
+                finally:
+                    turn.give()
+            except Busy as busy:
+                if time.monotonic() >= deadline:
+                    raise self._locked() from busy.__cause__
+            await asyncio.sleep(random.uniform(0.001, 0.005 if part.hurries else 0.02))  # noqa: S311
 
     def _begin_together(self, parts: "Sequence[Part[Any]]") -> None:
         """Have the turn's *parts* done, in a task that none of their callers can cancel."""
@@ -341,20 +340,20 @@ class SqliteDatabase(Unique):
 
         return await self._patiently(begin)
 
-    async def _patiently(self, work: Callable[..., Awaitable[T]], *args: object, hurries: bool = False) -> T:
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do *work*, and again while it is told that the file is locked, for as long as is allowed."""
         deadline = time.monotonic() + self._lock_timeout
         while True:
             try:
-                return await work(*args)
+                return await work()
             except Busy as busy:
                 if time.monotonic() >= deadline:
                     raise self._locked() from busy.__cause__
-            await asyncio.sleep(random.uniform(0.001, 0.005 if hurries else 0.02))  # noqa: S311
+            await asyncio.sleep(random.uniform(0.001, 0.02))  # noqa: S311
 
     async def run(self, query: str, args: Sequence[object]) -> Sequence[Row]:
         """Run a named query in the transaction that is open."""
-        what = Query(self._queries[query], args)
+        what = Query(PREPARED[query], args)
 
         def work(connection: Connection) -> Sequence[Row]:
             self.require_transaction(connection)
@@ -385,7 +384,7 @@ class SqliteDatabase(Unique):
         """
         try:
             async with asyncio.timeout(within):
-                return await self._patiently(self._do_in_turn, Part(_stamp))
+                return await self._in_turn(Part(Glance(_stamp)))
         except TimeoutError:
             return None
 
@@ -428,7 +427,7 @@ class SqliteDatabase(Unique):
             if self._connection is not None:
                 async with self._turn.mine():
                     return self._with_remains(await self.look_now(shipped))
-            first = Hop(looking(self._queries, shipped))
+            first = Hop(looking(PREPARED, shipped))
             try:
                 await self._open(first)
             except DatabaseUnavailableError:
@@ -474,7 +473,7 @@ class SqliteDatabase(Unique):
 
     async def look_now(self, shipped: Sequence[Catalog]) -> Look:
         """Look on the connection that is open, which is one's own at the moment."""
-        look = looking(self._queries, shipped)
+        look = looking(PREPARED, shipped)
 
         def work(connection: Connection) -> Look:
             connection.prove(now=True)
@@ -551,7 +550,7 @@ class SqliteDatabase(Unique):
         """Look on a connection for this alone, which makes no file and waits for no transaction of this process."""
         deadline = time.monotonic() + self._lock_timeout
         while True:
-            first = Hop(inspecting(self._queries, shipped))
+            first = Hop(inspecting(PREPARED, shipped))
             try:
                 connection = await self._connect(first)
             except Busy as busy:
@@ -589,12 +588,12 @@ class SqliteDatabase(Unique):
 
     async def ask(self, text: str) -> Sequence[Row]:
         """What is asked of a database in memory, in its turn."""
-        return await self._do(Part(Query([self.filled(text)], ()).alone))
+        return await self._do(Part(Query(Prepared(self.filled(text)), ())))
 
-    async def read(self, statements: Sequence[str], args: Sequence[object], connection: aiosqlite.Connection) -> Any:
-        """Run *statements* on a connection of one's own, and again while the file is locked."""
+    async def read(self, prepared: Prepared, args: Sequence[object], connection: aiosqlite.Connection) -> Any:
+        """Run a query on a connection of one's own, and again while the file is locked."""
         with Limit(self._limits):
-            return await self._patiently(lambda: self.hop(Query(statements, args).alone, connection))
+            return await self._patiently(lambda: self.hop(Query(prepared, args).alone, connection))
 
     async def examine(self, examined: Examined) -> tuple[Sequence[Finding], Sequence[Repair]]:
         async with self.reading() as reader:
@@ -643,7 +642,7 @@ class SqliteDatabase(Unique):
         return replace(look, remains=tuple(remains(self._path)))
 
     async def export(self, writer: Writer, migrations: Sequence[Migration], terms: Terms, target: Backend) -> Manifest:
-        work = exporting(self._queries, writer, migrations, terms, target)
+        work = exporting(PREPARED, writer, migrations, terms, target)
         if self._path is None:
             return await self._alone(partial(self.hop, work))
         return await self._apart(work, writer.stop, terms.patience)
@@ -652,7 +651,7 @@ class SqliteDatabase(Unique):
         if self._path is None:
             raise ConfigurationError("a database in memory is gone when its repository is closed: name a file's path")
         check_not_inherited(self._path)
-        new = Replacement(self._path, self._queries, _TOKENS, reader, migrations, terms)
+        new = Replacement(self._path, PREPARED, _TOKENS, reader, migrations, terms)
         try:
             await in_thread(new.stop, new.begin)
             return await self._load(new, terms)
@@ -746,11 +745,11 @@ class _Reader:
         self._connection = connection
 
     async def fetch(self, query: str, *args: object) -> Sequence[Row]:
-        rows: Sequence[Row] = await self._database.read(_queries()[query], args, self._connection)
+        rows: Sequence[Row] = await self._database.read(PREPARED[query], args, self._connection)
         return rows
 
     async def ask(self, text: str) -> Sequence[Row]:
-        rows: Sequence[Row] = await self._database.read([self._database.filled(text)], (), self._connection)
+        rows: Sequence[Row] = await self._database.read(Prepared(self._database.filled(text)), (), self._connection)
         return rows
 
 
@@ -837,16 +836,15 @@ class _BootTransaction:
         return await self._database.look_now(shipped)
 
 
-@cache
-def _queries() -> dict[str, tuple[str, ...]]:
-    """Every query as its statements; the same for every file."""
-    return {query: tuple(split_statements(text)) for query, text in load_queries("sqlite", **_TOKENS).items()}
+class _Prepared(dict[str, Prepared]):
+    """Every query, made ready when it is first asked for; the same for every file."""
+
+    def __missing__(self, query: str) -> Prepared:
+        prepared = self[query] = Prepared(load_queries("sqlite", **_TOKENS)[query])
+        return prepared
 
 
-@cache
-def _readers() -> frozenset[str]:
-    """The queries that write nothing, and so need no lock that others could be waiting for."""
-    return frozenset(query for query, statements in _queries().items() if len(statements) == 1 and reads(statements[0]))
+PREPARED = _Prepared()
 
 
 def _nothing(connection: Connection) -> None:

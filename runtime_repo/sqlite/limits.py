@@ -24,9 +24,8 @@ class Limits:
         """Those that run, the first to end first."""
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, limit: "Limit") -> None:
+    def begin(self, limit: "Limit", loop: asyncio.AbstractEventLoop) -> None:
         if self.seconds is not None:
-            loop = asyncio.get_running_loop()
             self._ends[limit] = end = loop.time() + self.seconds
             if self._timer is None:
                 self._timer = loop.call_at(end, self._pass, loop)
@@ -61,9 +60,10 @@ class Limit:
         self._expired = False
 
     def __enter__(self) -> None:
-        self._task = cast("asyncio.Task[object]", asyncio.current_task())
+        loop = asyncio.get_running_loop()
+        self._task = cast("asyncio.Task[object]", asyncio.current_task(loop))
         self._before = self._task.cancelling()
-        self._limits.begin(self)
+        self._limits.begin(self, loop)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

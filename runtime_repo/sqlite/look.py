@@ -8,11 +8,12 @@ from dataclasses import replace
 from runtime_repo.catalog import LEDGER, Catalog, Look
 from runtime_repo.sqlite.catalog import catalog_from_rows, fingerprint, ledger_from_rows
 from runtime_repo.sqlite.connection import Connection
+from runtime_repo.sqlite.statements import Prepared
 
 __all__ = ["inspecting", "looking"]
 
 
-def inspecting(queries: Mapping[str, Sequence[str]], shipped: Sequence[Catalog]) -> Callable[[Connection], Look]:
+def inspecting(queries: Mapping[str, Prepared], shipped: Sequence[Catalog]) -> Callable[[Connection], Look]:
     """The look, and what one that is not to lead to a boot asks besides."""
     look = looking(queries, shipped)
 
@@ -20,25 +21,25 @@ def inspecting(queries: Mapping[str, Sequence[str]], shipped: Sequence[Catalog])
         found = look(connection)
         if not found.is_newer(shipped):
             return found
-        row = connection.execute(queries["control.oldest"][0]).fetchone()
-        return replace(found, oldest=row["value_json"] if row else None)
+        rows = queries["control.oldest"].run(connection, ())
+        return replace(found, oldest=rows[0]["value_json"] if rows else None)
 
     return work
 
 
-def looking(queries: Mapping[str, Sequence[str]], shipped: Sequence[Catalog]) -> Callable[[Connection], Look]:
+def looking(queries: Mapping[str, Prepared], shipped: Sequence[Catalog]) -> Callable[[Connection], Look]:
     """The look: the ledger and the live catalog."""
     newest = shipped[-1].tables
     ours = [LEDGER, *newest]
-    span = {"1": min(ours), "2": max(ours)}
+    span = min(ours), max(ours)
     known: dict[str | None, Catalog] = {catalog.fingerprint: catalog for catalog in shipped if catalog.fingerprint}
 
     def glance(connection: Connection) -> Look:
         # To plan a view that bears the ledger's name costs nothing, but to read it may never end.
-        if not connection.execute(queries["schema.is_table"][0], {"1": LEDGER}).fetchone()[0]:
+        if not queries["schema.is_table"].run(connection, (LEDGER,))[0]["is_table"]:
             return Look(None, Catalog())
         try:
-            rows = connection.execute(queries["schema.look"][0], span).fetchall()
+            rows = queries["schema.look"].run(connection, span)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
                 raise
@@ -51,16 +52,16 @@ def looking(queries: Mapping[str, Sequence[str]], shipped: Sequence[Catalog]) ->
         if look.catalog is shipped[-1]:
             return look
         # Several statements must see one state, or a migration that commits between them would look like drift.
-        names = {"1": json.dumps(ours)}
-        every = {"1": json.dumps([*ours, *(index for table in newest.values() for index in table.indexes)])}
+        names = (json.dumps(ours),)
+        every = (json.dumps([*ours, *(index for table in newest.values() for index in table.indexes)]),)
         own = not connection.in_transaction
         if own:
             connection.execute("begin")
         try:
-            taken = connection.execute(queries["schema.names"][0], every).fetchall()
-            columns = connection.execute(queries["schema.columns"][0], names).fetchall()
-            indexes = connection.execute(queries["schema.indexes"][0], names).fetchall()
-            triggers = connection.execute(queries["schema.triggers"][0], names).fetchall()
+            taken = queries["schema.names"].run(connection, every)
+            columns = queries["schema.columns"].run(connection, names)
+            indexes = queries["schema.indexes"].run(connection, names)
+            triggers = queries["schema.triggers"].run(connection, names)
             # Last, for the first statement that succeeds fixes the state, and this one may fail.
             look = glance(connection)
         finally:

@@ -30,15 +30,16 @@ class Waiting:
         number: Its place among all that came.
     """
 
+    __slots__ = ("answer", "asked_at", "hurries", "is_alone", "kind", "number")
+
     answer: "asyncio.Future[Any]"
 
-    asked_at = 0.0
-    number = 0
-
     def __init__(self, kind: int = 0, *, hurries: bool = False) -> None:
+        self.asked_at = 0.0
         self.hurries = hurries
         self.is_alone = not kind
         self.kind = kind
+        self.number = 0
 
     def called(self) -> None:
         """The turn has come."""
@@ -67,27 +68,38 @@ class Turn:
 
     async def take(self) -> None:
         """Wait for it; whoever has it must give it back."""
-        await self.share(Waiting())
+        waiting = Waiting()
+        answer = self.ask(waiting, asyncio.get_running_loop())
+        if answer is not None:
+            try:
+                await answer
+            except asyncio.CancelledError:
+                self.left(waiting)
+                raise
 
-    async def share(self, waiting: Waiting) -> Any:
-        """Wait for one; return ``ALONE``, as above, or the answer to what was done together with others."""
+    def ask(self, waiting: Waiting, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[Any] | None":
+        """
+        Ask for one; None where it has come at once, and must be given back.
+
+        Otherwise what is returned is to be waited for: it will be ``ALONE``, as above, or the answer to what was done
+        together with others. Whoever is cancelled meanwhile has ``left``.
+        """
         if not self.taken:
             self.taken = True
             waiting.called()
-            return ALONE
-        self._loop = asyncio.get_running_loop()
-        waiting.answer = self._loop.create_future()
+            return None
+        self._loop = loop
+        waiting.answer = loop.create_future()
         waiting.number = next(self._numbers)
-        lines = self._hurried if waiting.hurries else self._others
-        lines.append(waiting)
-        try:
-            return await waiting.answer
-        except asyncio.CancelledError:
-            if waiting.answer.cancelled():
-                lines.remove(waiting)
-            elif not waiting.answer.exception() and waiting.answer.result() is ALONE:
-                self.give()  # it came in the very moment
-            raise
+        (self._hurried if waiting.hurries else self._others).append(waiting)
+        return waiting.answer
+
+    def left(self, waiting: Waiting) -> None:
+        """It was cancelled while it waited."""
+        if waiting.answer.cancelled():
+            (self._hurried if waiting.hurries else self._others).remove(waiting)
+        elif not waiting.answer.exception() and waiting.answer.result() is ALONE:
+            self.give()  # it came in the very moment
 
     def put_back(self, waiting: Sequence[Waiting]) -> None:
         """Let some wait on where they were: they were called, and not served."""

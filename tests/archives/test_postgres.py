@@ -228,6 +228,20 @@ async def test_a_store_of_a_newer_release_is_replaced(lab: PostgresLab, tmp_path
     assert (await lab.boot(migrate=False)).tolerated == ()
 
 
+async def test_its_indexes_are_used_at_once(lab: PostgresLab, tmp_path: Path) -> None:
+    """Also by whoever has an older snapshot: none of them waits for old transactions to end."""
+    await fill(lab)
+    await lab.repository().backup(tmp_path / "a.archive")
+    await lab.repository().restore(tmp_path / "a.archive", force=True)
+    assert (
+        await lab.rows(
+            "select indexrelid::regclass::text as name from pg_index join pg_class as c on c.oid = indrelid"
+            f" where c.relnamespace = '{lab.place.schema}'::regnamespace and (indcheckxmin or not indisvalid)"
+        )
+        == []
+    )
+
+
 async def test_the_owner_stays_the_owner(lab: PostgresLab, role: str, tmp_path: Path) -> None:
     """An administrator who restores does not take the tables from whoever serves them."""
     await lab.run_outside(f"grant {role} to current_user")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import asyncpg
 
 from runtime_repo.queries import bounded
+from runtime_repo.sqlite.database import PREPARED
 
 from .contenders import QUEUE, TTL_MS, WORKER, on_postgres, on_sqlite
 from .race import Limit, Line, race
@@ -152,7 +153,7 @@ class SqliteTables(Tables):
 
     async def looks(self, queues: Sequence[str], size: int) -> list[Look]:
         query, *arguments = _claim(queues, size)
-        given = {str(number): value for number, value in enumerate(arguments, 1)}
+        prepared = PREPARED[query]
         connection = self._bare.connection
         steps = 0
         plan: list[str] = []
@@ -164,12 +165,11 @@ class SqliteTables(Tables):
         connection.execute("begin immediate")
         try:
             # All before the first one runs: to explain one would change what the next is told by changes().
-            for statement in self._bare.queries[query]:
-                plan += [row["detail"] for row in connection.execute(f"explain query plan {statement}", given)]
-            for statement in self._bare.queries[query]:
-                connection.set_progress_handler(step, 1)
-                connection.execute(statement, given).fetchall()
-                connection.set_progress_handler(None, 1)
+            for statement in prepared.statements:
+                given = [None] * statement.text.count("?")
+                plan += [row["detail"] for row in connection.execute(f"explain query plan {statement.text}", given)]
+            connection.set_progress_handler(step, 1)
+            prepared.run(connection, arguments)
         finally:
             connection.set_progress_handler(None, 1)
             connection.rollback()

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import asyncpg
 
 from runtime_repo import NewAttempt, PostgresRuntimeRepository, SqliteRuntimeRepository
-from runtime_repo.queries import bounded, load_queries, split_statements
+from runtime_repo.queries import bounded, load_queries
 from runtime_repo.sqlite.database import _TOKENS as SQLITE_TOKENS
+from runtime_repo.sqlite.database import PREPARED
 from runtime_repo.values import Columns
 
 if TYPE_CHECKING:
@@ -207,22 +208,14 @@ class SqliteBare(Bare):
         super().__init__(ours)
         self.connection = connection
         self.tokens = SQLITE_TOKENS
-        self.queries = {
-            name: tuple(split_statements(text)) for name, text in load_queries("sqlite", **SQLITE_TOKENS).items()
-        }
 
     async def fetch(self, query: str, *args: Any) -> Sequence[Row]:
-        statements = self.queries[query]
-        given = {str(number): value for number, value in enumerate(args, 1)}
-        rows: Sequence[Row] = ()
-        if len(statements) > 1:
-            self.connection.execute("begin immediate")
-        for statement in statements:
-            cursor = self.connection.execute(statement, given)
-            if cursor.description is not None:
-                rows = cursor.fetchall()
-        if len(statements) > 1:
-            self.connection.execute("commit")
+        prepared = PREPARED[query]
+        if prepared.is_single:
+            return prepared.run(self.connection, args)
+        self.connection.execute("begin immediate")
+        rows = prepared.run(self.connection, args)
+        self.connection.execute("commit")
         return rows
 
 

@@ -65,6 +65,8 @@ AT_ONCE = {4: Limit(1.25), 8: Limit(1.25)}
 EACH = 10
 ENQUEUED = Limit(1.3)
 PROCRASTINATE = Limit(10.0)
+BATCHES = (2, 10, 100, 1000)
+"""By how many at a time the peers on SQLite, which know no batches, must be passed."""
 AHEAD = Limit(1.0)
 LESS = Limit(1.0, at_most=True)
 
@@ -237,17 +239,18 @@ async def pgqueuer_on_postgres(url: str, effort: Effort) -> list[Line]:
 async def peers_on_sqlite(folder: Path, effort: Effort) -> list[Line]:
     async with on_sqlite(folder / "ours.db") as (ours, _):
         with queue_peers.sqlite_peers(folder) as (litequeue, huey):
-            turns = {
-                BATCH: working(ours, effort.by_hundred, 100),
-                SINGLY: working(ours, effort.singles, 1),
-                _tasks(8): sharing(ours, 8, effort.singles),
-                "litequeue": working(litequeue, effort.singles, 1),
-                "huey": working(huey, effort.singles, 1),
+            turns = {SINGLY: working(ours, effort.singles, 1)}
+            turns |= {
+                f"claim and complete by {size}": working(ours, max(effort.singles, size), size) for size in BATCHES
             }
+            turns |= {_tasks(tasks): sharing(ours, tasks, effort.singles) for tasks in TASKS}
+            works = list(turns)
+            turns["litequeue"] = working(litequeue, effort.singles, 1)
+            turns["huey"] = working(huey, effort.singles, 1)
             figures = await race(turns, effort.peer_rounds)
     return [
-        _line(work, "sqlite", peer, figures, limit, work, peer)
-        for work, limit in ((BATCH, AHEAD), (SINGLY, None), (_tasks(8), AHEAD))
+        _line(work, "sqlite", peer, figures, None if work == SINGLY else AHEAD, work, peer)
+        for work in works
         for peer in ("litequeue", "huey")
     ]
 

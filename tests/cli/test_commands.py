@@ -494,3 +494,56 @@ async def test_a_schema_moves_to_another(postgres_lab: PostgresLab) -> None:
     assert "the same on both sides" in done.output
     async with other.repository() as repo:
         assert len(await repo.attempts.list()) == 1
+
+
+QUEUE = {"queue", "ready", "delayed", "leased", "oldest_age"}
+SHAPES: dict[str, dict[str, set[str] | None]] = {
+    "status": {
+        **dict.fromkeys(("backend", "place", "server", "migrating", "failed", "pending_interrupts", "size", "unknown")),
+        "schema": {"found", "supported", "pending", "differences", "refusal"},
+        "ledger": {"version", "name", "applied_at"},
+        "control": {"quiesced", "paused", "oldest"},
+        "queues": QUEUE,
+        "workers": {"worker_id", "leases", "expired", "first_expiry", "heartbeat_at"},
+        "tables": {"name", "size", "rows"},
+    },
+    "plan": {
+        **dict.fromkeys(("found", "supported", "refusal", "backup", "tolerated")),
+        "migrations": {"version", "name", "sql"},
+    },
+    "verify": {
+        **dict.fromkeys(("serves", "found", "supported", "pending", "refusal")),
+        "differences": {"object", "expected", "found"},
+    },
+    "can-run": dict.fromkeys(("found", "supported", "oldest", "answer", "is_outdated", "why")),
+    "top": {**dict.fromkeys(("place", "at", "span")), "queues": QUEUE | {"completed", "failed", "cancelled"}},
+    "migrate": {
+        **dict.fromkeys(("from_version", "to_version", "waited", "backup", "tolerated", "archive")),
+        "applied": {"version", "name", "duration"},
+    },
+    "quiesce": {**dict.fromkeys(("paused", "oldest")), "quiesced": {"since", "reason", "queue"}},
+    "pause": {**dict.fromkeys(("quiesced", "oldest")), "paused": {"since", "reason", "queue"}},
+    "resume": dict.fromkeys(("quiesced", "paused", "oldest")),
+    "backup": dict.fromkeys(("path", "backend", "version", "rows", "size", "left_out", "duration")),
+}
+"""What programs rely on: the keys of each document, and of what is in it, or of each of those in it."""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+async def test_a_document_has_the_same_keys_for_ever(lab: Lab, program: Program, name: str, tmp_path: Path) -> None:
+    """Another release may add some, here as well."""
+    given = [str(tmp_path / "store.zip")] if name == "backup" else GIVEN.get(name, ())
+    if name not in ("plan", "migrate"):
+        async with lab.repository() as repo:
+            await repo.attempts.enqueue_many([NewAttempt("run"), NewAttempt("run")])
+            if name == "status":
+                await repo.leases.claim("worker")
+    if name == "verify":
+        await lab.execute("alter table runtime_jobs add column mine text")
+    found = await program.json(name, *given)
+    assert found.keys() == SHAPES[name].keys()
+    for key, keys in SHAPES[name].items():
+        parts = found[key] if isinstance(found[key], list) else [found[key]]
+        assert keys is None or parts or (name, lab.backend) == ("status", "sqlite")
+        for part in parts if keys is not None else ():
+            assert part.keys() == keys, key

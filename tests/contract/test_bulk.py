@@ -241,3 +241,31 @@ async def test_what_cannot_be_meant_is_refused(
     with pytest.raises(ConfigurationError, match=what):
         await getattr(repo.attempts, verb)(**{"actor": "ann", **given})
     assert await changed(repo, before) == set()
+
+
+MEANT: dict[str, tuple[object, ...]] = {
+    "another queue": (None, "other", None, None),
+    "another error": (None, None, "no route", None),
+    "another age": (None, None, None, 60_000),
+    "another status": ("cancelled", None, None, None),
+}
+"""What an attempt has come to be since it was found to fit, in the order of the statements' arguments."""
+
+
+@pytest.mark.parametrize("meant", MEANT.values(), ids=MEANT)
+async def test_what_fits_no_more_when_it_is_locked_is_left(
+    repo: RuntimeRepository, clock: Clock, meant: tuple[object, ...]
+) -> None:
+    """Between the look and the write others go on: so each asks again."""
+    await failed(repo, clock, {"a": "disk full"})
+    await repo.attempts.enqueue("run", attempt_id="b", now=clock.now)
+    before = await statuses(repo)
+    now_ms = int(clock.now.timestamp() * 1000)
+    queries = repo.attempts._queries
+    assert await queries.fetch("attempts.retry_many", '["a", "b"]', *meant, now_ms) == []
+    assert await queries.fetch("attempts.cancel_many", '["a", "b"]', *meant, now_ms) == []
+    # Of one that has ended again the older end is told.
+    ended = '[{"finished_at_ms": 5, "attempt_id": "a"}]'
+    assert await queries.fetch("attempts.prune_many", 0, ended, now_ms) == []
+    assert await statuses(repo) == before
+    assert await repo.attempts.reindex() == 0

@@ -20,7 +20,7 @@ select count(*)
          order by priority desc, enqueued_at_ms, attempt_id
          limit 1000) as ready
 """
-"""What the README gives an autoscaler to ask; a test holds the two together."""
+"""What an autoscaler such as KEDA asks a database by itself."""
 
 
 async def test_what_could_be_claimed_now_is_counted(repo: RuntimeRepository, clock: Clock) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 
 from runtime_repo import (
@@ -24,6 +25,7 @@ from runtime_repo import (
     NotFoundError,
     OutageBegan,
     OutageEnded,
+    PostgresRuntimeRepository,
     Statement,
     Swept,
     Worker,
@@ -31,7 +33,7 @@ from runtime_repo import (
 from runtime_repo.observing import ObservedSource
 from tests.contract.conftest import Clock, eventually
 from tests.contract.test_worker import running
-from tests.lab import Lab
+from tests.lab import Lab, on_postgres
 from tests.versions import HISTORY
 
 MINUTE = timedelta(minutes=1)
@@ -238,3 +240,21 @@ def test_what_cannot_watch_is_refused(lab: Lab, wrong: Callable[..., object]) ->
     """A coroutine function would never be awaited."""
     with pytest.raises(ConfigurationError, match="observe is"):
         lab.repository(observe=wrong)
+
+
+@on_postgres
+async def test_in_a_transaction_of_the_applications_statements_are_told(lab: Lab, seen: Seen) -> None:
+    """Whether it commits nobody sees, so nothing is said to have happened."""
+    repository = lab.repository(observe=seen)
+    assert isinstance(repository, PostgresRuntimeRepository)
+    connection = await asyncpg.connect(lab.place.where)
+    try:
+        async with repository as repo, connection.transaction(), repo.transaction(connection) as transaction:
+            await transaction.attempts.enqueue("run")
+            [lease] = await transaction.leases.claim("w")
+            await transaction.attempts.complete(lease)
+    finally:
+        await connection.close()
+    names = [event.name for event in seen.of(Statement)]
+    assert {"attempts.enqueue", "leases.claim 1", "attempts.complete"} <= set(names)
+    assert seen.of(Claimed, Completed) == []

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import pytest
 
 from runtime_repo import (
+    AttemptStatus,
     DatabaseUnavailableError,
     NewAttempt,
     RefusedError,
@@ -22,6 +23,7 @@ from runtime_repo import (
     RuntimeRepository,
     SqliteRuntimeRepository,
 )
+from runtime_repo.queries import load_queries, split_statements
 from runtime_repo.sqlite import SqliteDatabase
 from runtime_repo.sqlite import database as database_module
 from runtime_repo.sqlite import group as group_module
@@ -34,6 +36,8 @@ from tests.lab import SqliteLab
 from tests.place import Place
 
 T = TypeVar("T")
+
+SQLITE = load_queries("sqlite", **database_module._TOKENS)
 
 MANY = 10
 """Verbs that wait for one turn."""
@@ -391,14 +395,45 @@ async def test_a_query_is_known_to_read_if_it_does(lab: SqliteLab) -> None:
     parameters = {str(number): None for number in range(1, 20)}
     found = set()
     with lab.connection() as connection:
-        for query, statements in database_module._queries().items():
+        for query, text in SQLITE.items():
+            statements = list(split_statements(text))
             if query != "schema.create_ledger":
-                programs = [connection.execute(f"explain {text}", parameters).fetchall() for text in statements]
+                programs = [connection.execute(f"explain {one}", parameters).fetchall() for one in statements]
                 writes = any(step[1] == "Transaction" and step[3] for program in programs for step in program)
                 if not writes and len(statements) == 1:
                     found.add(query)
-    assert database_module._readers() == found
+    assert {query for query in SQLITE if database_module.PREPARED[query].reads} == found
     assert len(found) > 20
+
+
+async def test_a_savepoint_costs_only_a_group_in_which_one_fails(lab: SqliteLab) -> None:
+    """Then all is begun anew, and each has its own; hardly any fails."""
+    async with lab.nothing_left(), SqliteRuntimeRepository(lab.path) as repo:
+        await hinder(repo, "bad", "raise(abort, 'no')")
+        statements = await traced(repo)
+        await asyncio.gather(*await in_one_turn(repo, *enqueuing(repo)))
+        assert "savepoint query" not in statements
+        assert statements.count("begin immediate") == 1
+        verbs = [repo.attempts.enqueue("run", attempt_id="good"), repo.attempts.enqueue("bad", attempt_id="bad")]
+        good, bad = await asyncio.gather(*await in_one_turn(repo, *verbs), return_exceptions=True)
+        assert isinstance(bad, RefusedError)
+        assert not isinstance(good, BaseException)
+        assert statements.count("savepoint query") == 2
+        assert await ids(repo) == everything() | {"good"}
+
+
+async def test_what_comes_upon_no_text_is_done_once(lab: SqliteLab) -> None:
+    """The driver must be asked again for text that is no UTF-8: what was done until then is undone before."""
+    async with lab.nothing_left(), SqliteRuntimeRepository(lab.path) as repo:
+        for name in ("a", "b", "c"):
+            await repo.attempts.enqueue("run", attempt_id=name)
+        with lab.connection() as connection:
+            connection.execute("update runtime_attempts set payload_json = cast(x'ff' as text) where attempt_id = 'a'")
+            connection.commit()
+        claims = await asyncio.gather(*await in_one_turn(repo, *(repo.leases.claim(f"w{n}") for n in range(2))))
+        assert [[lease.attempt_id for lease in leases] for leases in claims] == [[], ["b"]]
+        rest = await repo.attempts.get("c")
+        assert (rest.status, rest.lease_version) == (AttemptStatus.QUEUED, 0)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

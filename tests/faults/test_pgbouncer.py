@@ -12,8 +12,9 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from runtime_repo import PostgresRuntimeRepository
+from runtime_repo import NewAttempt, PostgresRuntimeRepository
 from runtime_repo.postgres import database, notifications
+from tests.cli.program import Program
 from tests.faults.conftest import POSTGRES_ONLY, eventually, in_ci
 from tests.lab import PostgresLab
 from tests.place import Place
@@ -190,3 +191,52 @@ async def test_a_doctor_notices_the_pooler(lab: PostgresLab, pgbouncer: str) -> 
             found[where] = next(finding for finding in diagnosis.findings if finding.check == "pooler")
     assert (found[pgbouncer].state, found[lab.place.where].state) == ("note", "well")
     assert "listen=False" in str(found[pgbouncer].advice)
+
+
+async def test_every_command_works_behind_it(lab: PostgresLab, pgbouncer: str, tmp_path: Path) -> None:
+    """Without an option for that; and no setting of theirs stays on a connection that others get next."""
+    program = Program(Place("postgres", pgbouncer, lab.place.schema))
+    archive = str(tmp_path / "store.zip")
+    for name, *given in (
+        ("plan",),
+        ("migrate",),
+        ("verify",),
+        ("can-run",),
+        ("status",),
+        ("top", "--once"),
+        ("quiesce",),
+        ("pause", "emails"),
+        ("resume",),
+        ("backup", archive),
+        ("restore", archive),
+    ):
+        done = await program.run(name, *given)
+        assert (name, done.code, done.errors) == (name, 0, "")
+    client = await asyncpg.connect(pgbouncer, statement_cache_size=0)
+    try:
+        for setting in ("lock_timeout", "default_transaction_read_only", "transaction_read_only"):
+            assert await client.fetchval(f"show {setting}") in ("0", "off")
+    finally:
+        await client.close()
+
+
+async def test_archives_go_through_the_pooler(lab: PostgresLab, pgbouncer: str, tmp_path: Path) -> None:
+    """A backup beside live traffic and a restore, each in one transaction; no setting and no lock stays behind."""
+    place = Place("postgres", pgbouncer, lab.place.schema)
+    async with place.repository(statement_cache_size=0, max_size=2) as repository:
+        await repository.attempts.enqueue_many([NewAttempt("run", payload="x" * 1000) for _ in range(3000)])
+        backup = asyncio.create_task(place.repository(statement_cache_size=0).backup(tmp_path / "a.archive"))
+        while not backup.done():
+            await repository.attempts.enqueue("meanwhile")
+        assert (await backup).rows["runtime_attempts"] >= 3000
+    report = await place.repository(statement_cache_size=0).restore(tmp_path / "a.archive")
+    assert report.rows == (await backup).rows
+    assert (await lab.boot(migrate=False)).tolerated == ()
+    assert await lab.migration_locks() == 0
+    client = await asyncpg.connect(pgbouncer, statement_cache_size=0)
+    try:
+        for setting, usual in (("lock_timeout", "0"), ("row_security", "on"), ("transaction_read_only", "off")):
+            assert await client.fetchval(f"show {setting}") == usual
+    finally:
+        await client.close()
+    await lab.run_outside(f"set client_min_messages = warning; drop schema {report.kept} cascade")

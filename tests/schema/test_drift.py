@@ -341,10 +341,15 @@ DRIFT = {
         "text collate nocase not null",
     ),
     "collation of a key only": drift(
-        rebuilt("runtime_leases", "PRIMARY KEY (lease_id)", "PRIMARY KEY (lease_id COLLATE NOCASE)", None),
-        "primary key of runtime_leases",
-        "(lease_id)",
-        "(lease_id collate nocase)",
+        rebuilt(
+            "runtime_jobs",
+            f"thread_id TEXT CONSTRAINT jobs_pk PRIMARY KEY,\n{JOBS_REST}",
+            f"thread_id TEXT NOT NULL,\n{JOBS_REST},\n    CONSTRAINT jobs_pk PRIMARY KEY (thread_id COLLATE NOCASE)",
+            None,
+        ),
+        "primary key of runtime_jobs",
+        "(thread_id)",
+        "(thread_id collate nocase)",
     ),
     "conflict clause": drift(
         rebuilt("runtime_jobs", "status TEXT NOT NULL", "status TEXT NOT NULL ON CONFLICT IGNORE", None),
@@ -584,8 +589,15 @@ EXTRA = {
         told("check constraint of status", "status <> ''", "check constraint mine", "CHECK ((status <> ''::text))"),
     ),
     "check constraint on the table": Extra(
-        Words(Rebuild("runtime_leases", "CONSTRAINT one", "CONSTRAINT mine CHECK (version > 0), CONSTRAINT one"), None),
-        (Difference("check constraint mine on runtime_leases", None, "version > 0"),),
+        Words(
+            Rebuild(
+                "runtime_step_reports",
+                "CONSTRAINT reported_once",
+                "CONSTRAINT mine CHECK (report_id > 0), CONSTRAINT reported_once",
+            ),
+            None,
+        ),
+        (Difference("check constraint mine on runtime_step_reports", None, "report_id > 0"),),
     ),
     "foreign key": Extra(
         rebuilt(

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from runtime_repo import Diagnosis
-from tests.lab import Lab, changes, on_postgres
+from tests.lab import Lab, PostgresLab, changes, on_postgres
 from tests.schema.test_drift import DRIFT, DRIFT_OF_2, POSTGRES_DRIFT, Drift
 from tests.versions import NEWEST, RECORDED
 
@@ -101,3 +101,38 @@ async def test_what_stood_there_stands_there_still(lab: Lab, name: str) -> None:
         assert "index own_runtime_step_reports on runtime_step_reports" in told
         report = await repo.step_reports.record(lease, "pay", "done", "c")
         assert report.report_id > last
+
+
+@on_postgres
+async def test_what_strangers_may_run_is_taken_away(lab: Lab) -> None:
+    """Where a stranger owns the schema, expressions on our tables are drift; the owner runs the SQL."""
+    assert isinstance(lab, PostgresLab)
+    await lab.reach(NEWEST)
+    await lab.execute(
+        "alter table runtime_jobs add column note text default lower('X'), add constraint odd check (status <> '');"
+        "create index odd_index on runtime_jobs (lower(status))"
+    )
+    owner, reader = f"{lab.place.schema}_owner", f"{lab.place.schema}_reader"
+    await lab.run_outside(
+        f"create role {owner}; create role {reader}; alter schema {lab.place.schema} owner to {owner};"
+        f"grant usage on schema {lab.place.schema} to {reader};"
+        f"grant select on all tables in schema {lab.place.schema} to {reader}"
+    )
+    try:
+        options = {"server_settings": {"role": reader}, "migrate": False}
+        repository = lab.repository(**options)
+        diagnosis = await repository.doctor()
+        await repository.close()
+        assert {difference.object for repair in diagnosis.repairs for difference in repair.differences} == {
+            "column runtime_jobs.note",
+            "index odd_index on runtime_jobs",
+            "check constraint odd on runtime_jobs",
+        }
+        await lab.execute(diagnosis.script)
+        async with lab.repository(**options) as repo:
+            assert repo.boot_report.to_version == NEWEST
+    finally:
+        await lab.run_outside(
+            f"alter schema {lab.place.schema} owner to current_user; drop owned by {owner}, {reader};"
+            f"drop role {owner}, {reader}"
+        )

@@ -330,6 +330,30 @@ async def test_an_empty_key_is_refused_before_anything_is_done(lab: Lab, table: 
     assert (await lab.boot()).to_version == NEWEST
 
 
+@on_sqlite
+async def test_what_names_the_leases_still_does(lab: SqliteLab) -> None:
+    """Their table is made anew under its own name: a view of the operator's shows the same rows as before."""
+    await lab.reach(1)
+    await lab.execute("create view mine as select lease_id, attempt_id, version from runtime_leases")
+    before = await lab.rows("select * from mine order by 1")
+    await lab.boot()
+    assert await lab.rows("select * from mine order by 1") == before
+    assert len(before) == len(HELD)
+    assert (await lab.look()).catalog.tables["runtime_leases"].primary_key == ("attempt_id",)
+
+
+@on_sqlite
+async def test_a_column_that_would_be_lost_is_refused_before_anything_is_done(lab: SqliteLab) -> None:
+    """SQLite changes no table's key: that of the leases is made anew, with the columns that it is known to have."""
+    await lab.reach(1)
+    await lab.execute("alter table runtime_leases add column note text")
+    (problem,) = (await lab.refused(UnsuitableDatabaseError)).problems
+    assert "a column of another program's" in problem
+    assert "'note'" in problem
+    await lab.execute("alter table runtime_leases drop column note")
+    assert (await lab.boot()).to_version == NEWEST
+
+
 async def test_the_last_number_of_tries_is_kept(lab: Lab) -> None:
     """An attempt that has used up all numbers is upgraded, and no number overflows."""
     await lab.reach(1)

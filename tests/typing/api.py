@@ -278,6 +278,7 @@ async def errors_carry_their_numbers(repo: RuntimeRepository) -> Mapping[str, ob
 
 async def a_store_is_told_of(repo: RuntimeRepository) -> None:
     """What is there, and what moves."""
+    assert_type((await repo.doctor()).is_well, bool)
     status = await repo.status()
     assert_type(status, StoreStatus)
     assert_type((status.backend, status.server), tuple[Literal["sqlite", "postgres"], str | None])

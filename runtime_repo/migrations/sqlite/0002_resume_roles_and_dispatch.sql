@@ -19,8 +19,6 @@ alter table {schema}.runtime_attempts add column lease_id text;
 alter table {schema}.runtime_attempts add column ended_by text;
 alter table {schema}.runtime_attempts add column headers_json text;
 
-alter table {schema}.runtime_leases add column claimed_at_ms integer not null default 0;
-
 alter table {schema}.runtime_step_reports add column payload_json text;
 alter table {schema}.runtime_step_reports add column lease_version integer;
 
@@ -64,6 +62,45 @@ delete from {schema}.runtime_leases
            select 1 from {schema}.runtime_attempts as a
             where a.attempt_id = runtime_leases.attempt_id and a.status not in ('completed', 'failed', 'cancelled'));
 
+-- Leases are found by their attempts. SQLite changes no table's key, so it is made anew, and once more under its own name:
+-- to rename one would change what views and triggers say that name it. An index of the operator's goes with the old one.
+-- Without rowids the key is the table.
+create table {schema}.runtime_leases_being_moved (
+    lease_id            text not null,
+    attempt_id          text not null,
+    worker_id           text not null,
+    lease_expires_at_ms integer not null,
+    heartbeat_at_ms     integer not null,
+    version             integer not null
+);
+
+insert into {schema}.runtime_leases_being_moved
+       (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version)
+select lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version
+  from {schema}.runtime_leases;
+
+drop table {schema}.runtime_leases;
+
+create table {schema}.runtime_leases (
+    lease_id            text not null,
+    attempt_id          text not null primary key,
+    worker_id           text not null,
+    lease_expires_at_ms integer not null,
+    heartbeat_at_ms     integer not null,
+    version             integer not null,
+    claimed_at_ms       integer not null default 0
+) without rowid;
+
+insert into {schema}.runtime_leases
+       (lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version)
+select lease_id, attempt_id, worker_id, lease_expires_at_ms, heartbeat_at_ms, version
+  from {schema}.runtime_leases_being_moved
+ order by attempt_id;
+
+drop table {schema}.runtime_leases_being_moved;
+
+create index {schema}.idx_runtime_leases_expiry on runtime_leases (lease_expires_at_ms);
+
 -- Nobody owns it, so nobody would ever finish it.
 update {schema}.runtime_attempts
    set status = 'queued', retry_at_ms = null
@@ -106,7 +143,7 @@ create table {schema}.runtime_finished (
     attempt_id     text not null,
     status         text not null,
     primary key (finished_at_ms, attempt_id)
-);
+) without rowid;
 
 insert into {schema}.runtime_finished (finished_at_ms, attempt_id, status)
 select finished_at_ms, attempt_id, status

@@ -1,7 +1,8 @@
 -- What version 1 may hold and version 2 cannot: one row for each kind, with the number of rows and the key of one of them.
 -- Ids are keys of indexes, and PostgreSQL refuses an index row of more than 2,704 bytes: an id or a name has at most 512
 -- characters and 1,024 bytes of UTF-8, the id of an attempt or an interrupt 1,536, on both databases. An empty key could
--- be named by no verb, and is before the beginning of every list.
+-- be named by no verb, and is before the beginning of every list. The table of leases is made anew with the columns that it
+-- has had, and what another program has added to it would be lost.
 
 select 'attempt_id, run_id or status of more than 512 characters or too many bytes in runtime_attempts' as what,
        count(*) as number, min(substr(attempt_id, 1, 60)) as example
@@ -77,4 +78,10 @@ select 'an empty interrupt_id in runtime_interrupts' as what, count(*) as number
  union all
 select 'an empty key_id in runtime_api_keys' as what, count(*) as number, min(key_id) as example
   from {schema}.runtime_api_keys
- where key_id = '';
+ where key_id = ''
+ union all
+select 'no place to go, for the table runtime_leases is made anew: a column of another program''s' as what,
+       count(*) as number, min(name) as example
+  from pragma_table_xinfo('runtime_leases', '{schema}')
+ where lower(name) not in (
+           'lease_id', 'attempt_id', 'worker_id', 'lease_expires_at_ms', 'heartbeat_at_ms', 'version');
