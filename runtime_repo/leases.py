@@ -20,6 +20,7 @@ from runtime_repo.errors import (
     RefusedError,
     RuntimeRepoError,
     UnreadableRowError,
+    shown,
 )
 from runtime_repo.fencing import check_lease, ended_by, holding, lost, repeated
 from runtime_repo.keeping import MIN_PATIENCE, Keeper, proved_until
@@ -301,7 +302,7 @@ class Leases:
         length = span_ms("ttl", ttl, positive=True) / 1000
         pause = length / 3 if every is None else span_ms("every", every, positive=True) / 1000
         if pause >= length:
-            raise ConfigurationError(f"every is {every!r}: expected less than the ttl, {ttl!r}")
+            raise ConfigurationError(f"every is {shown(every)}: expected less than the ttl, {shown(ttl)}")
         await self._reserve(length)
         until = proved_until(lease)
         if until is None or until <= time.monotonic():

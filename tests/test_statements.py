@@ -28,7 +28,7 @@ def test_the_last_rows_are_the_answer(connection: sqlite3.Connection) -> None:
     """Of several statements; what has none does not count."""
     query = Prepared("insert into t values ($1, 1) returning a; insert into t values (2, $2);")
     assert query.run(connection, ("one", "two")) == [{"a": "one"}]
-    assert Prepared("select a from t where a = $1").run(connection, ("nothing",)) == ()
+    assert Prepared("select a from t where a = $1").run(connection, ("nothing",)) == []
 
 
 FINDING = """

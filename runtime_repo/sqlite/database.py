@@ -35,6 +35,7 @@ from runtime_repo.errors import (
     LockHolder,
     RepositoryClosedError,
     RuntimeRepoError,
+    shown,
 )
 from runtime_repo.queries import fill, load_queries, split_statements
 from runtime_repo.repairs import Repair
@@ -98,7 +99,9 @@ class SqliteDatabase(Unique):
         self._path: Path | None = None
         name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         if not isinstance(name, str) or not name or name.startswith("file:") or "\0" in name or not _is_encodable(name):
-            raise ConfigurationError(f"the path of a SQLite database is {path!r}: expected a file's path or ':memory:'")
+            raise ConfigurationError(
+                f"the path of a SQLite database is {shown(path)}: expected a file's path or ':memory:'"
+            )
         self._path = None if name == ":memory:" else Path(name).absolute()
         self._writes = writes
         self._backup = backup

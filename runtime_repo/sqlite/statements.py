@@ -7,6 +7,7 @@ arguments that follow the ones given. Where it finds none, or NULL, whatever nee
 
 import operator
 import re
+import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -24,13 +25,14 @@ class Statement:
     One of a query's.
 
     Attributes:
+        bound: Takes the arguments out in the order of the text.
         text: Without comments, and with its arguments in their order: to be bound by names they would cost as much as a
             quick statement.
-        needs: The places of those arguments that a statement before it has found.
+        needs: Takes out those arguments that a statement before it has found; None if it needs none.
         finds: How many arguments it finds.
     """
 
-    __slots__ = ("_bound", "finds", "needs", "text")
+    __slots__ = ("_names", "bound", "finds", "needs", "text")
 
     def __init__(self, text: str, found: frozenset[int] = frozenset()) -> None:
         places: list[int] = []
@@ -42,19 +44,27 @@ class Statement:
             return "?"
 
         self.text = _TOKEN.sub(plain, text).strip()
-        self.needs = tuple(found.intersection(places))
+        needed = sorted(found.intersection(places))
+        self.needs = _getter(needed) if needed else None
         self.finds = len(_FOUND.findall(text))
-        self._bound = _getter(places)
+        self.bound = _getter(places)
+        self._names: tuple[str, ...] | None = None
 
-    def bound(self, args: Sequence[object]) -> tuple[Any, ...]:
-        """The arguments in the order of the text."""
-        return self._bound(args)
+    def rows(self, cursor: sqlite3.Cursor, found: Sequence[Sequence[Any]]) -> Sequence[Row]:
+        """What was *found*, by names, which are the same each time, for it names its columns."""
+        if self._names is None:
+            self._names = tuple(column[0] for column in cursor.description)
+        return [dict(zip(self._names, row, strict=True)) for row in found]
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[object]], tuple[Any, ...]]:
+    """What takes the arguments at *places* out of all."""
     if len(places) > 1:
         return cast("Callable[[Sequence[object]], tuple[Any, ...]]", operator.itemgetter(*places))
-    return lambda args: tuple(args[place] for place in places)
+    if not places:
+        return lambda _args: ()
+    (place,) = places
+    return lambda args: (args[place],)
 
 
 class Prepared:
@@ -81,9 +91,9 @@ class Prepared:
 
     def run(self, connection: Any, args: Sequence[object]) -> Sequence[Row]:
         """Run it on a *connection*, in the transaction that is open, if one is."""
-        rows: Sequence[Row] = ()
+        rows: Sequence[Row] = []
         for statement in self.statements:
-            if statement.needs and any(args[place] is None for place in statement.needs):
+            if statement.needs is not None and None in statement.needs(args):
                 args = (*args, *(None,) * statement.finds)
                 continue
             cursor = connection.execute(statement.text, statement.bound(args))
@@ -94,11 +104,8 @@ class Prepared:
             found = cursor.fetchall()
             if statement.finds:
                 args = (*args, *(found[0] if found else (None,) * statement.finds))
-            elif found:
-                names = [column[0] for column in cursor.description]
-                rows = [dict(zip(names, row, strict=True)) for row in found]
             else:
-                rows = ()
+                rows = statement.rows(cursor, found)
         return rows
 
 
