@@ -623,7 +623,12 @@ class Raised:
         rest = b""
         for piece in pieces:
             data, end, rest = (rest + piece).rpartition(b"\n")
-            if end and (changed := b"".join(map(change, data.split(b"\n")))):
+            try:
+                changed = b"".join(map(change, data.split(b"\n"))) if end else b""
+            except (ValueError, IndexError) as error:
+                reason = f"the rows of {table} are not what a backup writes: {_ANOTHER}"
+                raise ArchiveError(str(self._reader.path), reason) from error
+            if changed:
                 tally.feed(changed)
                 yield changed
         if table == "runtime_queue" and self._queued:

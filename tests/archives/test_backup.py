@@ -268,6 +268,10 @@ def damages(path: Path) -> Iterator[Path]:
     told = manifest(path)
     told["tables"]["runtime_jobs"]["row_hash"] = "0" * 64
     yield changed(path, bad, manifest=json.dumps(told).encode())
+    # Whoever wrote it knew the form, and not the rows.
+    told = manifest(path)
+    told["tables"]["runtime_attempts"]["sha256"] = hashlib.sha256(b"a\tb\n").hexdigest()
+    yield changed(path, bad, manifest=json.dumps(told).encode(), runtime_attempts=b"a\tb\n")
 
 
 async def test_a_damaged_archive_is_refused_and_changes_nothing(lab: Lab, tmp_path: Path) -> None:
