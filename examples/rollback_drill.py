@@ -190,8 +190,9 @@ async def drill(place: Place, count: int, archive: Path) -> str | None:
     with step("restore") as said:
         report = await place.new_release().restore(archive)
         said += [f"version {report.version}", f"what it replaces is kept in {report.kept}"]
-    with step("the previous release boots") as said:
+    with step("the previous release boots"):
         await old.boot()
+    with step("every attempt is compared") as said:
         if (after := await everything(place)) != before:
             raise SystemExit(f"{len(before - after)} attempts are not what they were: the drill has failed")
         said.append(f"all {len(after)} attempts of before are there, and no other")

@@ -21,7 +21,7 @@ import anyio
 from anyio.lowlevel import RunVar
 
 from runtime_repo.database import Queries, Row, together
-from runtime_repo.errors import ConfigurationError, NotFoundError, OverloadedError
+from runtime_repo.errors import ConfigurationError, NotFoundError, OverloadedError, shown
 from runtime_repo.rows import UNREADABLE, Page, check_types, known_status, page, unreadable
 from runtime_repo.shielding import settle
 from runtime_repo.values import (
@@ -189,7 +189,7 @@ class ApiKeys:
             UnreadableRowError: The stored key has an unknown status. It was left as it is.
         """
         if not isinstance(active, bool):
-            raise ConfigurationError(f"active is {active!r}: expected True or False")
+            raise ConfigurationError(f"active is {shown(active)}: expected True or False")
         wanted, other = ApiKeyStatus.ACTIVE, ApiKeyStatus.INACTIVE
         if not active:
             wanted, other = other, wanted

@@ -47,6 +47,7 @@ __all__ = [
     "Manifest",
     "Member",
     "MoveReport",
+    "Raised",
     "Reader",
     "RestoreReport",
     "Tally",
@@ -330,11 +331,13 @@ class Writer:
     """
     Writes an archive beside its place, readable for its owner alone, and puts it there when it has been proved.
 
-    Its methods block: they are for threads, one at a time. ``stop`` and ``drop`` may be called by others.
+    Its methods block: they are for threads, one at a time. ``stop`` and ``drop`` may be called by others. One that is
+    *passing* is read at once, by whoever proves it then, and outlives no crash.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_passing: bool = False) -> None:
         self.path = path
+        self._is_passing = is_passing
         self._partial = path.with_name(path.name + ".partial")
         # None until it is opened, and again when it is closed.
         self._file: Any = None
@@ -403,13 +406,10 @@ class Writer:
             self._zip.writestr(_MANIFEST, json.dumps({"format": FORMAT} | asdict(manifest), indent=1))
             self._zip.close()
             self._file.flush()
-            os.fsync(self._file.fileno())
-        with contextlib.closing(Reader(self._partial, self._go_on)) as reader:
-            if reader.open() != manifest:
-                raise ArchiveError(str(self.path), "its manifest is not what was written: check the disk")
-            for table in manifest.tables:
-                for _ in reader.pieces(table):
-                    pass
+            if not self._is_passing:
+                os.fsync(self._file.fileno())
+        if not self._is_passing:
+            self._prove(manifest)
         with self._translated():
             # A link never takes the place of a file; where there are no links, a look beforehand has to do.
             try:
@@ -423,6 +423,14 @@ class Writer:
             sync_folder(self.path.parent)
             self._close()
         return manifest
+
+    def _prove(self, manifest: Manifest) -> None:
+        with contextlib.closing(Reader(self._partial, self._go_on)) as reader:
+            if reader.open() != manifest:
+                raise ArchiveError(str(self.path), "its manifest is not what was written: check the disk")
+            for table in manifest.tables:
+                for _ in reader.pieces(table):
+                    pass
 
     def stop(self) -> None:
         """Nobody waits for it any more."""
@@ -474,6 +482,9 @@ class Reader:
         ArchiveError: From each of them: it says what is damaged.
     """
 
+    requeued = 0
+    """Its rows are as they were."""
+
     def __init__(self, path: Path, go_on: Callable[[], None] | None = None) -> None:
         self.path = path
         self._zip: Any = None
@@ -512,6 +523,11 @@ class Reader:
                 yield piece
         if found.hexdigest() != member.sha256:
             raise self._damaged(f"the rows of {table} are not those that were written")
+
+    def proof(self, table: str) -> tuple[int, str]:
+        """How many rows a database has that has stored them all, and their hash."""
+        member = self.manifest.tables[table]
+        return member.rows, member.row_hash
 
     def stop(self) -> None:
         """Nobody waits for it any more."""
@@ -576,6 +592,105 @@ class Reader:
 
     def _damaged(self, what: str) -> ArchiveError:
         return ArchiveError(str(self.path), f"{what}: {_ANOTHER}")
+
+
+class Raised:
+    """
+    An archive's rows as a restored store has them: nobody of the history that was cut off can finish anything.
+
+    - Of whatever may be claimed again, or for the first time, the next token is larger than any that that history may
+      have given out. What is completed or cancelled was final in it, too.
+    - What a lease holds waits again, without having lost its try: its lease has ended with that history.
+    - At version 1, where a token is its lease's, that stays, for tokens to go on from, and has expired.
+
+    They are changed on their way, since a database would have to write each of them twice.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.requeued = 0
+        self._reader = reader
+        self._queued: dict[bytes, bytes] = {}
+        self._tallies: dict[str, Tally] = {}
+
+    def pieces(self, table: str) -> Iterator[bytes]:
+        """As the reader's, in the order of its tables."""
+        pieces = self._reader.pieces(table)
+        change = self._change(table)
+        if change is None:
+            yield from pieces
+            return
+        self._tallies[table] = tally = Tally()
+        rest = b""
+        for piece in pieces:
+            data, end, rest = (rest + piece).rpartition(b"\n")
+            try:
+                changed = b"".join(map(change, data.split(b"\n"))) if end else b""
+            except (ValueError, IndexError) as error:
+                reason = f"the rows of {table} are not what a backup writes: {_ANOTHER}"
+                raise ArchiveError(str(self._reader.path), reason) from error
+            if changed:
+                tally.feed(changed)
+                yield changed
+        if table == "runtime_queue" and self._queued:
+            waiting = b"".join(self._queued.values())
+            tally.feed(waiting)
+            yield waiting
+
+    def proof(self, table: str) -> tuple[int, str]:
+        """As the reader's, of the rows as they are now."""
+        if table not in self._tallies:
+            return self._reader.proof(table)
+        return self._tallies[table].rows, self._tallies[table].row_hash
+
+    def _change(self, table: str) -> Callable[[bytes], bytes] | None:
+        """What becomes of a line, which ends with its newline then; None where nothing changes."""
+        tables = self._reader.manifest.tables
+        is_first = "lease_version" not in tables["runtime_attempts"].columns
+        columns = tables[table].columns
+        if table == "runtime_attempts" and not is_first:
+            return self._raising(columns, tables["runtime_queue"].columns)
+        if table == "runtime_leases":
+            return self._expiring(columns) if is_first else lambda _: b""
+        if table == "runtime_queue":
+            return lambda line: b"" if line.partition(b"\t")[0] in self._queued else line + b"\n"
+        return None
+
+    def _raising(self, columns: Sequence[str], waiting: Sequence[str]) -> Callable[[bytes], bytes]:
+        status, token = columns.index("status"), columns.index("lease_version")
+        requeued = {"status": b"queued", "retry_at_ms": b"\\N", "lease_id": b"\\N", "ended_by": b"restore"}
+        changes = [(columns.index(name), value) for name, value in requeued.items()]
+        queued = [columns.index(name) for name in waiting]
+
+        def change(line: bytes) -> bytes:
+            if line.split(b"\t", status + 1)[status] in (b"completed", b"cancelled"):
+                return line + b"\n"
+            cells = line.split(b"\t")
+            cells[token] = _raised(cells[token])
+            if cells[status] in (b"leased", b"running"):
+                for number, value in changes:
+                    cells[number] = value
+                self.requeued += 1
+                self._queued[cells[0]] = b"\t".join([cells[number] for number in queued]) + b"\n"
+            return b"\t".join(cells) + b"\n"
+
+        return change
+
+    def _expiring(self, columns: Sequence[str]) -> Callable[[bytes], bytes]:
+        token, expires, proved = map(columns.index, ("version", "lease_expires_at_ms", "heartbeat_at_ms"))
+
+        def change(line: bytes) -> bytes:
+            cells = line.split(b"\t")
+            cells[token] = _raised(cells[token])
+            cells[expires] = min(cells[expires], cells[proved], key=int)
+            return b"\t".join(cells) + b"\n"
+
+        return change
+
+
+def _raised(token: bytes) -> bytes:
+    # There is none after the last; whoever has it keeps it.
+    raised = int(token) + TOKEN_STEP
+    return b"%d" % raised if raised < 2**63 else token
 
 
 def claim(path: Path) -> int:
@@ -715,7 +830,8 @@ async def move(
         source: Where the rows are; awaited or not.
         target: Where they go; not awaited. On PostgreSQL its role must be allowed to create tables.
         force: Move active leases, too, whose holders go on working on the source until then.
-        folder: Where an archive of it is written meanwhile; the system's folder for such files unless given.
+        folder: Where an archive of it is written meanwhile, and left by a kill; the system's folder for such files
+            unless given.
 
     Raises:
         StoreInUseError: The target holds something else, or leases are active. Nothing was written.
@@ -735,7 +851,7 @@ async def move_between(
     began = time.monotonic()
     # On the disk and not straight across: so neither of two databases waits in a transaction for the other.
     with tempfile.TemporaryDirectory(prefix="runtime-repo-move-", dir=folder, ignore_cleanup_errors=True) as name:
-        writer = Writer(Path(name) / "moved.archive")
+        writer = Writer(Path(name) / "moved.archive", is_passing=True)
         terms = Terms(force, is_move=True, patience=patience)
         await _exported(source, writer, terms, target.backend)
         async with _opened(writer.path) as reader:

@@ -17,6 +17,7 @@ from runtime_repo.errors import (
     DatabaseUnavailableError,
     InvalidTransitionError,
     NotFoundError,
+    shown,
 )
 from runtime_repo.fencing import check_lease, refused, repeated
 from runtime_repo.mending import look_through, mend
@@ -176,7 +177,7 @@ class Attempts:
         all_new = True
         for new in check_iterable("attempts", attempts, "of NewAttempt"):
             if not isinstance(new, NewAttempt):
-                raise ConfigurationError(f"an attempt is {new!r}: expected a NewAttempt")
+                raise ConfigurationError(f"an attempt is {shown(new)}: expected a NewAttempt")
             all_new = all_new and new.attempt_id is None
             columns = _columns(new, ids.__next__)
             order.append(columns["attempt_id"])
@@ -465,7 +466,7 @@ class Attempts:
         """
         check_lease(lease)
         if not isinstance(error, str):
-            raise ConfigurationError(f"error is {error!r}: expected text")
+            raise ConfigurationError(f"error is {shown(error)}: expected text")
         delay = retry_in.delay(lease.attempt.attempt_no) if isinstance(retry_in, RetryPolicy) else retry_in
         rows = await self._queries.fetch(
             "attempts.fail",
@@ -690,7 +691,7 @@ def _columns(new: NewAttempt, make_id: Callable[[], str]) -> dict[str, Any]:
     """What is stored of a new attempt, checked."""
     if new.attempt_id is not None and not is_key(check_key("attempt_id", new.attempt_id)):
         raise ConfigurationError(
-            f"attempt_id is {new.attempt_id!r}: expected none with U+FFFD, which stands for what could not be read"
+            f"attempt_id is {shown(new.attempt_id)}: expected none with U+FFFD, which stands for what could not be read"
         )
     return {
         "attempt_id": make_id() if new.attempt_id is None else new.attempt_id,

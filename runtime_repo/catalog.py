@@ -127,6 +127,8 @@ _CHANGES_MEANING = (
     "unlogged storage",
     "child table",
     "conflict clause",
+    "storage without rowid",
+    "column instead of the rowid",
     "deferrable primary key",
 )
 """Of what hangs on a table, that which makes a statement of ours do something else than it says."""
@@ -142,15 +144,15 @@ def compare(expected: Catalog, live: Catalog, *, is_trusted: bool = True) -> tup
 
     - Drift is whatever changes what our statements mean: a table, column, key, unique constraint or index that is
       missing or another; a collation by which two ids may be equal that are not the same (on SQLite any but BINARY);
-      a table that a crash empties (UNLOGGED); a trigger, a rule, a child table, a conflict clause of SQLite's, a
-      deferrable primary key; an extra column that is NOT NULL, or of a domain with constraints, and has no default, for
-      it makes every insert fail.
+      a table that a crash empties (UNLOGGED); a trigger, a rule, a child table, a deferrable primary key; of SQLite's
+      a conflict clause, and storage WITHOUT ROWID where ours has it, or a column of that name; an extra column
+      that is NOT NULL, or of a domain with constraints, and has no default, for it makes every insert fail.
     - Where strangers own what is ours (not *is_trusted*), drift is every expression of theirs, too, for it runs as
       whoever calls a verb: an extra column's default, an expression or a predicate of an extra index, a CHECK or
       exclusion constraint, the bounds of a partition.
     - Tolerated is what may refuse or speed up a statement, but not change it: extra columns and indexes, CHECK and
       exclusion constraints, foreign keys in either direction, a parent table, a deterministic collation, row security
-      that does not apply to this role, STRICT and WITHOUT ROWID.
+      that does not apply to this role, STRICT.
     - Neither are other tables, constraints' names, storage parameters, statistics, comments, privileges,
       policies that nothing enables.
 

@@ -10,7 +10,15 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from runtime_repo.database import Gate, Row
-from runtime_repo.errors import ConfigurationError, ConflictError, LeaseHolder, LockHolder, NotQuietError, RefusedError
+from runtime_repo.errors import (
+    ConfigurationError,
+    ConflictError,
+    LeaseHolder,
+    LockHolder,
+    NotQuietError,
+    RefusedError,
+    shown,
+)
 from runtime_repo.leases import Leases
 from runtime_repo.rows import UNREADABLE, unreadable
 from runtime_repo.values import (
@@ -235,7 +243,7 @@ class _Wait:
     def __init__(self, timeout: timedelta, progress: Progress | None = None) -> None:
         self._seconds = span_ms("timeout", timeout) / 1000
         if progress is not None and not callable(progress):
-            raise ConfigurationError(f"progress is {progress!r}: expected a function of one argument")
+            raise ConfigurationError(f"progress is {shown(progress)}: expected a function of one argument")
         self._progress = progress
         self._began = time.monotonic()
         self._pause = _POLL_FIRST

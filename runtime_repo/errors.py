@@ -69,7 +69,24 @@ __all__ = [
     "UnportableRowsError",
     "UnreadableRowError",
     "UnsuitableDatabaseError",
+    "shown",
 ]
+
+_LONGEST_SHOWN = 600
+"""Characters that a message repeats of a value: an id as long as ids may be fits."""
+
+
+def shown(value: object) -> str:
+    """
+    A value as a message repeats it: as Python writes it, cut where it is long.
+
+    Some cannot be written, such as a list that nests too deep, or a number of too many digits: then it says what it is.
+    """
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - anything may come from a class of the caller's
+        return f"something of type {type(value).__name__} that cannot be shown"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
 class RuntimeRepoError(Exception):
@@ -275,7 +292,7 @@ class NotFoundError(RuntimeRepoError, LookupError):
     def __init__(self, what: str, key: str) -> None:
         self.what = what
         self.key = key
-        super().__init__(f"there is no {what} {key!r}: it was never stored here, or it was pruned")
+        super().__init__(f"there is no {what} {shown(key)}: it was never stored here, or it was pruned")
 
 
 class ConflictError(RuntimeRepoError):
@@ -304,7 +321,8 @@ class LeaseLostError(ConflictError):
         else:
             what = f"is lost: the attempt is {status}, its current token is {current}, held by {worker_id or 'nobody'}"
         super().__init__(
-            f"the lease on attempt {attempt_id!r} with token {token} {what}: stop working on it and discard the result"
+            f"the lease on attempt {shown(attempt_id)} with token {token} {what}: "
+            "stop working on it and discard the result"
         )
 
 
@@ -316,7 +334,7 @@ class InvalidTransitionError(ConflictError):
         self.key = key
         self.status = status
         self.verb = verb
-        super().__init__(f"cannot {verb} {what} {key!r}: it is {status}; read it again and decide anew")
+        super().__init__(f"cannot {verb} {what} {shown(key)}: it is {status}; read it again and decide anew")
 
 
 class PayloadMismatchError(ConflictError):
@@ -327,7 +345,7 @@ class PayloadMismatchError(ConflictError):
         self.key = key
         self.differing = tuple(differing)
         super().__init__(
-            f"{what} {key!r} is stored already with another {', '.join(differing)}: "
+            f"{what} {shown(key)} is stored already with another {', '.join(differing)}: "
             "use a new id, or repeat the call with the content that is stored"
         )
 

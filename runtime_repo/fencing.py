@@ -7,12 +7,12 @@ asynchronous failover forgets tokens and gives them out again; an id is never ma
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from types import NoneType
 
 from runtime_repo.database import Queries, Row
-from runtime_repo.errors import ConfigurationError, LeaseLostError, NotFoundError, RefusedError
+from runtime_repo.errors import ConfigurationError, LeaseLostError, NotFoundError, RefusedError, shown
 from runtime_repo.outages import Outages
 from runtime_repo.records import Attempt, AttemptStatus, Lease, attempt_from_row
 from runtime_repo.values import is_text, skipped
@@ -78,7 +78,7 @@ def check_lease(lease: Lease) -> Lease:
         ConfigurationError: It says what is wrong with it.
     """
     if not isinstance(lease, Lease):
-        raise ConfigurationError(f"lease is {lease!r}: expected a Lease, as claim returns it")
+        raise ConfigurationError(f"lease is {shown(lease)}: expected a Lease, as claim returns it")
     try:
         # Not how long they are: what an earlier program stored must be possible to finish.
         is_stored = (
@@ -94,12 +94,12 @@ def check_lease(lease: Lease) -> Lease:
             and lease.heartbeat_at.tzinfo is not None
             and isinstance(lease.expires_at, datetime)
             and lease.expires_at.tzinfo is not None
-            and isinstance(lease.asked_at, (NoneType, float, int))
+            and (lease.asked_at is None or (isinstance(lease.asked_at, float) and math.isfinite(lease.asked_at)))
         )
     except TypeError:
         is_stored = False
     if not is_stored:
-        raise ConfigurationError(f"lease is {lease!r}: expected a Lease with the values that claim returned")
+        raise ConfigurationError(f"lease is {shown(lease)}: expected a Lease with the values that claim returned")
     return lease
 
 

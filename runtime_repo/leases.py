@@ -20,6 +20,7 @@ from runtime_repo.errors import (
     RefusedError,
     RuntimeRepoError,
     UnreadableRowError,
+    shown,
 )
 from runtime_repo.fencing import check_lease, ended_by, holding, lost, repeated
 from runtime_repo.keeping import MIN_PATIENCE, Keeper, proved_until
@@ -301,7 +302,7 @@ class Leases:
         length = span_ms("ttl", ttl, positive=True) / 1000
         pause = length / 3 if every is None else span_ms("every", every, positive=True) / 1000
         if pause >= length:
-            raise ConfigurationError(f"every is {every!r}: expected less than the ttl, {ttl!r}")
+            raise ConfigurationError(f"every is {shown(every)}: expected less than the ttl, {shown(ttl)}")
         await self._reserve(length)
         until = proved_until(lease)
         if until is None or until <= time.monotonic():
@@ -366,7 +367,8 @@ class Leases:
 
     async def list(self, *, worker_id: str | None = None, after: str = "", limit: int = 100) -> Page[Lease]:
         """
-        Return one page of the leases, of one worker or of all, ordered by id; expired ones are among them.
+        Return one page of the leases, of one worker or of all, ordered by id; expired ones are among them. All that are
+        held are read for each page.
 
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. What cannot be
         read is left out, and told in the page's ``unreadable``.

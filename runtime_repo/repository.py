@@ -38,7 +38,7 @@ from runtime_repo.audit import Audit
 from runtime_repo.control import Control
 from runtime_repo.database import Backend, Database, Gate, Heartbeats, Row, Source, Transaction, Watch
 from runtime_repo.doctor import Diagnosis, diagnose
-from runtime_repo.errors import ConfigurationError, RepositoryClosedError
+from runtime_repo.errors import ConfigurationError, RepositoryClosedError, shown
 from runtime_repo.interrupts import Interrupts
 from runtime_repo.jobs import Jobs
 from runtime_repo.leases import Leases
@@ -136,7 +136,7 @@ class RuntimeRepository(Stores):
         check_flag("migrate", migrate)
         check_seconds("lock_timeout", lock_timeout)
         if on_drift not in ("refuse", "warn"):
-            raise ConfigurationError(f"on_drift is {on_drift!r}: expected 'refuse' or 'warn'")
+            raise ConfigurationError(f"on_drift is {shown(on_drift)}: expected 'refuse' or 'warn'")
         self._left: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         prepare = None if before_migrate is None else self._wanted(_checked(before_migrate))
         self._policy = Policy(migrate, on_drift, lock_timeout, prepare)
@@ -804,21 +804,21 @@ def check_seconds(name: str, value: float, *, positive: bool = False) -> None:
     # No clock counts further, and an integer may be larger than any float.
     if not is_number or not 0 <= value < 2**62 or (positive and not value):
         raise ConfigurationError(
-            f"{name} is {value!r}: expected a number of seconds, {'more than 0' if positive else '0 or more'}"
+            f"{name} is {shown(value)}: expected a number of seconds, {'more than 0' if positive else '0 or more'}"
         )
 
 
 def check_flag(name: str, value: object) -> None:
     """Nothing but True and False: ``"false"``, as it comes from the environment, would count as true."""
     if not isinstance(value, bool):
-        raise ConfigurationError(f"{name} is {value!r}: expected True or False")
+        raise ConfigurationError(f"{name} is {shown(value)}: expected True or False")
 
 
 def _checked(before_migrate: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
     """*before_migrate*, refused now if it can be told to be no coroutine function, and otherwise when it is called."""
     expected = "expected a coroutine function without arguments"
     if not callable(before_migrate) or is_known_to_be_sync(before_migrate):
-        raise ConfigurationError(f"before_migrate is {before_migrate!r}: {expected}")
+        raise ConfigurationError(f"before_migrate is {shown(before_migrate)}: {expected}")
 
     async def call() -> object:
         begun = before_migrate()

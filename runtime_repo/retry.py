@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from datetime import timedelta
 
-from runtime_repo.errors import ConfigurationError
+from runtime_repo.errors import ConfigurationError, shown
 from runtime_repo.values import check_count, span_ms
 
 __all__ = ["RetryPolicy"]
@@ -34,9 +34,9 @@ class RetryPolicy:
         span_ms("base", self.base)
         span_ms("cap", self.cap)
         if not isinstance(self.factor, (int, float)) or not 1 <= self.factor < math.inf:
-            raise ConfigurationError(f"factor is {self.factor!r}: expected a number from 1 on")
+            raise ConfigurationError(f"factor is {shown(self.factor)}: expected a number from 1 on")
         if not isinstance(self.jitter, (int, float)) or not 0 <= self.jitter <= 1:
-            raise ConfigurationError(f"jitter is {self.jitter!r}: expected a fraction from 0 to 1")
+            raise ConfigurationError(f"jitter is {shown(self.jitter)}: expected a fraction from 0 to 1")
         if self.max_attempts is not None:
             check_count("max_attempts", self.max_attempts)
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from runtime_repo.database import Row
-from runtime_repo.errors import UnreadableRowError
+from runtime_repo.errors import UnreadableRowError, shown
 
 __all__ = ["UNREADABLE", "Page", "check_types", "known_status", "page", "readable", "unknown_status", "unreadable"]
 
@@ -110,7 +110,7 @@ def known_status(kind: type[S], status: str) -> S:
 
 
 def unknown_status(kind: type[StrEnum], status: object) -> ValueError:
-    return ValueError(f"it has the unknown status {status!r}; known are {', '.join(kind)}")
+    return ValueError(f"it has the unknown status {shown(status)}; known are {', '.join(kind)}")
 
 
 def unreadable(table: str, key: object, error: Exception) -> UnreadableRowError:

@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any, TypeVar
 
-from runtime_repo.errors import ConfigurationError, OverloadedError, PayloadMismatchError, RefusedError
+from runtime_repo.errors import ConfigurationError, OverloadedError, PayloadMismatchError, RefusedError, shown
 
 __all__ = [
     "Columns",
@@ -95,22 +95,23 @@ def instant_ms(name: str, value: datetime | None) -> int | None:
     if value is None:
         return None
     if not isinstance(value, datetime):
-        raise ConfigurationError(f"{name} is {value!r}: expected an aware datetime")
+        raise ConfigurationError(f"{name} is {shown(value)}: expected an aware datetime")
     if value.utcoffset() is None:
-        raise ConfigurationError(f"{name} is {value!r}, without a time zone: pass an aware datetime, such as UTC")
+        raise ConfigurationError(f"{name} is {shown(value)}, without a time zone: pass an aware datetime, such as UTC")
     if not _EARLIEST <= value <= _LATEST:
-        raise ConfigurationError(f"{name} is {value!r}: expected an instant of the years 1 to 9999 in UTC")
+        raise ConfigurationError(f"{name} is {shown(value)}: expected an instant of the years 1 to 9999 in UTC")
     return (value - _EPOCH) // timedelta(milliseconds=1)
 
 
 def span_ms(name: str, value: timedelta, *, positive: bool = False) -> int:
     """A duration in milliseconds; never negative, and not zero where it must be positive."""
     if not isinstance(value, timedelta):
-        raise ConfigurationError(f"{name} is {value!r}: expected a timedelta")
+        raise ConfigurationError(f"{name} is {shown(value)}: expected a timedelta")
     milliseconds = value // timedelta(milliseconds=1)
     if not (1 if positive else 0) <= milliseconds <= MAX_SPAN_MS:
         raise ConfigurationError(
-            f"{name} is {value!r}: expected {'at least a millisecond' if positive else '0 or more'}, at most 1000 years"
+            f"{name} is {shown(value)}: expected {'at least a millisecond' if positive else '0 or more'}, "
+            "at most 1000 years"
         )
     return milliseconds
 
@@ -123,9 +124,9 @@ def check_id(name: str, value: str, *, most: int = MAX_ID_BYTES) -> str:
                 return value
         elif is_text(value) and len(value.encode()) <= most:
             return value
-    shown = repr(value) if not isinstance(value, str) or len(value) <= 80 else f"{len(value)} characters long"
+    found = f"{len(value)} characters long" if isinstance(value, str) and len(value) > 80 else shown(value)
     raise ConfigurationError(
-        f"{name} is {shown}: expected 1 to {MAX_ID_LENGTH} characters without NUL, at most {most} bytes of UTF-8"
+        f"{name} is {found}: expected 1 to {MAX_ID_LENGTH} characters without NUL, at most {most} bytes of UTF-8"
     )
 
 
@@ -137,7 +138,7 @@ def check_key(name: str, value: str) -> str:
 def queue_names(queues: str | Sequence[str]) -> Sequence[str]:
     """The queues that are named, each once."""
     if not isinstance(queues, Iterable):
-        raise ConfigurationError(f"queues is {queues!r}: expected the name of a queue, or several")
+        raise ConfigurationError(f"queues is {shown(queues)}: expected the name of a queue, or several")
     names = [check_id("queues", name) for name in ([queues] if isinstance(queues, str) else queues)]
     if not names:
         raise ConfigurationError("queues is empty: expected the name of a queue, or several")
@@ -182,14 +183,14 @@ def storable(value: str) -> str:
 def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1) -> int:
     """A number of things that both databases can store as an integer."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ConfigurationError(f"{name} is {value!r}: expected a whole number from {least} to {most}")
+        raise ConfigurationError(f"{name} is {shown(value)}: expected a whole number from {least} to {most}")
     return value
 
 
 def check_iterable(name: str, value: Iterable[T], what: str) -> Iterable[T]:
     """Several of what is expected, or an error that names them."""
     if not isinstance(value, Iterable):
-        raise ConfigurationError(f"{name} is {value!r}: expected an iterable {what}")
+        raise ConfigurationError(f"{name} is {shown(value)}: expected an iterable {what}")
     return value
 
 
@@ -258,8 +259,8 @@ def check_choice(name: str, kind: type[S], value: str) -> S:
     """One of the members of an enumeration."""
     try:
         return kind(value)
-    except ValueError:
-        raise ConfigurationError(f"{name} is {value!r}: expected one of {', '.join(kind)}") from None
+    except Exception:  # noqa: BLE001 - its own message repeats the value, which may not be possible
+        raise ConfigurationError(f"{name} is {shown(value)}: expected one of {', '.join(kind)}") from None
 
 
 def check_same(kind: str, key: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from runtime_repo.errors import (
     RefusedError,
     RepositoryClosedError,
     RuntimeRepoError,
+    shown,
 )
 from runtime_repo.fencing import Holding, ended_by, holding
 from runtime_repo.keeping import is_running
@@ -129,7 +130,7 @@ class Worker:
     ) -> None:
         _check_handler(handler)
         if retry is not None and not isinstance(retry, RetryPolicy):
-            raise ConfigurationError(f"retry is {retry!r}: expected a RetryPolicy, or None")
+            raise ConfigurationError(f"retry is {shown(retry)}: expected a RetryPolicy, or None")
         self._repo = repo
         self._handler = handler
         self.worker_id = _unique_id() if worker_id is None else check_id("worker_id", worker_id)
@@ -143,7 +144,7 @@ class Worker:
         try:
             self._signals = tuple(map(signal.Signals, signals))
         except (TypeError, ValueError):
-            raise ConfigurationError(f"signals is {signals!r}: expected some of signal.Signals") from None
+            raise ConfigurationError(f"signals is {shown(signals)}: expected some of signal.Signals") from None
         self._claiming = _Patience(min(_PATIENCE, ttl.total_seconds()))
         self._sweeping = _Patience(_PATIENCE)
         self._outages = Outages(f"worker {self.worker_id}", ttl=ttl.total_seconds(), observer=repo._observer)
@@ -554,7 +555,9 @@ async def _rest(pause: float) -> None:
 def _check_handler(handler: object) -> None:
     """Refuse what certainly is no coroutine function; of other callables it shows when they are called."""
     if not callable(handler) or is_known_to_be_sync(handler):
-        raise ConfigurationError(f"handler is {handler!r}: expected a coroutine function, declared with 'async def'")
+        raise ConfigurationError(
+            f"handler is {shown(handler)}: expected a coroutine function, declared with 'async def'"
+        )
 
 
 def _unique_id() -> str:

@@ -111,12 +111,13 @@ def test_an_upgrade_is_taken_back(programs: Programs) -> None:
         "the previous release does not boot any more",
         "restore",
         "the previous release boots",
+        "every attempt is compared",
         "its workers work again",
         "in all",
     ]
     assert all(re.match(r" *\d+\.\d\d s  ", line) for line in lines)
     assert "version 2 is too new" in lines[4]
-    assert "all 2000 attempts of before are there, and no other" in lines[6]
+    assert "all 2000 attempts of before are there, and no other" in lines[7]
     assert not list(programs.folder.iterdir())
     if programs.place.backend == "postgres":
         schemas = f"select nspname from pg_namespace where starts_with(nspname, '{programs.place.schema}')"

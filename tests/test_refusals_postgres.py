@@ -243,3 +243,22 @@ def test_every_error_of_the_drivers_means_one_of_ours(
     assert "hush" not in str(found)
     if isinstance(error, asyncpg.DataError):
         assert "hush" not in str(bare(error))
+
+
+async def idle(repo: PostgresRuntimeRepository) -> None:
+    """Do nothing in a transaction until its connection has ended, then something."""
+    over = asyncio.Event()
+    async with repo.transaction() as transaction:
+        transaction.connection.add_termination_listener(lambda _: over.set())
+        async with asyncio.timeout(10):
+            await over.wait()
+        await transaction.jobs.upsert("thread", "running")
+
+
+async def test_a_transaction_that_was_idle_for_too_long_is_told_so(postgres_url: str, postgres_schema: str) -> None:
+    """The server ends its session meanwhile: the remedy names the role's setting, and the next verb works."""
+    settings = {"idle_in_transaction_session_timeout": "50ms"}
+    async with PostgresRuntimeRepository(postgres_url, schema=postgres_schema, server_settings=settings) as repo:
+        with pytest.raises(DatabaseUnavailableError, match="idle_in_transaction_session_timeout"):
+            await idle(repo)
+        await upsert(repo)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from runtime_repo.archive import (
-    TOKEN_STEP,
     Contents,
     Counter,
     Grant,
     Loaded,
     Manifest,
+    Raised,
     Reader,
     Tally,
     Terms,
@@ -171,6 +171,7 @@ class _Loading:
         self._reader = reader
         self._migrations = migrations
         self._terms = terms
+        self._rows = reader if terms.is_move else Raised(reader)
         self._boot = BootTransaction(
             database._looks, connection, lambda: database._connections.unlimited(connection), database._startup_timeout
         )
@@ -207,16 +208,18 @@ class _Loading:
             await self._prove(table)
         for statement in again:
             await self._run(statement)
-        # Behind the indexes: one that is made of rows which this transaction has updated is not used as long as anybody
-        # has an older snapshot.
-        requeued = 0 if self._terms.is_move else await self._raise_tokens()
         await self._count_on()
         await self._run("analyze " + ", ".join(map(self._database.named, self._tables)))
         for owner in {existing[LEDGER]} if LEDGER in existing else ():
             await self._give_to(owner)
         for grant in grants:
             await self._grant(grant)
-        return Loaded(kept, requeued, tuple(self._overridden), tuple(self._not_granted))
+        return Loaded(
+            kept,
+            self._rows.requeued if isinstance(self._rows, Raised) else 0,
+            tuple(self._overridden),
+            tuple(self._not_granted),
+        )
 
     async def _look(self) -> Look:
         try:
@@ -356,7 +359,7 @@ class _Loading:
         member = self._reader.manifest.tables[table]
         # Rows that a migration has laid itself, should one ever.
         await self._run(f"truncate {self._database.named(table)}")
-        pieces = _pieces(self._reader, table)
+        pieces = _pieces(self._rows, self._reader.stop, table)
         try:
             # What the archive is damaged by is an error of ours, and none of the server's.
             with self._database._connections.unlimited(self._connection):
@@ -376,20 +379,9 @@ class _Loading:
         member = self._reader.manifest.tables[table]
         tally = Tally()
         await _copied_out(self._database, self._connection, table, member.columns, tally.feed, lambda: None)
-        if (tally.rows, tally.row_hash) != (member.rows, member.row_hash):
+        if (tally.rows, tally.row_hash) != self._rows.proof(table):
             reason = f"the rows of {table} that the server has stored are not those of it: everything was rolled back"
             raise ArchiveError(str(self._reader.path), f"{reason}; look for a trigger, and check the server's disk")
-
-    async def _raise_tokens(self) -> int:
-        columns = self._reader.manifest.tables["runtime_attempts"].columns
-        if "lease_version" not in columns:
-            await self._fetch("archive.raise_first_tokens", TOKEN_STEP)
-            return 0
-        with self._database._connections.unlimited(self._connection):
-            answer = await self._connection.execute(self._database.queries["archive.queue_held"], timeout=NO_LIMIT)
-        await self._fetch("archive.end_leases")
-        await self._fetch("archive.raise_tokens", TOKEN_STEP)
-        return int(answer.rpartition(" ")[2])
 
     async def _count_on(self) -> None:
         for table, member in self._reader.manifest.tables.items():
@@ -556,9 +548,9 @@ class _Sink:
             running.result()
 
 
-async def _pieces(reader: Reader, table: str) -> AsyncGenerator[bytes, None]:
+async def _pieces(rows: Reader | Raised, stop: Callable[[], None], table: str) -> AsyncGenerator[bytes, None]:
     """A table's text, the next piece of which is read while one is sent."""
-    pieces = reader.pieces(table)
+    pieces = rows.pieces(table)
     loop = asyncio.get_running_loop()
 
     def read() -> "asyncio.Future[bytes]":
@@ -575,7 +567,7 @@ async def _pieces(reader: Reader, table: str) -> AsyncGenerator[bytes, None]:
             yield piece
     finally:
         if not reading.done():
-            reader.stop()
+            stop()
             with contextlib.suppress(Exception):
                 await settle(reading)
 

@@ -31,6 +31,15 @@ _GLANCE = 1.0
 _BOUNDED = f"set local lock_timeout = '{LOCK_TIMEOUT}'; set local quote_all_identifiers = off;"
 """How the server is told to spell names must not look like drift."""
 
+_WATCHFUL = (
+    "set local tcp_keepalives_idle = 10; set local tcp_keepalives_interval = 5; set local tcp_keepalives_count = 3;"
+    "set local tcp_user_timeout = 15000;"
+)
+"""
+The server notices within half a minute that the booter's machine is gone: until then it keeps the lock and the tables'
+locks, by its own default for two hours. Where it cannot, or the connection is no TCP, this sets nothing.
+"""
+
 
 class Looks:
     """Reads the ledger and the live catalog of one runtime schema."""
@@ -206,7 +215,7 @@ def _problems(row: Row) -> Iterator[str]:
         )
     for trap in row["traps"]:
         yield (
-            f"{trap} may run code of the table's owner as {row['role']} when the table is only named,: "
+            f"{trap} may run code of the table's owner as {row['role']} when the table is only named: "
             "drop it, or change the table's owner"
         )
 
@@ -271,10 +280,10 @@ class BootTransaction:
 def begin(server: int, mode: str = "isolation level read committed") -> str:
     """
     Begin as boot needs it, whatever the role's settings are: a fresh snapshot for each statement, no waiting behind
-    live traffic, and no end to an index build or a backup by the clock.
+    live traffic, no end to an index build or a backup by the clock, and a near one if the booter's machine is gone.
     """
     unlimited = ["statement_timeout", "idle_in_transaction_session_timeout"]
     if server >= 17:
         unlimited.append("transaction_timeout")
     settings = "".join(f"set local {name} = 0;" for name in unlimited)
-    return f"begin {mode}; {_BOUNDED} {settings}"
+    return f"begin {mode}; {_BOUNDED} {_WATCHFUL} {settings}"

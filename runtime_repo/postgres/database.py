@@ -140,7 +140,10 @@ class PostgresDatabase(Unique):
 
     async def _close(self) -> None:
         told, *_ = await asyncio.gather(
-            self._teller.close(FAREWELL), self._listener.close(), self._connections.quieten()
+            self._teller.close(FAREWELL),
+            self._listener.close(),
+            self._completions.close(FAREWELL),
+            self._connections.quieten(),
         )
         if not told:
             self._connections.drop()
@@ -150,6 +153,7 @@ class PostgresDatabase(Unique):
     def abandon(self) -> None:
         with contextlib.suppress(Exception):
             self._listener.abandon()
+            self._completions.abandon()
         self._connections.abandon()
 
     def inherited(self) -> None:

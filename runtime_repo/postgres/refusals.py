@@ -99,7 +99,11 @@ def meaning(error: BaseException, place: str, *, connecting: bool = False) -> Ru
         if "pool is clos" in words:
             return DatabaseUnavailableError(f"{place}: the pool is closed: open another one")
         if is_lost(error):
-            return DatabaseUnavailableError(f"{place}: the connection was lost: {_REMEDIES['08']}")
+            # The driver keeps to itself what the server said when it ended a session that was idle.
+            return DatabaseUnavailableError(
+                f"{place}: the connection was lost: {_REMEDIES['08']}, and keep transactions shorter than the role's "
+                "idle_in_transaction_session_timeout and transaction_timeout"
+            )
         if connecting:
             return DatabaseUnavailableError(f"{place}: {_words(error)}: {_REMEDIES['08']}")
         return DatabaseUnavailableError(

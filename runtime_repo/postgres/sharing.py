@@ -1,11 +1,11 @@
 """Single calls of one process's tasks that meet in the same turn of the event loop share one statement."""
 
 import asyncio
-import copy
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-from runtime_repo.errors import DatabaseUnavailableError, RuntimeRepoError
+from runtime_repo.errors import RuntimeRepoError
 
 __all__ = ["Shared"]
 
@@ -15,14 +15,16 @@ A = TypeVar("A")
 _MOST = 1000
 """How many calls share one statement; who comes later asks alone."""
 
+_PATIENCE = 0.5
+"""Seconds after which whoever has had no answer asks alone, on a connection of his own."""
+
 
 class Shared(Generic[A, T]):
     """
     Calls that may be made for several callers at once.
 
     Each has a result and an error of its own: whoever finds none in what was done for all asks alone, as does everybody
-    where that was refused, or where the one who asked for all of them was cancelled. So a call must be safe to repeat.
-    Only an outage is everybody's, and has taken the time that each of them had.
+    where that failed or takes too long, so that nobody's trouble is another's. A call must be safe to repeat.
 
     Args:
         alone: Makes one call.
@@ -35,45 +37,58 @@ class Shared(Generic[A, T]):
         self._alone = alone
         self._together = together
         self._gathered: list[_Call[A, T]] | None = None
+        self._asking: set[asyncio.Task[None]] = set()
 
     async def ask(self, args: A) -> T:
-        """Make a call, and those that meet it with it."""
+        """Make a call, and with it those that meet it."""
         call: _Call[A, T] = _Call(args)
         if self._gathered is None:
-            await self._lead(call)
-        else:
-            self._gathered.append(call)
-            await call.is_over.wait()
-        if call.error is not None:
-            raise call.error
-        return await self._alone(args) if call.result is None else call.result
-
-    async def _lead(self, first: "_Call[A, T]") -> None:
-        """Ask for all who come before this task's next turn."""
-        calls = self._gathered = [first]
-        try:
+            self._gathered = [call]
             try:
+                # All who come before this task's next turn.
                 await asyncio.sleep(0)
             finally:
-                self._gathered = None
-            if len(calls) > 1:
-                await self._ask_for(calls[:_MOST])
-        finally:
-            for call in calls:
-                call.is_over.set()
+                calls, self._gathered = self._gathered[:_MOST], None
+                if len(calls) > 1:
+                    self._begin(calls)
+        else:
+            self._gathered.append(call)
+            await asyncio.sleep(0)
+        if call.is_shared:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE):
+                    await call.is_over.wait()
+        return await self._alone(args) if call.result is None else call.result
+
+    async def close(self, within: float) -> None:
+        """Leave no task: whoever waits for one asks alone."""
+        if asking := self._abandoned():
+            await asyncio.wait(asking, timeout=within)
+
+    def abandon(self) -> None:
+        """Let go without waiting."""
+        self._abandoned()
+
+    def _abandoned(self) -> set["asyncio.Task[None]"]:
+        for task in self._asking:
+            task.cancel()
+        return set(self._asking)
+
+    def _begin(self, calls: Sequence["_Call[A, T]"]) -> None:
+        for call in calls:
+            call.is_shared = True
+        task = asyncio.create_task(self._ask_for(calls), name="runtime_repo sharing")
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
 
     async def _ask_for(self, calls: Sequence["_Call[A, T]"]) -> None:
         try:
-            results = await self._together([call.args for call in calls])
-        except DatabaseUnavailableError as error:
+            with contextlib.suppress(RuntimeRepoError):
+                for call, result in zip(calls, await self._together([call.args for call in calls]), strict=True):
+                    call.result = result
+        finally:
             for call in calls:
-                call.error = copy.copy(error)
-                call.error.__cause__ = error.__cause__
-        except RuntimeRepoError:
-            return
-        else:
-            for call, result in zip(calls, results, strict=True):
-                call.result = result
+                call.is_over.set()
 
 
 class _Call(Generic[A, T]):
@@ -82,5 +97,5 @@ class _Call(Generic[A, T]):
     def __init__(self, args: A) -> None:
         self.args = args
         self.result: T | None = None
-        self.error: DatabaseUnavailableError | None = None
+        self.is_shared = False
         self.is_over = asyncio.Event()

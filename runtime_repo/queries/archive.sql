@@ -1,4 +1,4 @@
--- What backups, restores and moves ask beside the rows themselves, and how tokens are raised.
+-- What backups, restores and moves ask beside the rows themselves.
 
 -- name: holders
 -- Who holds leases just now, and how many.
@@ -8,36 +8,6 @@ select worker_id, {pg_catalog}count(*) as number
  group by worker_id
  order by number desc, worker_id
  limit 5;
-
--- name: queue_held
--- What a lease holds waits again in a restored store, for its lease has ended with the history that was cut off; the
--- try does not count.
-insert into {schema}.runtime_queue (attempt_id, queue, priority, enqueued_at_ms, retry_at_ms)
-select attempt_id, queue, priority, enqueued_at_ms, null
-  from {schema}.runtime_attempts
- where status in ('leased', 'running')
-   and not exists (select 1 from {schema}.runtime_queue as q where q.attempt_id = runtime_attempts.attempt_id);
-
--- name: end_leases
-delete from {schema}.runtime_leases;
-
--- name: raise_tokens
--- Of whatever may be claimed again, or for the first time, the next token is larger than any that the history which was
--- cut off may have given out. What is completed or cancelled was final in that, too.
-update {schema}.runtime_attempts
-   set lease_version = case when lease_version > 9223372036854775807 - $1 then lease_version
-                            else lease_version + $1 end,
-       lease_id      = case when status in ('leased', 'running') then null else lease_id end,
-       ended_by      = case when status in ('leased', 'running') then 'restore' else ended_by end,
-       retry_at_ms   = case when status in ('leased', 'running') then null else retry_at_ms end,
-       status        = case when status in ('leased', 'running') then 'queued' else status end
- where status not in ('completed', 'cancelled');
-
--- name: raise_first_tokens
--- As above at version 1, where a token is its lease's: that stays, for tokens to go on from, and has expired.
-update {schema}.runtime_leases
-   set version             = case when version > 9223372036854775807 - $1 then version else version + $1 end,
-       lease_expires_at_ms = case when lease_expires_at_ms > {now_ms} then {now_ms} else lease_expires_at_ms end;
 
 -- name: is_newer
 -- Whether a release migrated it that ships more than $1.

@@ -671,7 +671,8 @@ select {finished}
 
 -- name: cancel @postgres
 -- End an attempt that is not final, and its lease: the holder learns it at its next write. What waits is locked first,
--- as by a claim; the array sees to that.
+-- as by a claim; the array sees to that. What waits and could be cancelled is, or all of it fails: a trigger that skips
+-- the attempt would leave it waiting where nothing finds it.
 with waiting as (
     delete from {schema}.runtime_queue
      where attempt_id = $1
@@ -692,7 +693,14 @@ with waiting as (
         on conflict do nothing
 )
 select {attempt}
-  from cancelled;
+  from cancelled
+ limit case when (select pg_catalog.count(*) from cancelled) < (select pg_catalog.count(*) from waiting)
+                 and exists (
+                         select 1
+                           from {schema}.runtime_attempts
+                          where attempt_id = $1
+                            and status in ('queued', 'leased', 'running', 'retry_backoff'))
+            then ('{skipped}: ' || (select pg_catalog.count(*) from waiting)::pg_catalog.text)::bigint end;
 
 -- name: cancel @sqlite
 -- As above, in statements of one transaction.
@@ -795,35 +803,40 @@ delete from {schema}.runtime_finished
 )
 select attempt_id from pruned;
 
+-- part: pruned
+-- On SQLite, what is marked and is gone.
+           select f.attempt_id
+             from {schema}.runtime_finished as f
+            where f.finished_at_ms = -9223372036854775807
+              and not exists (select 1 from {schema}.runtime_attempts as a where a.attempt_id = f.attempt_id)
+
 -- part: marked_are_deleted
--- On SQLite, delete what is marked as the oldest of all.
-update {schema}.runtime_attempts
-   set finished_at_ms = -9223372036854775807
- where attempt_id in (
-           select attempt_id from {schema}.runtime_finished where finished_at_ms = -9223372036854775807)
-   and +status in ('completed', 'failed', 'cancelled')
-   and finished_at_ms <= coalesce($3, {now_ms}) - $1;
-delete from {schema}.runtime_finished
- where finished_at_ms = -9223372036854775807
-   and (select a.finished_at_ms
-          from {schema}.runtime_attempts as a
-         where a.attempt_id = runtime_finished.attempt_id) is not -9223372036854775807;
-delete from {schema}.runtime_step_reports
- where attempt_id in (
-           select attempt_id from {schema}.runtime_finished where finished_at_ms = -9223372036854775807);
-delete from {schema}.runtime_interrupts
- where attempt_id in (
-           select attempt_id from {schema}.runtime_finished where finished_at_ms = -9223372036854775807);
-delete from {schema}.runtime_queue
- where attempt_id in (
-           select attempt_id from {schema}.runtime_finished where finished_at_ms = -9223372036854775807);
-delete from {schema}.runtime_leases
- where attempt_id in (
-           select attempt_id from {schema}.runtime_finished where finished_at_ms = -9223372036854775807);
+-- On SQLite, delete what is marked as the oldest of all. Nothing is marked on the attempts themselves, for a trigger of
+-- the operator's may keep one: what it kept is unmarked.
 delete from {schema}.runtime_attempts
  where attempt_id in (
            select attempt_id from {schema}.runtime_finished where finished_at_ms = -9223372036854775807)
+   and +status in ('completed', 'failed', 'cancelled')
+   and finished_at_ms <= coalesce($3, {now_ms}) - $1
 returning attempt_id;
+update or replace {schema}.runtime_finished
+   set (finished_at_ms, status) = (
+           select a.finished_at_ms, a.status
+             from {schema}.runtime_attempts as a
+            where a.attempt_id = runtime_finished.attempt_id)
+ where finished_at_ms = -9223372036854775807
+   and (select a.finished_at_ms
+          from {schema}.runtime_attempts as a
+         where a.attempt_id = runtime_finished.attempt_id
+           and a.status in ('completed', 'failed', 'cancelled')) is not null;
+delete from {schema}.runtime_step_reports
+ where attempt_id in ({pruned});
+delete from {schema}.runtime_interrupts
+ where attempt_id in ({pruned});
+delete from {schema}.runtime_queue
+ where attempt_id in ({pruned});
+delete from {schema}.runtime_leases
+ where attempt_id in ({pruned});
 delete from {schema}.runtime_finished
  where finished_at_ms = -9223372036854775807;
 

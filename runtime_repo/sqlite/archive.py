@@ -20,10 +20,10 @@ from types import NoneType
 from typing import Any, cast
 
 from runtime_repo.archive import (
-    TOKEN_STEP,
     Contents,
     Counter,
     Manifest,
+    Raised,
     Reader,
     Tally,
     Terms,
@@ -61,6 +61,9 @@ _RARE = "\r\b\f\v"
 """What has to be escaped, and would not show in the number of columns, rows or NULLs."""
 
 _SMALL = (-(2**31), 2**31 - 1)
+
+_LOCKS = Path("/proc/locks")
+"""Where the system tells who has a file open, if it does."""
 
 _WAIT_FOR_FILE = 5.0
 """Seconds to wait for a file that somebody is writing just now."""
@@ -344,11 +347,11 @@ class Replacement:
         self._reader = reader
         self._migrations = migrations
         self._terms = terms
+        self._rows = reader if terms.is_move else Raised(reader)
         self._file: int | None = None
         self._is_stopped = False
         self.is_there = False
         """Whether a move finds that it has been done."""
-        self.requeued = 0
         self.overridden: list[str] = []
 
     def begin(self) -> None:
@@ -368,6 +371,11 @@ class Replacement:
                 left.unlink()
         self.object(_users(self.path))
 
+    @property
+    def requeued(self) -> int:
+        """How many attempts were held."""
+        return self._rows.requeued
+
     def object(self, reasons: Sequence[str]) -> None:
         if reasons and not self._terms.force:
             raise StoreInUseError([*reasons[:-1], f"{reasons[-1]}; or pass force=True"])
@@ -380,6 +388,9 @@ class Replacement:
         Raises:
             StoreInUseError: It holds what must not be replaced.
         """
+        if not _LOCKS.exists() and not self._terms.force:
+            # It succeeds only where nobody else has it open.
+            connection.execute("pragma main.journal_mode = delete").fetchone()
         look: Look = looking(self._queries, [migration.catalog for migration in load_migrations("sqlite")])(connection)
         ours = sorted(look.catalog.tables)
         if self._terms.is_move and ours:
@@ -440,8 +451,6 @@ class Replacement:
                 self._load(shape, connection)
             for shape in shapes:
                 self._prove(shape, connection)
-            if not self._terms.is_move:
-                self._raise_tokens(connection)
             for index in indexes:
                 connection.execute(index["sql"])
             self._count_on(connection)
@@ -459,7 +468,7 @@ class Replacement:
 
     def _load(self, shape: _Shape, connection: sqlite3.Connection) -> None:
         try:
-            shape.load(connection, self._reader.pieces(shape.table))
+            shape.load(connection, self._rows.pieces(shape.table))
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, UnicodeDecodeError) as error:
             reason = (
                 f"the rows of {shape.table} are not what a backup writes: nothing was changed; take another archive"
@@ -467,25 +476,14 @@ class Replacement:
             raise ArchiveError(str(self._reader.path), reason) from error
 
     def _prove(self, shape: _Shape, connection: sqlite3.Connection) -> None:
-        member = self._reader.manifest.tables[shape.table]
         tally = Tally()
         with contextlib.suppress(_Unportable):
             for piece in shape.pieces(connection):
                 self._go_on()
                 tally.feed(piece)
-        if (tally.rows, tally.row_hash) != (member.rows, member.row_hash):
+        if (tally.rows, tally.row_hash) != self._rows.proof(shape.table):
             reason = f"the rows of {shape.table} that were stored are not those of it: nothing was changed"
             raise ArchiveError(str(self._reader.path), f"{reason}; check the disk")
-
-    def _raise_tokens(self, connection: sqlite3.Connection) -> None:
-        step = (TOKEN_STEP,)
-        if "lease_version" not in self._reader.manifest.tables["runtime_attempts"].columns:
-            self._queries["archive.raise_first_tokens"].run(connection, step)
-            return
-        self._queries["archive.queue_held"].run(connection, ())
-        self.requeued = connection.execute("select changes()").fetchone()[0]
-        self._queries["archive.end_leases"].run(connection, ())
-        self._queries["archive.raise_tokens"].run(connection, step)
 
     def _count_on(self, connection: sqlite3.Connection) -> None:
         for table, member in self._reader.manifest.tables.items():
@@ -536,7 +534,7 @@ class Replacement:
             old.backup(copy, pages=1024, progress=lambda *_: self._go_on())
             copy.execute("pragma journal_mode = delete").fetchone()
         with self._translated():
-            file = os.open(partial, os.O_RDONLY)
+            file = os.open(partial, os.O_RDWR)
             try:
                 os.fsync(file)
             finally:
@@ -610,7 +608,7 @@ def _users(path: Path) -> list[str]:
             found = os.stat(name)  # noqa: PTH116
             wanted.add(f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}")
     try:
-        lines = Path("/proc/locks").read_text("ascii").splitlines()
+        lines = _LOCKS.read_text("ascii").splitlines()
     except OSError:
         return []
     pids = set()

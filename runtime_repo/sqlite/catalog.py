@@ -68,6 +68,9 @@ def catalog_from_rows(
     for (table, index), key in parts.items():
         definitions[table][index] = _index(key)
     attached = {table: dict(text.attached) for table, text in texts.items() if kinds[table] == "table"}
+    for table, hanging in attached.items():
+        if "rowid" in lines[table]:
+            hanging["column instead of the rowid"] = f"rowid {lines[table]['rowid']}"
     for row in triggers:
         attached.get(spelt(row["table"]), {})[f"trigger {row['name']}"] = " ".join(row["sql"].split())
     return Catalog(

@@ -35,6 +35,7 @@ from runtime_repo.errors import (
     LockHolder,
     RepositoryClosedError,
     RuntimeRepoError,
+    shown,
 )
 from runtime_repo.queries import fill, load_queries, split_statements
 from runtime_repo.repairs import Repair
@@ -98,7 +99,9 @@ class SqliteDatabase(Unique):
         self._path: Path | None = None
         name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         if not isinstance(name, str) or not name or name.startswith("file:") or "\0" in name or not _is_encodable(name):
-            raise ConfigurationError(f"the path of a SQLite database is {path!r}: expected a file's path or ':memory:'")
+            raise ConfigurationError(
+                f"the path of a SQLite database is {shown(path)}: expected a file's path or ':memory:'"
+            )
         self._path = None if name == ":memory:" else Path(name).absolute()
         self._writes = writes
         self._backup = backup
@@ -640,6 +643,19 @@ class SqliteDatabase(Unique):
         if self._path is None or not look.is_empty:
             return look
         return replace(look, remains=tuple(remains(self._path)))
+
+    def check_another(self, path: object) -> None:
+        """
+        See that *path* is another file: to open this one outside of SQLite would drop the locks of this process.
+
+        Raises:
+            ConfigurationError: It is this one.
+        """
+        is_it = False
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            is_it = self._path is not None and os.path.samefile(cast(Path, path), self._path)  # noqa: PTH121
+        if is_it:
+            raise ConfigurationError(f"{self._path} is the database itself: name an archive, or a copy of it")
 
     async def export(self, writer: Writer, migrations: Sequence[Migration], terms: Terms, target: Backend) -> Manifest:
         work = exporting(PREPARED, writer, migrations, terms, target)

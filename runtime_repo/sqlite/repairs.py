@@ -25,6 +25,9 @@ __all__ = ["Facts", "repairs"]
 
 _IN_PLACE = ("index", "trigger")
 
+_WITHOUT_ROWID = "storage without rowid"
+"""How a catalog says that a table is its primary key."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -129,7 +132,11 @@ class _Mending:
         for index in self._live.indexes:
             if index not in self._expected.indexes and (text := self._facts.texts.get(index)):
                 self._say(text.rstrip().removesuffix(";"))
-        others = sorted(what for what in self._live.attached if not what.startswith("conflict clause"))
+        others = sorted(
+            what
+            for what in self._live.attached.keys() - self._expected.attached.keys()
+            if not what.startswith("conflict clause")
+        )
         self.warnings += [f"{what} on {self._name} is not made again" for what in others]
 
     def _create(self, name: str, extra: Mapping[str, Column]) -> None:
@@ -148,7 +155,8 @@ class _Mending:
         if not automatic:
             lines.append(f"primary key ({', '.join(self._expected.primary_key)})")
         lines += [f"unique {key}" for key in constraints(self._expected)]
-        self._say(f"create table {name} ({', '.join(lines)})")
+        options = " without rowid" if _WITHOUT_ROWID in self._expected.attached else ""
+        self._say(f"create table {name} ({', '.join(lines)}){options}")
 
     def _make_indexes(self, name: str | None = None) -> None:
         for index, unique, on in indexed(self._expected):

@@ -1,9 +1,14 @@
 """The repository class of SQLite."""
 
+import contextlib
 import os
+import tempfile
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
+from runtime_repo.archive import RestoreReport
 from runtime_repo.observing import Observe
 from runtime_repo.repository import RuntimeRepository, check_flag, check_seconds
 from runtime_repo.sqlite.database import SqliteDatabase
@@ -67,11 +72,41 @@ class SqliteRuntimeRepository(RuntimeRepository):
         check_flag("backup", backup)
         if verb_timeout is not None:
             check_seconds("verb_timeout", verb_timeout, positive=True)
+        self._sqlite = SqliteDatabase(
+            path, writes=migrate, backup=backup, lock_timeout=lock_timeout, verb_timeout=verb_timeout
+        )
         super().__init__(
-            SqliteDatabase(path, writes=migrate, backup=backup, lock_timeout=lock_timeout, verb_timeout=verb_timeout),
+            self._sqlite,
             migrate=migrate,
             on_drift=on_drift,
             before_migrate=before_migrate,
             lock_timeout=lock_timeout,
             observe=observe,
         )
+
+    async def restore(
+        self, path: str | os.PathLike[str], *, force: bool = False, keep_in: str | None = None
+    ) -> RestoreReport:
+        """
+        As ``RuntimeRepository.restore``, also from a SQLite file, such as the copy that a boot takes before an upgrade.
+
+        Raises:
+            UnportableRowsError: The file holds what its columns are not for.
+        """
+        self._sqlite.check_another(path)
+        if not _is_sqlite(path):
+            return await super().restore(path, force=force, keep_in=keep_in)
+        with tempfile.TemporaryDirectory(prefix="runtime-repo-restore-", ignore_cleanup_errors=True) as folder:
+            archive = Path(folder) / "copy.archive"
+            copy = SqliteRuntimeRepository(path, migrate=False)
+            await copy.backup(archive)
+            report = await super().restore(archive, force=force, keep_in=keep_in)
+        return replace(report, path=Path(os.path.abspath(path)))  # noqa: ASYNC240, PTH100
+
+
+def _is_sqlite(path: object) -> bool:
+    """Whether a file begins as SQLite's do; whatever is wrong with it, who reads it says."""
+    if isinstance(path, (str, os.PathLike)):
+        with contextlib.suppress(OSError, ValueError), Path(path).open("rb") as file:
+            return file.read(16) == b"SQLite format 3\0"
+    return False

@@ -1,13 +1,17 @@
 """Backups: what is in an archive, who may take one, and that it is never half a one."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -140,32 +144,36 @@ async def test_what_is_not_ours_is_named_and_left_out(lab: Lab, tmp_path: Path) 
     assert manifest(tmp_path / "a.archive")["left_out"] == list(report.left_out)
 
 
+@contextlib.contextmanager
+def writing(lab: Lab, folder: Path, name: str) -> Iterator[Callable[[], int]]:
+    """Another process that writes; yields how many of its writes are known to be committed."""
+    said = folder / f"{name}.said"
+    command = [sys.executable, "-m", "tests.archives.writer", json.dumps(asdict(lab.place)), name]
+    path = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with said.open("wb") as file, subprocess.Popen(command, stdout=file, env=path) as process:
+        try:
+            yield lambda: said.read_bytes().count(b"\n")
+        finally:
+            process.kill()
+
+
 async def test_a_backup_is_one_instant_under_traffic(lab: Lab, tmp_path: Path) -> None:
-    """Of each writer it holds a prefix: all that was committed before it began, nothing begun after it ended."""
+    """Of each of four processes it holds a prefix: all it committed before it began, nothing begun after it ended."""
     async with lab.repository() as repo:
         await repo.attempts.enqueue_many([NewAttempt("ballast", payload="x" * 500) for _ in range(3000)])
-        written = [0] * 4
-        ended = asyncio.Event()
-
-        async def write(writer: int) -> None:
-            while not ended.is_set():
-                await repo.attempts.enqueue("run", attempt_id=f"{writer} {written[writer]:06d}")
-                written[writer] += 1
-
-        writers = [asyncio.create_task(write(number)) for number in range(4)]
-        await eventually(lambda: min(written) >= 20)
-        before = list(written)
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(writing(lab, tmp_path, f"writer{number}")) for number in range(4)]
+        await eventually(lambda: min(written() for written in writers) >= 5)
+        before = [written() for written in writers]
         await lab.repository().backup(tmp_path / "a.archive")
-        after = [count + 1 for count in written]  # one may just be committed
-        ended.set()
-        await asyncio.gather(*writers)
+        after = [written() + 1 for written in writers]  # one may just be committed
+        await eventually(lambda: min(written() for written in writers) > max(before))
     with zipfile.ZipFile(tmp_path / "a.archive") as file:
         lines = file.read("runtime_attempts.copy").decode().splitlines()
-    for writer in range(4):
-        found = sorted(line.split("\t")[0] for line in lines if line.startswith(f"{writer} "))
-        assert found == [f"{writer} {number:06d}" for number in range(len(found))]
-        assert before[writer] <= len(found) <= after[writer]
-    assert min(after) > min(before) + 1, "others went on meanwhile"
+    for number in range(4):
+        found = sorted(line.split("\t")[0] for line in lines if line.startswith(f"writer{number} "))
+        assert found == [f"writer{number} {write:06d}" for write in range(len(found))]
+        assert before[number] <= len(found) <= after[number]
 
 
 async def test_a_backup_holds_up_nobody(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +268,10 @@ def damages(path: Path) -> Iterator[Path]:
     told = manifest(path)
     told["tables"]["runtime_jobs"]["row_hash"] = "0" * 64
     yield changed(path, bad, manifest=json.dumps(told).encode())
+    # Whoever wrote it knew the form, and not the rows.
+    told = manifest(path)
+    told["tables"]["runtime_attempts"]["sha256"] = hashlib.sha256(b"a\tb\n").hexdigest()
+    yield changed(path, bad, manifest=json.dumps(told).encode(), runtime_attempts=b"a\tb\n")
 
 
 async def test_a_damaged_archive_is_refused_and_changes_nothing(lab: Lab, tmp_path: Path) -> None:

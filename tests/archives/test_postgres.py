@@ -1,7 +1,8 @@
 """What is PostgreSQL's alone: roles, grants, locks, what depends on the tables, and who waits for them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,8 +15,10 @@ from runtime_repo import (
     RefusedError,
     SchemaLockTimeoutError,
     StoreInUseError,
+    archive,
 )
 from tests.archives.store import TABLES, everything, fill
+from tests.contract.conftest import eventually
 from tests.lab import Lab, PostgresLab, on_postgres
 
 pytestmark = on_postgres
@@ -65,6 +68,32 @@ async def test_a_backup_keeps_off_nobody_but_who_rewrites(lab: PostgresLab, tmp_
         assert not task.done()
         await transaction.commit()
         assert (await task).rows["runtime_attempts"] == 30
+
+
+async def test_no_table_is_rewritten_beneath_a_backup(
+    lab: PostgresLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its snapshot is younger than its locks: whoever would rewrite a table waits, even before its turn has come."""
+    await fill(lab)
+    began, go_on = threading.Event(), threading.Event()
+    begin = archive.Writer.begin
+
+    def slow(self: archive.Writer, table: str, columns: Sequence[str]) -> None:
+        began.set()
+        assert go_on.wait(30)
+        begin(self, table, columns)
+
+    monkeypatch.setattr(archive.Writer, "begin", slow)
+    task = asyncio.create_task(lab.repository().backup(tmp_path / "a.archive"))
+    await eventually(began.is_set)
+    rewrite = f"alter table {lab.table('attempts')} alter column attempt_no type bigint"
+    async with lab.session() as session:
+        await session.execute("set lock_timeout = '100ms'")
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await session.execute(rewrite)
+        go_on.set()
+        assert (await task).rows["runtime_attempts"] == 30
+        await session.execute(rewrite)
 
 
 async def test_a_backup_does_not_wait_for_a_lock_without_end(lab: PostgresLab, tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ import pytest
 from runtime_repo import (
     ArchiveError,
     ConfigurationError,
+    DatabaseUnavailableError,
     RemainsError,
     SqliteRuntimeRepository,
     StoreInUseError,
     UnportableRowsError,
 )
 from runtime_repo.archive import claim
-from tests.archives.store import everything, fill, names
+from tests.archives.store import FIRST, everything, fill, names
 from tests.lab import NOTHING, Lab, SqliteLab, on_sqlite
 
 pytestmark = on_sqlite
@@ -232,3 +233,35 @@ async def test_a_folder_that_cannot_be_written_is_said(lab: SqliteLab, tmp_path:
     other = SqliteRuntimeRepository(tmp_path / "missing" / "runtime.db")
     with pytest.raises(ArchiveError, match="cannot be written"):
         await other.restore(tmp_path / "a.archive")
+
+
+async def test_the_copy_of_a_boot_is_restored(lab: SqliteLab) -> None:
+    """As an archive is: tokens go on, what was there is kept; the copy itself stays as it was."""
+    await lab.lay_version_1()
+    report = await lab.boot()
+    copy = SqliteLab(report.backup or lab.path)
+    before, content = copy.path.read_bytes(), await everything(copy, FIRST)
+    quiet(lab.path)
+    restored = await lab.repository().restore(copy.path)
+    assert (restored.path, restored.version) == (copy.path, 1)
+    assert restored.kept
+    assert copy.path.read_bytes() == before
+    with pytest.raises(ConfigurationError, match="the database itself"):
+        await lab.repository().restore(lab.path)
+    after = await everything(lab, FIRST)
+    assert {name for name in FIRST if after[name] != content[name]} == {"runtime_leases"}
+
+
+async def test_where_the_system_does_not_tell_sqlite_does(
+    lab: SqliteLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has the file open; on some systems there is no list of locks."""
+    await fill(lab)
+    quiet(lab.path)
+    await lab.repository().backup(tmp_path / "a.archive")
+    monkeypatch.setattr("runtime_repo.sqlite.archive._LOCKS", tmp_path / "missing")
+    before = await lab.content()
+    with opened(lab.path), pytest.raises(DatabaseUnavailableError, match="locked by another process"):
+        await lab.repository(lock_timeout=0.2).restore(tmp_path / "a.archive")
+    assert await lab.content() == before
+    await lab.repository().restore(tmp_path / "a.archive")

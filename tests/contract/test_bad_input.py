@@ -325,6 +325,7 @@ LEASES: dict[str, Callable[[Lease], Any]] = {
     "half a pair": lambda lease: but(lease, lease_id="\ud800"),
     "no worker": lambda lease: but(lease, worker_id=None),
     "no attempt": lambda lease: but(lease, attempt=None),
+    "no moment": lambda lease: but(lease, asked_at=float("nan")),
 }
 
 
@@ -345,6 +346,42 @@ async def test_what_is_no_lease_is_refused(repo: RuntimeRepository, lease: Lease
         with pytest.raises(ConfigurationError, match=r"^lease is"):
             await verb(repo, given, clock.now)
     assert (await repo.attempts.list(), await repo.leases.list()) == before
+
+
+class Unshowable:
+    """What raises when it is to be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+def deep(levels: int) -> list[Any]:
+    """A list in a list in a list."""
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value", [deep(100_000), [10**5000], 10**5000, Unshowable(), "x" * 1_000_000, b"x" * 1_000_000], ids=range(6)
+)
+async def test_a_value_that_cannot_be_shown_is_refused_as_any_other(repo: RuntimeRepository, value: Any) -> None:
+    """In a message that can be read, and a stranger's key is not let in."""
+    for verb in (
+        lambda: repo.attempts.get(value),
+        lambda: repo.attempts.enqueue("run", priority=value),
+        lambda: repo.attempts.list(limit=value),
+        lambda: repo.attempts.complete(value),
+        lambda: repo.leases.claim("worker", ttl=value),
+        lambda: repo.leases.claim("worker", queues=["default", value]),
+        lambda: repo.interrupts.list(status=value),
+        lambda: repo.audit.list(since=value),
+    ):
+        with pytest.raises(ConfigurationError) as refused:
+            await verb()
+        assert len(str(refused.value)) < 1000
+    assert await repo.api_keys.authenticate(value, "secret") is None
 
 
 @pytest.mark.parametrize("several", [None, 7, [None], [7], ["run"], ["ab", None]])

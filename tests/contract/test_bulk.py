@@ -262,10 +262,10 @@ async def test_what_fits_no_more_when_it_is_locked_is_left(
     before = await statuses(repo)
     now_ms = int(clock.now.timestamp() * 1000)
     queries = repo.attempts._queries
-    assert await queries.fetch("attempts.retry_many", '["a", "b"]', *meant, now_ms) == []
-    assert await queries.fetch("attempts.cancel_many", '["a", "b"]', *meant, now_ms) == []
+    assert not await queries.fetch("attempts.retry_many", '["a", "b"]', *meant, now_ms)
+    assert not await queries.fetch("attempts.cancel_many", '["a", "b"]', *meant, now_ms)
     # Of one that has ended again the older end is told.
     ended = '[{"finished_at_ms": 5, "attempt_id": "a"}]'
-    assert await queries.fetch("attempts.prune_many", 0, ended, now_ms) == []
+    assert not await queries.fetch("attempts.prune_many", 0, ended, now_ms)
     assert await statuses(repo) == before
     assert await repo.attempts.reindex() == 0

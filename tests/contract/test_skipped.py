@@ -153,6 +153,43 @@ async def test_enqueue_many_is_all_or_nothing(repo: RuntimeRepository) -> None:
     assert len(await repo.attempts.enqueue_many([NewAttempt("a"), NewAttempt("c")])) == 2
 
 
+async def test_what_waits_and_is_not_cancelled_waits_as_before(repo: RuntimeRepository) -> None:
+    """Where it is skipped the next claim has it."""
+    await repo.attempts.enqueue("run", attempt_id="a")
+    await each(repo, 0, "attempts")
+    with pytest.raises(RefusedError, match="trigger"):
+        await repo.attempts.cancel("a")
+    await each(repo, 1, "attempts")
+    assert [lease.attempt_id for lease in await repo.leases.claim("worker")] == ["a"]
+
+
+KEEP = {
+    "sqlite": "create trigger keep before delete on runtime_attempts when old.attempt_id = 'kept' "
+    "begin select raise(ignore); end",
+    "postgres": "create function {schema}.keep() returns trigger language plpgsql as 'begin return null; end'; "
+    "create trigger keep before delete on {schema}.runtime_attempts for each row "
+    "when (old.attempt_id = 'kept') execute function {schema}.keep()",
+}
+
+
+async def test_what_a_trigger_keeps_from_being_pruned_is_left_whole(repo: RuntimeRepository, clock: Clock) -> None:
+    """With what was reported and asked in it, and found as what it is; the others go."""
+    await repo.attempts.enqueue_many([NewAttempt("run", name) for name in ("kept", "old")], now=clock.now)
+    for lease in await repo.leases.claim("worker", limit=2, now=clock.now):
+        await repo.step_reports.record(lease, "pay", "done", "t", now=clock.now)
+        await repo.interrupts.create("t", "run", lease.attempt_id, "?", interrupt_id=lease.attempt_id)
+        await repo.attempts.fail(lease, "boom", now=clock.now)
+    kept = await repo.attempts.get("kept")
+    await execute(repo, KEEP["sqlite" if isinstance(repo, SqliteRuntimeRepository) else "postgres"])
+    clock.advance(MINUTE)
+    for pruned in (1, 0):
+        assert await repo.attempts.prune(older_than=MINUTE / 2, now=clock.now) == pruned
+    assert await repo.attempts.list() == await repo.attempts.list(status=kept.status) == [kept]
+    assert len(await repo.step_reports.list("kept")) == 1
+    assert [asked.interrupt_id for asked in await repo.interrupts.list()] == ["kept"]
+    assert await repo.attempts.reindex() == 0
+
+
 POLICY = """
 alter table {{schema}}.runtime_{table} enable row level security;
 create policy seen on {{schema}}.runtime_{table} for select using (true);

@@ -357,6 +357,18 @@ DRIFT = {
         "none",
         "on conflict ignore",
     ),
+    "without rowid": drift(
+        Words(Rebuild("runtime_attempts", "run_id", "run_id", options="without rowid"), None),
+        "storage without rowid on runtime_attempts",
+        "none",
+        "the primary key is the table",
+    ),
+    "a column instead of the rowid": drift(
+        Words("alter table runtime_attempts add column RowID text", None),
+        "column instead of the rowid on runtime_attempts",
+        "none",
+        "rowid text",
+    ),
     "not null column that no verb fills": Drift(
         Words(
             "alter table runtime_jobs add column note int not null default 0;" + WITHOUT_DEFAULT,
@@ -643,15 +655,6 @@ EXTRA = {
             None,
         ),
         (Difference("strict types on runtime_jobs", None, "a value of another type is refused"),),
-    ),
-    "without rowid": Extra(
-        Words(
-            Rebuild(
-                "runtime_jobs", "updated_at_ms BIGINT NOT NULL", "updated_at_ms INT NOT NULL", options="without rowid"
-            ),
-            None,
-        ),
-        (Difference("storage without rowid on runtime_jobs", None, "the primary key is the table"),),
     ),
     "equal index under another name": Extra(
         "drop index idx_runtime_api_keys_status; create index operators_own on runtime_api_keys (status)"

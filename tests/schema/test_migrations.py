@@ -13,7 +13,7 @@ from runtime_repo import (
 )
 from runtime_repo.catalog import Catalog, Table
 from runtime_repo.schema import Migration, Policy
-from tests.lab import LEDGER, Lab
+from tests.lab import LEDGER, Lab, PostgresLab, on_postgres
 from tests.versions import HISTORY, NEWEST, NEXT, RECORDED
 
 NAMES = "create table {schema}.runtime_names (name text not null primary key);"
@@ -165,3 +165,17 @@ async def test_a_stray_brace_fails_the_migration_not_the_database(lab: Lab) -> N
     with pytest.raises(ConfigurationError, match="shema"):
         await lab.ship([*lab.migrations, stray])
     assert (await lab.snapshot()).content == before.content
+
+
+@on_postgres
+async def test_the_server_soon_notices_that_who_migrates_is_gone(lab: PostgresLab) -> None:
+    """A machine that vanishes says nothing; by its own default the server keeps its locks for two hours."""
+    settings = [f"tcp_keepalives_{name}" for name in ("idle", "interval", "count")]
+    asked = "; ".join(
+        f"insert into {{schema}}.runtime_names values ('{name} ' || pg_catalog.current_setting('{name}'))"
+        for name in settings
+    )
+    shipped = next_one(lab)
+    await lab.ship([*lab.migrations, dataclasses.replace(shipped, sql=f"{shipped.sql}; {asked};")])
+    told = [row["name"] for row in await lab.all("runtime_names")]
+    assert {f"{name} {seconds}" for name, seconds in zip(settings, (10, 5, 3), strict=True)} <= {*told}

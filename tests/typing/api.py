@@ -19,6 +19,7 @@ from runtime_repo import (
     Attempt,
     AttemptStatus,
     AuditEntry,
+    BackupReport,
     Compatibility,
     ControlState,
     Difference,
@@ -30,6 +31,7 @@ from runtime_repo import (
     LeaseLostError,
     LockHolder,
     MigrationError,
+    MoveReport,
     NewAttempt,
     NotFoundError,
     NotQuietError,
@@ -38,6 +40,7 @@ from runtime_repo import (
     PostgresRuntimeRepository,
     QueueStats,
     QuiesceProgress,
+    RestoreReport,
     RetryPolicy,
     RuntimeRepository,
     RuntimeTransaction,
@@ -52,6 +55,7 @@ from runtime_repo import (
     StepReport,
     Stop,
     StoreStatus,
+    move,
     repository_from_url,
 )
 
@@ -293,3 +297,18 @@ async def a_store_is_told_of(repo: RuntimeRepository) -> None:
     activity = await repo.activity(over=timedelta(minutes=1))
     assert_type(activity, Activity)
     assert_type([(queue.oldest_age, queue.completed) for queue in activity.queues], list[tuple[timedelta | None, int]])
+
+
+async def a_store_is_kept_and_moved(repo: RuntimeRepository, other: RuntimeRepository, path: Path) -> None:
+    """Archives, and what becomes of a store."""
+    backup = await repo.backup(path)
+    assert_type(backup, BackupReport)
+    assert_type((backup.path, backup.version, backup.rows), tuple[Path, int, Mapping[str, int]])
+    assert_type((backup.size, backup.left_out, backup.as_dict()), tuple[int, tuple[str, ...], dict[str, Any]])
+    restored = await other.restore(str(path), force=True, keep_in=None)
+    assert_type(restored, RestoreReport)
+    assert_type((restored.kept, restored.requeued), tuple[str | None, int])
+    assert_type((restored.not_granted, restored.overridden), tuple[tuple[str, ...], tuple[str, ...]])
+    moved = await move(repo, other, force=False, folder=path)
+    assert_type(moved, MoveReport)
+    assert_type((moved.source, moved.target, moved.duration), tuple[str, str, float])
