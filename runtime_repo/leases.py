@@ -367,7 +367,8 @@ class Leases:
 
     async def list(self, *, worker_id: str | None = None, after: str = "", limit: int = 100) -> Page[Lease]:
         """
-        Return one page of the leases, of one worker or of all, ordered by id; expired ones are among them.
+        Return one page of the leases, of one worker or of all, ordered by id; expired ones are among them. All that are
+        held are read for each page.
 
         Pass the last id of a page as *after* to get the next; a page shorter than *limit* is the last. What cannot be
         read is left out, and told in the page's ``unreadable``.

@@ -22,6 +22,7 @@ import runtime_repo
 from runtime_repo import (
     ArchiveError,
     AttemptStatus,
+    Lease,
     NewAttempt,
     PostgresRuntimeRepository,
     RuntimeRepository,
@@ -212,13 +213,27 @@ async def test_the_worker(repository: RuntimeRepository) -> None:
         await repo.attempts.enqueue_many(
             [NewAttempt("run", queue, queue=queue, payload=queue) for queue in ("mail", "urgent", "other")]
         )
-        worker = asyncio.create_task(run(block("Worker("), repo=repo, send_mail=send_mail))
+        worker = asyncio.create_task(run(block("send_mail"), repo=repo, send_mail=send_mail))
         assert {await sent.get(), await sent.get()} == {"mail", "urgent"}
         os.kill(os.getpid(), signal.SIGTERM)
         await worker
         done = await repo.attempts.list(status=AttemptStatus.COMPLETED)
         assert {attempt.attempt_id: attempt.result for attempt in done} == {"mail": "sent", "urgent": "sent"}
         assert (await repo.attempts.get("other")).status == "queued"
+
+
+async def test_the_telemetry(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is enqueued is handled, with or without a provider."""
+    monkeypatch.setenv("DATABASE_URL", database)
+
+    async def handle(lease: Lease) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return lease.attempt.queue
+
+    async with asyncio.timeout(20):
+        await run(block("Telemetry()"), handle=handle)
+    async with PostgresRuntimeRepository(database) as repo:
+        assert [attempt.result for attempt in await repo.attempts.list()] == ["mail"]
 
 
 async def test_the_order_and_its_attempt(repository: RuntimeRepository) -> None:
@@ -247,7 +262,8 @@ async def test_the_answer_and_what_follows_it(repository: RuntimeRepository) -> 
 TOLD: dict[str, Callable[..., Awaitable[None] | None]] = {
     "asyncio.run": test_the_first_example_is_a_program,
     "before_migrate=save": test_the_archive_before_a_migration,
-    "Worker(": test_the_worker,
+    "send_mail": test_the_worker,
+    "Telemetry()": test_the_telemetry,
     "insert into orders": test_the_order_and_its_attempt,
     "interrupts.resume": test_the_answer_and_what_follows_it,
 }
