@@ -20,7 +20,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -508,7 +508,7 @@ class Reader:
                 raise self._damaged("its members are not those that its manifest names")
         return self._manifest
 
-    def pieces(self, table: str) -> Iterator[bytes]:
+    def pieces(self, table: str) -> Generator[bytes, None, None]:
         """
         A table's text; the last step proves that it was all that was written, and nothing else.
 
@@ -612,13 +612,13 @@ class Raised:
         self._queued: dict[bytes, bytes] = {}
         self._tallies: dict[str, Tally] = {}
 
-    def pieces(self, table: str) -> Iterator[bytes]:
+    def pieces(self, table: str) -> Generator[bytes, None, None]:
         """As the reader's, in the order of its tables."""
-        pieces = self._reader.pieces(table)
         change = self._change(table)
-        if change is None:
-            yield from pieces
-            return
+        with contextlib.closing(self._reader.pieces(table)) as pieces:
+            yield from pieces if change is None else self._changed(table, pieces, change)
+
+    def _changed(self, table: str, pieces: Iterator[bytes], change: Callable[[bytes], bytes]) -> Iterator[bytes]:
         self._tallies[table] = tally = Tally()
         rest = b""
         for piece in pieces:

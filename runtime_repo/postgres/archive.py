@@ -570,6 +570,9 @@ async def _pieces(rows: Reader | Raised, stop: Callable[[], None], table: str) -
             stop()
             with contextlib.suppress(Exception):
                 await settle(reading)
+        # Unless its thread hangs.
+        with contextlib.suppress(ValueError):
+            pieces.close()
 
 
 class _Patience:

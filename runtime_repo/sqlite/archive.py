@@ -468,7 +468,8 @@ class Replacement:
 
     def _load(self, shape: _Shape, connection: sqlite3.Connection) -> None:
         try:
-            shape.load(connection, self._rows.pieces(shape.table))
+            with contextlib.closing(self._rows.pieces(shape.table)) as pieces:
+                shape.load(connection, pieces)
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, UnicodeDecodeError) as error:
             reason = (
                 f"the rows of {shape.table} are not what a backup writes: nothing was changed; take another archive"
