@@ -45,6 +45,9 @@ select pg_terminate_backend(pid)
 """
 
 
+KEPT = "select nspname from pg_namespace where starts_with(nspname, $1) and nspname ~ '_before_[0-9_]+$'"
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """A private PostgreSQL. In CI its absence fails, for a skip there would go unnoticed."""
