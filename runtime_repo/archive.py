@@ -54,6 +54,7 @@ __all__ = [
     "Terms",
     "Writer",
     "backup",
+    "checked_path",
     "claim",
     "contents",
     "in_thread",
@@ -753,7 +754,7 @@ async def in_thread(stop: Callable[[], None], work: Callable[..., T], *args: obj
 async def backup(database: Database, path: str | os.PathLike[str], *, patience: float) -> BackupReport:
     """Write what is stored into a new archive, and prove it."""
     began = time.monotonic()
-    writer = Writer(_checked(path))
+    writer = Writer(checked_path(path))
     manifest = await _exported(database, writer, Terms(patience=patience, force=True))
     return BackupReport(
         writer.path,
@@ -781,7 +782,7 @@ async def restore(
 ) -> RestoreReport:
     """Put an archive's content in the place of what is stored, which is kept."""
     began = time.monotonic()
-    checked = _checked(path)
+    checked = checked_path(path)
     async with _opened(checked) as reader:
         migrations = needed(reader.manifest, load_migrations(database.backend), checked)
         loaded = await database.load(reader, migrations, Terms(force, keep_in, patience=patience))
@@ -868,7 +869,7 @@ async def move_between(
     )
 
 
-def _checked(path: str | os.PathLike[str]) -> Path:
+def checked_path(path: str | os.PathLike[str]) -> Path:
     name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
     if not isinstance(name, str) or not name or "\0" in name:
         raise ConfigurationError(f"the archive's path is {path!r}: expected the path of a file")

@@ -170,7 +170,7 @@ async def test_the_upgrade_and_the_way_back(
 async def test_the_dump_and_its_restore(database: str, shell: Callable[..., None]) -> None:
     """The alternative for whoever has the client's tools: the schema is replaced, or it is not."""
     await lay_version_1(PostgresRuntimeRepository(database))
-    dump, restore = command("pg_dump").split("\n", 1)
+    dump, restore = command("--pg-dump").split("\n", 1)
     shell(dump, DATABASE_URL=database)
     async with PostgresRuntimeRepository(database) as repo:
         await repo.attempts.enqueue("run", attempt_id="after")

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import click
 from rich.console import Console
 
 from runtime_repo.cli.shared import YES, Call, on_database
@@ -10,6 +11,7 @@ from runtime_repo.cli.working import working
 
 if TYPE_CHECKING:
     from runtime_repo.archive import BackupReport
+    from runtime_repo.repository import RuntimeRepository
 
 __all__ = ["command"]
 
@@ -20,7 +22,12 @@ __all__ = ["command"]
     "runtime-repo backup postgresql://backup@db.example/app before-upgrade.zip",
     words=("ARCHIVE",),
 )
-async def command(call: Call) -> int:
+@click.option(
+    "--pg-dump",
+    is_flag=True,
+    help="On PostgreSQL, by the server's own pg_dump of the same major version, for pg_restore.",
+)
+async def command(call: Call, *, pg_dump: bool) -> int:
     """
     Write all that is stored into the new file ARCHIVE, as it is at one instant, while workers go on.
 
@@ -32,11 +39,25 @@ async def command(call: Call) -> int:
     repository = call.place.repository()
     try:
         with working(call, "writing the archive"):
+            if pg_dump:
+                await _dumped(call, repository)
+                return YES
             report = await repository.backup(call.words[0])
     finally:
         await repository.close()
     call.answer(report.as_dict(), lambda console: _show(console, report))
     return YES
+
+
+async def _dumped(call: Call, repository: "RuntimeRepository") -> None:
+    from runtime_repo.postgres import PostgresRuntimeRepository
+
+    if not isinstance(repository, PostgresRuntimeRepository):
+        raise click.UsageError("--pg-dump is for PostgreSQL: leave it out")
+    dump = await repository.pg_dump(call.words[0])
+    call.answer(
+        dump.as_dict(), lambda console: console.print(said(f"{dump.path}, {size(dump.size)}, by {dump.program}"))
+    )
 
 
 def _show(console: Console, report: "BackupReport") -> None:

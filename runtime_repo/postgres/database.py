@@ -35,6 +35,7 @@ from runtime_repo.postgres.archive import export, kept_prefix, load
 from runtime_repo.postgres.boot import BootTransaction, Looks, begin
 from runtime_repo.postgres.connections import FAREWELL, GRACE, Connections
 from runtime_repo.postgres.doctor import examine
+from runtime_repo.postgres.dump import DumpReport, dump
 from runtime_repo.postgres.heartbeats import Heartbeats
 from runtime_repo.postgres.names import check_schema
 from runtime_repo.postgres.notifications import Deaf, Hear, Listener, Teller
@@ -508,6 +509,10 @@ class PostgresDatabase(Unique):
 
     async def load(self, reader: Reader, migrations: Sequence[Migration], terms: Terms) -> Loaded:
         return await load(self, reader, migrations, terms)
+
+    async def dump(self, path: Path, *, program: str, patience: float) -> DumpReport:
+        async with self._connections.apart() as connection:
+            return await dump(connection, self._schema, path, program=program, patience=patience)
 
     def named(self, name: str) -> str:
         """The qualified name of something in the runtime schema."""

@@ -1,14 +1,17 @@
 """The repository class of PostgreSQL."""
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
 
+from runtime_repo.archive import checked_path
 from runtime_repo.errors import ConfigurationError
 from runtime_repo.observing import Observe
 from runtime_repo.postgres.database import PostgresDatabase
+from runtime_repo.postgres.dump import DumpReport
 from runtime_repo.postgres.target import Target
 from runtime_repo.repository import RuntimeRepository, RuntimeTransaction, check_flag
 
@@ -86,6 +89,28 @@ class PostgresRuntimeRepository(RuntimeRepository):
             lock_timeout=lock_timeout,
             observe=observe,
         )
+
+    async def pg_dump(self, path: str | os.PathLike[str], *, program: str = "pg_dump") -> DumpReport:
+        """
+        Write the runtime schema into the new file *path* by PostgreSQL's own ``pg_dump``, in its custom format.
+
+        For whoever wants to restore with ``pg_restore``; ``backup`` needs no client tool, and can be restored by
+        ``restore``. As ``backup`` it needs no boot. The file is readable for its owner alone, is looked through by the
+        ``pg_restore`` beside it before it gets its name, and never takes the place of another.
+
+        Args:
+            path: Where it goes.
+            program: Which ``pg_dump``; it must be of the server's major version.
+
+        Raises:
+            ArchiveError: There is such a file, it cannot be written, or ``pg_dump`` failed; with its last words.
+            ConfigurationError: The program cannot be run or is of another version, or the repository is open in another
+                event loop or process, or this task has a transaction open.
+            DatabaseUnavailableError: The database cannot be reached.
+            RepositoryClosedError: The repository was closed.
+        """
+        with self._operating():
+            return await self._postgres.dump(checked_path(path), program=program, patience=self._policy.lock_timeout)
 
     @contextlib.asynccontextmanager
     async def transaction(self, connection: "Connection | None" = None) -> AsyncIterator[RuntimeTransaction]:
