@@ -52,6 +52,8 @@ _KINDS = (
     "child table",
     "parent table",
     "conflict clause",
+    "storage without rowid",
+    "column instead of the rowid",
     "deferrable primary key",
     "check constraint",
     "exclusion constraint",
@@ -69,16 +71,16 @@ def by_table(drift: Sequence[Difference]) -> Mapping[str, list[Part]]:
 
 def _part(difference: Difference) -> tuple[str, Part]:
     what = difference.object
+    words, _, table = what.rpartition(" on ")
+    for kind in _KINDS:
+        if words.startswith(kind):
+            return table, Part(kind, words.removeprefix(kind).strip(), difference)
     if what.startswith("table "):
         return what.removeprefix("table "), Part("table", "", difference)
     if what.startswith("column "):
         table, _, column = what.removeprefix("column ").partition(".")
         return table, Part("column", column, difference)
-    if what.startswith("primary key of "):
-        return what.removeprefix("primary key of "), Part("primary key", "", difference)
-    words, _, table = what.rpartition(" on ")
-    kind = next(kind for kind in _KINDS if words.startswith(kind))
-    return table, Part(kind, words.removeprefix(kind).strip(), difference)
+    return what.removeprefix("primary key of "), Part("primary key", "", difference)
 
 
 _COLUMN = re.compile(

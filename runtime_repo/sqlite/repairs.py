@@ -28,6 +28,9 @@ _IN_PLACE = ("index", "trigger")
 _WITHOUT_ROWID = "storage without rowid"
 """How a catalog says that a table is its primary key."""
 
+_MADE_ANEW = ("conflict clause", "column instead of the rowid", _WITHOUT_ROWID)
+"""What hung on a table that is made as ours is, and nobody misses."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -97,8 +100,12 @@ class _Mending:
         for name in [name for name, column in extra.items() if column.is_generated]:
             self.warnings.append(f"{self._name}.{name} is computed, and is not made again")
             del extra[name]
+        # One of this name hides what SQLite calls so.
+        hiding = {name: f"{name}_kept" for name in extra if name.lower() == "rowid"}
+        for name, kept in hiding.items():
+            self.warnings.append(f"{self._name}.{name} is called {kept}")
         new = f"{self._name}_mended"
-        self._create(new, extra)
+        self._create(new, {hiding.get(name, name): column for name, column in extra.items()})
         names, values = [], []
         sources = {new: old for old, new in moved.items()}
         for name, column in columns(self._expected).items():
@@ -113,7 +120,7 @@ class _Mending:
                 values.append(f"cast({quoted(source)} as {column.type})" if other else quoted(source))
                 if column.is_required and not Column.of(found).is_required:
                     self.warnings.append(no_null(f"{self._name}.{name}"))
-        names += [quoted(name) for name in extra]
+        names += [quoted(hiding.get(name, name)) for name in extra]
         values += [quoted(name) for name in extra]
         self._say(f"insert into {new} ({', '.join(names)}) select {', '.join(values)} from {self._name}")  # noqa: S608
         if any(column.is_auto for column in columns(self._expected).values()):
@@ -135,7 +142,7 @@ class _Mending:
         others = sorted(
             what
             for what in self._live.attached.keys() - self._expected.attached.keys()
-            if not what.startswith("conflict clause")
+            if not what.startswith(_MADE_ANEW)
         )
         self.warnings += [f"{what} on {self._name} is not made again" for what in others]
 
