@@ -1,4 +1,4 @@
-"""The README's Python blocks, each run as it stands there, where the text around it says that it belongs."""
+"""The README's Python blocks and runbooks, each run as it stands there, where the text says that it belongs."""
 
 import ast
 import asyncio
