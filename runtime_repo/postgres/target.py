@@ -142,7 +142,8 @@ class Target:
         self._setup = options.get("setup")
         self._is_tuned = bool(options)
         self._made: weakref.WeakSet[asyncpg.Connection[asyncpg.Record]] = weakref.WeakSet()
-        # Connections that are still being made, and that nobody waits for any more.
+        # Connections that are still being made, and those of them that nobody waits for any more.
+        self._connecting: set[asyncio.Task[Connection]] = set()
         self._left: set[asyncio.Task[Connection]] = set()
         self.can_reuse = not isinstance(dsn, asyncpg.Pool) and not options.keys() & {"setup", "reset"}
         """Whether a connection may be used again before the pool has it back: it is ours, and calls nobody at that."""
@@ -259,16 +260,17 @@ class Target:
         """
         In the child of a fork: put nothing in the place of each socket, without shutting it down.
 
-        So the server sees at once when the parent ends, whatever the child does, and rolls back what it had begun. A
-        connection that is still being made stays as it is: nothing has begun in it.
+        So the server sees at once when the parent ends, whatever the child does, and rolls back what it had begun; and
+        should the child go on with the event loop, it reads and writes nothing that is the parent's.
         """
+        # There is no public way to it. One that is closed has no socket.
+        transports: list[Any] = [getattr(connection, "_transport", None) for connection in list(self._made)]
+        sockets = [transport.get_extra_info("socket") for transport in transports if transport is not None]
         nothing = os.open(os.devnull, os.O_RDWR)
-        for connection in list(self._made):
-            # One that is closed has no socket; one whose socket cannot be found stays as it is.
+        for each in (*sockets, *(found for task in self._connecting for found in _sockets(task))):
+            # One that cannot be found stays as it is.
             with contextlib.suppress(AttributeError, OSError, ValueError):
-                # There is no public way to it.
-                transport: Any = getattr(connection, "_transport", None)
-                os.dup2(nothing, transport.get_extra_info("socket").fileno(), inheritable=False)
+                os.dup2(nothing, each.fileno(), inheritable=False)
         os.close(nothing)
 
     def forget_silence(self) -> None:
@@ -326,6 +328,8 @@ class Target:
         """
         began = time.monotonic()
         connecting = asyncio.create_task(self._connect_now(args, options), name="runtime_repo connect")
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
         try:
             await asyncio.wait([connecting])
         except asyncio.CancelledError:
@@ -355,6 +359,18 @@ class Target:
         # asyncpg meets many things only when they fail it: IndexError, TypeError, its ClientConfigurationError. Raised
         # out here this has no context, whose frames would hold the DSN.
         raise Unusable
+
+
+def _sockets(task: "asyncio.Task[Any]") -> Iterator[Any]:
+    """The sockets of what *task* is about to connect: only the steps that are under way know them yet."""
+    step: Any = task.get_coro()
+    while (frame := getattr(step, "cr_frame", None)) is not None:
+        for value in list(frame.f_locals.values()):
+            if isinstance(value, socket.socket):
+                yield value
+            elif isinstance(value, asyncio.BaseTransport):
+                yield value.get_extra_info("socket")
+        step = step.cr_await
 
 
 def _shown(dsn: str) -> str:

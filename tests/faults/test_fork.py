@@ -290,7 +290,6 @@ loop.close()
 @on_postgres
 async def test_the_server_sees_that_the_parent_has_ended_although_a_child_lives(lab: PostgresLab) -> None:
     """What the parent had begun is rolled back at once, and holds no lock until the last of its children ends."""
-    # A connection that was being made when it forked is known to nobody yet, and there is nothing to roll back in it.
     program = """
 transaction = repo.transaction()
 opened = run(transaction.__aenter__())
@@ -310,13 +309,36 @@ os._exit(0)
 """
     child = int(await run(lab, program))
     try:
-        await eventually(partial(_has_ended, lab))
+        await eventually(partial(_is_gone, lab))
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-async def _has_ended(lab: PostgresLab) -> bool:
-    return not await lab.admin.fetchval(
-        "select count(*) from pg_stat_activity where starts_with(application_name, $1) and xact_start is not null",
-        lab.place.schema,
-    )
+async def _is_gone(lab: PostgresLab) -> bool:
+    return not await lab.connections()
+
+
+@on_postgres
+async def test_a_child_that_goes_on_with_the_loop_takes_nothing_of_what_is_being_connected(lab: PostgresLab) -> None:
+    """In whichever step of it the parent forks: what the child would read or write there would crash the driver."""
+    program = """
+run(repo.close())
+
+def child():
+    os.close(2)
+    loop.run_until_complete(asyncio.sleep(0.1))
+
+for steps in range(12):
+    fresh = place.repository()
+    boot = loop.create_task(awaited(fresh))
+    for _ in range(steps):
+        run(asyncio.sleep(0 if steps < 6 else 0.0005))
+    pid = in_child(child)
+    run(boot)
+    run(use(fresh, f"after-{steps:02}"))
+    ended(pid)
+    run(fresh.close())
+loop.close()
+"""
+    await run(lab, program)
+    assert len(await ids(lab)) == 1 + 12
