@@ -274,7 +274,7 @@ def contents(look: Look, migrations: Sequence[Migration]) -> Contents:
             columns are missing. Whatever else has drifted is left out, and said.
         ArchiveError: There is nothing of ours.
     """
-    found = max((row.version for row in look.ledger or ()), default=0)
+    found = look.version
     known = [migration for migration in migrations if migration.version <= found]
     # As a release would that shipped no more: nothing is pending then.
     is_known = bool(known) and found <= migrations[-1].version

@@ -105,6 +105,11 @@ class Look:
     """Where there is nothing of ours: what a restore has kept or left beside, each a schema or a file."""
 
     @property
+    def version(self) -> int:
+        """The version recorded; 0 where nothing is, or it cannot be read."""
+        return max((row.version for row in self.ledger or ()), default=0)
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing of ours."""
         return not self.ledger and not self.catalog.tables and not self.problems

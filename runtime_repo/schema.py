@@ -422,7 +422,7 @@ async def inspect_schema(database: Database, migrations: Sequence[Migration], po
 
 def status_of(look: Look, migrations: Sequence[Migration], policy: Policy) -> SchemaStatus:
     """What a boot would make of what was seen."""
-    found = max((row.version for row in look.ledger or ()), default=0)
+    found = look.version
     recorded = next((migration for migration in migrations if migration.version == found), None)
     drift, extra = _compared(recorded, look) if recorded else ([], [])
     decision = decide(look, migrations, policy)
@@ -447,7 +447,7 @@ async def plan_schema(database: Database, migrations: Sequence[Migration], polic
     """
     look = await inspected(database, migrations, policy)
     decision = decide(look, migrations, policy)
-    found = max((row.version for row in look.ledger or ()), default=0)
+    found = look.version
     supported = migrations[-1].version
     if isinstance(decision, Refuse):
         return SchemaPlan(found, supported, str(decision.error))
@@ -523,7 +523,7 @@ async def can_run(database: Database, migrations: Sequence[Migration], policy: P
         As ``inspect_schema``.
     """
     look = await inspected(database, migrations, policy)
-    found = max((row.version for row in look.ledger or ()), default=0)
+    found = look.version
     supported = migrations[-1].version
     decision = decide(look, migrations, policy)
     oldest = _oldest(migrations) if found <= supported else maybe_version(look.oldest) or found
