@@ -20,7 +20,7 @@ from runtime_repo.errors import (
     shown,
 )
 from runtime_repo.leases import Leases
-from runtime_repo.rows import UNREADABLE, unreadable
+from runtime_repo.rows import UNREADABLE, lock_holder_from_row, unreadable
 from runtime_repo.values import (
     check_id,
     from_json,
@@ -224,7 +224,7 @@ class Control:
         """Wait for every transaction that had begun, and so may not have seen what is set."""
         rows = await self._queries.fetch("control.claiming", None)
         while rows:
-            await wait.on([_lock_holder(row) for row in rows])
+            await wait.on([lock_holder_from_row(row) for row in rows])
             rows = await self._queries.fetch("control.claiming", json.dumps([row["id"] for row in rows]))
 
     async def _holders(self, now: datetime | None) -> Sequence[LeaseHolder]:
@@ -300,17 +300,6 @@ def _value(row: Row) -> Any:
 
 def _plain(stop: Stop) -> dict[str, Any]:
     return {"since": stop.since.isoformat(), "reason": stop.reason, "queue": stop.queue}
-
-
-def _lock_holder(row: Row) -> LockHolder:
-    return LockHolder(
-        row["pid"],
-        row["application_name"],
-        row["client_address"],
-        row["transaction_age"],
-        row["user_name"],
-        row["session_age"],
-    )
 
 
 def _lease_holder(row: Row) -> LeaseHolder:

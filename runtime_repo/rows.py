@@ -11,9 +11,19 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from runtime_repo.database import Row
-from runtime_repo.errors import UnreadableRowError, shown
+from runtime_repo.errors import LockHolder, UnreadableRowError, shown
 
-__all__ = ["UNREADABLE", "Page", "check_types", "known_status", "page", "readable", "unknown_status", "unreadable"]
+__all__ = [
+    "UNREADABLE",
+    "Page",
+    "check_types",
+    "known_status",
+    "lock_holder_from_row",
+    "page",
+    "readable",
+    "unknown_status",
+    "unreadable",
+]
 
 T = TypeVar("T")
 S = TypeVar("S", bound=StrEnum)
@@ -119,3 +129,15 @@ def unreadable(table: str, key: object, error: Exception) -> UnreadableRowError:
         # Python's own words.
         reason = f"a value is of another type or out of range ({reason})"
     return UnreadableRowError(table, "NULL" if key is None else str(key), reason)
+
+
+def lock_holder_from_row(row: Row) -> LockHolder:
+    """Another session, as PostgreSQL tells of it."""
+    return LockHolder(
+        row["pid"],
+        row["application_name"],
+        row["client_address"],
+        row["transaction_age"],
+        row["user_name"],
+        row["session_age"],
+    )

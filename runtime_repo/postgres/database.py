@@ -45,6 +45,7 @@ from runtime_repo.postgres.target import NO_LIMIT, Target, terminated
 from runtime_repo.queries import fill, load_queries
 from runtime_repo.repairs import Repair
 from runtime_repo.repository import Unique, check_seconds
+from runtime_repo.rows import lock_holder_from_row
 from runtime_repo.schema import Migration, load_migrations
 from runtime_repo.shielding import finish
 
@@ -475,17 +476,7 @@ class PostgresDatabase(Unique):
             rows = await self._connections.answer(
                 connection, connection.fetch, text, _LOCK_CLASS, self._lock_key, schema
             )
-        if not rows:
-            return None
-        row = rows[0]
-        return LockHolder(
-            row["pid"],
-            row["application_name"],
-            row["client_address"],
-            row["transaction_age"],
-            row["user_name"],
-            row["session_age"],
-        )
+        return lock_holder_from_row(rows[0]) if rows else None
 
     async def serve(self, version: int) -> None:  # noqa: ARG002 - the operator's backups are no affair of ours
         await self._connections.serve()
