@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import random
-import re
 import secrets
 import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
@@ -42,7 +41,7 @@ from runtime_repo.postgres.notifications import Deaf, Hear, Listener, Teller
 from runtime_repo.postgres.refusals import is_conflict, is_lost
 from runtime_repo.postgres.sharing import Shared
 from runtime_repo.postgres.target import NO_LIMIT, Target, terminated
-from runtime_repo.queries import fill, load_queries
+from runtime_repo.queries import fill, load_queries, uncommented
 from runtime_repo.repairs import Repair
 from runtime_repo.repository import Unique, check_seconds
 from runtime_repo.rows import lock_holder_from_row
@@ -132,7 +131,7 @@ class PostgresDatabase(Unique):
         return f"{self._target!r}, schema {self._schema}"
 
     def text(self, query: str) -> str:
-        return re.sub(r"^--.*\n", "", self.queries[query], flags=re.MULTILINE)
+        return uncommented(self.queries[query])
 
     def filled(self, text: str) -> str:
         return fill(text, self.tokens)

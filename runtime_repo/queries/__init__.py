@@ -29,7 +29,7 @@ from importlib.resources import files
 
 from runtime_repo.errors import ConfigurationError
 
-__all__ = ["SKIPPED", "bounded", "fill", "load_queries", "split_statements"]
+__all__ = ["SKIPPED", "bounded", "fill", "load_queries", "split_statements", "uncommented"]
 
 SKIPPED = "rows were skipped"
 """What a statement that wrote less than it had to fails with, so that all of it is rolled back: ``{skipped}``."""
@@ -113,13 +113,18 @@ def bounded(query: str, count: int) -> str:
     return f"{query} {next(bound for bound in _BOUNDS[query] if count <= bound)}"
 
 
+def uncommented(text: str) -> str:
+    """A statement's text without the lines that are comments."""
+    return re.sub(r"^--.*\n", "", text, flags=re.MULTILINE)
+
+
 def _read() -> None:
     """Take the files apart."""
     for noun, file in _FILES.items():
         _, *parts = _HEADER.split(file)
         for kind, name, bounds, only, text in zip(*(parts[n::5] for n in range(5)), strict=True):
             if kind == "part":
-                _PARTS[name] = re.sub(r"^--.*\n", "", text.strip(), flags=re.MULTILINE)
+                _PARTS[name] = uncommented(text.strip())
                 continue
             query = f"{noun}.{name}"
             _BOUNDS[query] = sorted({*_BOUNDS.get(query, ()), *map(int, bounds.split())})

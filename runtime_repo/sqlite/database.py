@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import os
 import random
-import re
 import sqlite3
 import sys
 import threading
@@ -37,7 +36,7 @@ from runtime_repo.errors import (
     RuntimeRepoError,
     shown,
 )
-from runtime_repo.queries import fill, load_queries, split_statements
+from runtime_repo.queries import fill, load_queries, split_statements, uncommented
 from runtime_repo.repairs import Repair
 from runtime_repo.repository import Unique
 from runtime_repo.schema import Migration
@@ -120,7 +119,7 @@ class SqliteDatabase(Unique):
         return str(self._path or ":memory:")
 
     def text(self, query: str) -> str:
-        return re.sub(r"^--.*\n", "", load_queries("sqlite", **_TOKENS)[query], flags=re.MULTILINE)
+        return uncommented(load_queries("sqlite", **_TOKENS)[query])
 
     def filled(self, text: str) -> str:
         return fill(text, _TOKENS)
