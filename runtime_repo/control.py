@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 from runtime_repo.database import Gate, Row
 from runtime_repo.errors import (
@@ -28,6 +28,7 @@ from runtime_repo.values import (
     instant_ms,
     json_text,
     maybe_version,
+    plain,
     skipped,
     span_ms,
     written,
@@ -83,8 +84,7 @@ class ControlState:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
-        stops = (None if self.quiesced is None else _plain(self.quiesced)), [_plain(stop) for stop in self.paused]
-        return {"quiesced": stops[0], "paused": stops[1], "oldest": self.oldest}
+        return cast(dict[str, Any], plain(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +296,6 @@ def _value(row: Row) -> Any:
         return from_json(row["value_json"])
     except UNREADABLE:
         return None
-
-
-def _plain(stop: Stop) -> dict[str, Any]:
-    return {"since": stop.since.isoformat(), "reason": stop.reason, "queue": stop.queue}
 
 
 def _lease_holder(row: Row) -> LeaseHolder:

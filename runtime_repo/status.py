@@ -7,9 +7,8 @@ refuses, and where there is nothing; what could not be told is said.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from runtime_repo.catalog import CONTROL, LEDGER, LedgerRow, Look
@@ -19,7 +18,7 @@ from runtime_repo.errors import DatabaseUnavailableError, LockHolder, RuntimeRep
 from runtime_repo.records import QueueStats, stats_from_row
 from runtime_repo.rows import UNREADABLE, check_types, readable
 from runtime_repo.schema import Migration, Policy, Refuse, SchemaStatus, decide, inspected, status_of
-from runtime_repo.values import from_ms, span_ms
+from runtime_repo.values import from_ms, plain, span_ms
 
 __all__ = [
     "Activity",
@@ -29,7 +28,6 @@ __all__ = [
     "TableSize",
     "WorkerLeases",
     "activity_of_store",
-    "plain",
     "status_of_store",
 ]
 
@@ -288,16 +286,3 @@ def _worker(row: Row) -> WorkerLeases:
 
 def _size(row: Row) -> TableSize:
     return TableSize(row["name"], row["bytes"], row["row_count"])
-
-
-def plain(value: Any) -> Any:
-    """*value* as JSON has it: records as objects, instants in ISO 8601, spans in seconds, paths as text."""
-    if is_dataclass(value):
-        return {part.name: plain(getattr(value, part.name)) for part in fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [plain(item) for item in value]
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, Path):
-        return str(value)
-    return value.total_seconds() if isinstance(value, timedelta) else value

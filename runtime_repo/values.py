@@ -12,10 +12,12 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime_repo.errors import ConfigurationError, OverloadedError, PayloadMismatchError, RefusedError, shown
@@ -43,6 +45,7 @@ __all__ = [
     "new_id",
     "new_ids",
     "no_thread",
+    "plain",
     "queue_names",
     "queues_json",
     "skipped",
@@ -343,6 +346,19 @@ def from_json(text: str | None) -> Any:
         return _on_its_own_stack(json.loads, text)
     except (ValueError, RuntimeError) as error:
         raise _no_json(error) from None
+
+
+def plain(value: Any) -> Any:
+    """*value* as JSON has it: records as objects, instants in ISO 8601, spans in seconds, paths as text."""
+    if is_dataclass(value):
+        return {part.name: plain(getattr(value, part.name)) for part in fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Path):
+        return str(value)
+    return value.total_seconds() if isinstance(value, timedelta) else value
 
 
 def maybe_version(text: str | None) -> int | None:

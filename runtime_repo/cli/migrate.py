@@ -69,7 +69,7 @@ async def command(call: Call, *, backup: str | None, copy: bool | None, lock_tim
 
 
 def _as_dict(report: "SchemaReport", archive: "BackupReport | None") -> dict[str, Any]:
-    from runtime_repo.status import plain
+    from runtime_repo.values import plain
 
     values: dict[str, Any] = plain(report)
     return values | {"archive": None if archive is None else archive.as_dict()}
