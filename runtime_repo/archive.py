@@ -149,6 +149,11 @@ class Manifest:
     left_out: tuple[str, ...] = ()
     grants: tuple[Grant, ...] = ()
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many, of each table."""
+        return {name: member.rows for name, member in self.tables.items()}
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -760,7 +765,7 @@ async def backup(database: Database, path: str | os.PathLike[str], *, patience: 
         writer.path,
         database.backend,
         manifest.version,
-        {name: member.rows for name, member in manifest.tables.items()},
+        manifest.rows,
         writer.path.stat().st_size,
         manifest.left_out,
         time.monotonic() - began,
@@ -791,7 +796,7 @@ async def restore(
         checked,
         database.backend,
         manifest.version,
-        {name: member.rows for name, member in manifest.tables.items()},
+        manifest.rows,
         loaded.kept,
         loaded.requeued,
         manifest.left_out,
@@ -863,7 +868,7 @@ async def move_between(
         repr(source),
         repr(target),
         manifest.version,
-        {name: member.rows for name, member in manifest.tables.items()},
+        manifest.rows,
         manifest.left_out,
         time.monotonic() - began,
     )
