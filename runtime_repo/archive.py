@@ -50,6 +50,7 @@ __all__ = [
     "Raised",
     "Reader",
     "RestoreReport",
+    "Stoppable",
     "Tally",
     "Terms",
     "Writer",
@@ -333,7 +334,21 @@ def needed(manifest: Manifest, migrations: Sequence[Migration], path: Path) -> l
 _ANOTHER = "nothing was changed; take another archive, or write it again"
 
 
-class Writer:
+class Stoppable:
+    """Whoever waits for it may give up, from another thread: it ends at its next step, by an InterruptedError."""
+
+    _is_stopped = False
+
+    def stop(self) -> None:
+        """Nobody waits for it any more."""
+        self._is_stopped = True
+
+    def _go_on(self) -> None:
+        if self._is_stopped:
+            raise InterruptedError
+
+
+class Writer(Stoppable):
     """
     Writes an archive beside its place, readable for its owner alone, and puts it there when it has been proved.
 
@@ -352,7 +367,6 @@ class Writer:
         self._tally = Tally()
         self._members: dict[str, Member] = {}
         self._table: tuple[str, Sequence[str]] = ("", ())
-        self._is_stopped = False
 
     def open(self) -> None:
         """
@@ -438,10 +452,6 @@ class Writer:
                 for _ in reader.pieces(table):
                     pass
 
-    def stop(self) -> None:
-        """Nobody waits for it any more."""
-        self._is_stopped = True
-
     def drop(self) -> None:
         """Leave nothing beside."""
         with contextlib.suppress(Exception):
@@ -455,10 +465,6 @@ class Writer:
             self._zip = self._member = None
             self._file.close()
             self._file = None
-
-    def _go_on(self) -> None:
-        if self._is_stopped:
-            raise InterruptedError
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -478,7 +484,7 @@ class Writer:
             raise ArchiveError(str(self.path), reason) from error
 
 
-class Reader:
+class Reader(Stoppable):
     """
     Reads an archive, and refuses whatever is not what was written.
 
@@ -495,7 +501,6 @@ class Reader:
         self.path = path
         self._zip: Any = None
         self._manifest: Manifest | None = None
-        self._is_stopped = False
         self._go_on_too = go_on
 
     @property
@@ -535,10 +540,6 @@ class Reader:
         member = self.manifest.tables[table]
         return member.rows, member.row_hash
 
-    def stop(self) -> None:
-        """Nobody waits for it any more."""
-        self._is_stopped = True
-
     def close(self) -> None:
         if self._zip is not None:
             self._zip.close()
@@ -546,8 +547,7 @@ class Reader:
     def _go_on(self) -> None:
         if self._go_on_too is not None:
             self._go_on_too()
-        if self._is_stopped:
-            raise InterruptedError
+        super()._go_on()
 
     def _read_manifest(self, text: bytes) -> Manifest:
         data = json.loads(text)

@@ -25,6 +25,7 @@ from runtime_repo.archive import (
     Manifest,
     Raised,
     Reader,
+    Stoppable,
     Tally,
     Terms,
     Writer,
@@ -321,7 +322,7 @@ def remains(path: Path) -> list[str]:
     return sorted(found)
 
 
-class Replacement:
+class Replacement(Stoppable):
     """
     A file's new content, from its archive until it is in place.
 
@@ -349,7 +350,6 @@ class Replacement:
         self._terms = terms
         self._rows = reader if terms.is_move else Raised(reader)
         self._file: int | None = None
-        self._is_stopped = False
         self.is_there = False
         """Whether a move finds that it has been done."""
         self.overridden: list[str] = []
@@ -567,7 +567,7 @@ class Replacement:
 
     def stop(self) -> None:
         """Nobody waits for it any more."""
-        self._is_stopped = True
+        super().stop()
         self._reader.stop()
 
     def end(self) -> None:
@@ -580,10 +580,6 @@ class Replacement:
                 path.unlink()
         os.close(self._file)
         self._file = None
-
-    def _go_on(self) -> None:
-        if self._is_stopped:
-            raise InterruptedError
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
