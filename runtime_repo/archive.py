@@ -62,6 +62,7 @@ __all__ = [
     "move",
     "move_between",
     "needed",
+    "put_in_place",
     "restore",
     "sync_folder",
 ]
@@ -431,16 +432,7 @@ class Writer(Stoppable):
         if not self._is_passing:
             self._prove(manifest)
         with self._translated():
-            # A link never takes the place of a file; where there are no links, a look beforehand has to do.
-            try:
-                self.path.hardlink_to(self._partial)
-            except FileExistsError:
-                raise
-            except OSError:
-                if os.path.lexists(self.path):
-                    raise FileExistsError from None
-                self._partial.rename(self.path)
-            sync_folder(self.path.parent)
+            put_in_place(self._partial, self.path)
             self._close()
         return manifest
 
@@ -727,6 +719,25 @@ def _lock(file: int) -> None:
         import fcntl  # only where there is such a lock
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """
+    Give a file that is whole its name, durably; *new* may stay beside as another name of it.
+
+    Raises:
+        FileExistsError: There is such a file.
+    """
+    # A link never takes the place of a file; where there are no links, a look beforehand has to do.
+    try:
+        path.hardlink_to(new)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        new.rename(path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

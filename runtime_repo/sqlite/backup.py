@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from runtime_repo.archive import sync_folder
 from runtime_repo.database import Busy
 from runtime_repo.errors import RuntimeRepoError
 from runtime_repo.shielding import settle
@@ -85,7 +86,7 @@ class Copy:
             copy.execute("pragma journal_mode = delete").fetchone()
         shutil.copymode(self._source, self._partial)
         self._partial.replace(self._pending)
-        _sync_folder(self.target.parent)
+        sync_folder(self.target.parent)
 
     def keep(self) -> None:
         """Give it its own name, durably: its upgrade has committed."""
@@ -128,7 +129,7 @@ def _name(pending: Path, target: Path) -> None:
     # Another boot, which finds the upgrade done, may have been quicker; and whatever fails here, the next one mends.
     with contextlib.suppress(OSError):
         pending.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
 
 def _left(source: Path) -> list[tuple[Path, int]]:
@@ -137,13 +138,3 @@ def _left(source: Path) -> list[tuple[Path, int]]:
     with os.scandir(source.parent) as entries:
         found = [(entry, _LEFT.fullmatch(entry.name, len(start))) for entry in entries if entry.name.startswith(start)]
     return [(Path(entry.path), int(match[1])) for entry, match in found if match]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in *folder* durable, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
