@@ -5,13 +5,13 @@ import contextlib
 import inspect
 import os
 import re
-import secrets
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime_repo.archive import claim, in_thread, put_in_place
 from runtime_repo.errors import ArchiveError, ConfigurationError
 from runtime_repo.shielding import finish
 
@@ -50,7 +50,7 @@ async def dump(connection: "Connection", schema: str, path: Path, *, program: st
             "older one cannot read it, and a newer one writes settings that this server refuses when it is restored"
         )
     environment = await _way_to(connection)
-    with _new_file(path) as partial:
+    with _new_file(path) as (partial, file):
         await _said(
             program,
             "--format=custom",
@@ -63,7 +63,8 @@ async def dump(connection: "Connection", schema: str, path: Path, *, program: st
         )
         if not await _said(str(Path(program).with_name("pg_restore")), "--list", str(partial), path=path):
             raise ArchiveError(str(path), "pg_restore finds nothing in it")
-        size = partial.stat().st_size
+        size = os.fstat(file).st_size
+        await in_thread(_nothing, _finish, partial, file, path)
     return DumpReport(str(path), size, version)
 
 
@@ -86,22 +87,29 @@ async def _way_to(connection: "Connection") -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A file beside *path*, for its owner alone, which gets its name when the block has ended well."""
+def _new_file(path: Path) -> Iterator[tuple[Path, int]]:
+    """A file beside *path*, for its owner alone, which is gone when the block has ended: its name, and it."""
     if path.exists():
         raise ArchiveError(str(path), "there is such a file, and it was left alone: name another")
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f"{path.name}.partial")
     try:
+        file = claim(partial)
         try:
-            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.link(partial, path)
+            yield partial, file
         finally:
             partial.unlink(missing_ok=True)
+            os.close(file)
     except OSError as error:
         raise ArchiveError(str(path), f"it cannot be written: {error.strerror or error}") from error
+
+
+def _nothing() -> None:
+    """What is as good as done is not stopped."""
+
+
+def _finish(partial: Path, file: int, path: Path) -> None:
+    os.fsync(file)
+    put_in_place(partial, path)
 
 
 async def _said(program: str, *arguments: str, path: Path, environment: dict[str, str] | None = None) -> str:
