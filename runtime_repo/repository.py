@@ -29,7 +29,7 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, Never, Self, SupportsIndex, get_args
+from typing import Any, Literal, Never, Self, SupportsIndex, TypeVar, get_args
 
 from runtime_repo.api_keys import ApiKeys
 from runtime_repo.archive import BackupReport, MoveReport, RestoreReport, backup, move_between, restore
@@ -45,6 +45,7 @@ from runtime_repo.leases import Leases
 from runtime_repo.observing import Observe, ObservedSource, ObservedTransaction, Observer, observed_boot
 from runtime_repo.schema import (
     Compatibility,
+    Migration,
     Policy,
     SchemaPlan,
     SchemaReport,
@@ -63,6 +64,8 @@ __all__ = ["RuntimeRepository", "RuntimeTransaction", "Unique", "check_flag", "c
 
 _DYING = 0.4
 """Seconds for a boot that did not heed its cancellation to fail, once its connection was taken from it."""
+
+T = TypeVar("T")
 
 
 class Unique:
@@ -221,8 +224,7 @@ class RuntimeRepository(Stores):
             ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
             RepositoryClosedError: The repository was closed.
         """
-        with self._looking():
-            return await inspect_schema(self._database, load_migrations(self._database.backend), self._policy)
+        return await self._looked(inspect_schema)
 
     async def plan(self) -> SchemaPlan:
         """
@@ -236,8 +238,7 @@ class RuntimeRepository(Stores):
             ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
             RepositoryClosedError: The repository was closed.
         """
-        with self._looking():
-            return await plan_schema(self._database, load_migrations(self._database.backend), self._policy)
+        return await self._looked(plan_schema)
 
     async def status(self) -> StoreStatus:
         """
@@ -251,8 +252,7 @@ class RuntimeRepository(Stores):
             ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
             RepositoryClosedError: The repository was closed.
         """
-        with self._looking():
-            return await status_of_store(self._database, load_migrations(self._database.backend), self._policy)
+        return await self._looked(status_of_store)
 
     async def doctor(self) -> Diagnosis:
         """
@@ -267,8 +267,7 @@ class RuntimeRepository(Stores):
             ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
             RepositoryClosedError: The repository was closed.
         """
-        with self._looking():
-            return await diagnose(self._database, load_migrations(self._database.backend), self._policy)
+        return await self._looked(diagnose)
 
     async def activity(self, *, over: timedelta = timedelta(seconds=10)) -> Activity:
         """
@@ -283,9 +282,7 @@ class RuntimeRepository(Stores):
                 transaction open.
             RepositoryClosedError: The repository was closed.
         """
-        with self._looking():
-            migrations = load_migrations(self._database.backend)
-            return await activity_of_store(self._database, migrations, self._policy, over)
+        return await self._looked(functools.partial(activity_of_store, over=over))
 
     async def can_run(self) -> Compatibility:
         """
@@ -298,8 +295,11 @@ class RuntimeRepository(Stores):
             ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
             RepositoryClosedError: The repository was closed.
         """
+        return await self._looked(can_run)
+
+    async def _looked(self, look: Callable[[Database, Sequence[Migration], Policy], Awaitable[T]]) -> T:
         with self._looking():
-            return await can_run(self._database, load_migrations(self._database.backend), self._policy)
+            return await look(self._database, load_migrations(self._database.backend), self._policy)
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:
@@ -329,7 +329,7 @@ class RuntimeRepository(Stores):
             ConfigurationError: It is open in another event loop or process, or this task has a transaction open.
             RepositoryClosedError: The repository was closed.
         """
-        with self._operating():
+        with self._looking():
             return await backup(self._database, path, patience=self._policy.lock_timeout)
 
     async def restore(
@@ -363,7 +363,7 @@ class RuntimeRepository(Stores):
             RepositoryClosedError: The repository was closed.
         """
         check_flag("force", force)
-        with self._operating(is_replaced=True):
+        with self._replacing():
             return await restore(self._database, path, force=force, keep_in=keep_in, patience=self._policy.lock_timeout)
 
     async def _move(
@@ -372,16 +372,16 @@ class RuntimeRepository(Stores):
         check_flag("force", force)
         if not isinstance(target, RuntimeRepository) or target is self:
             raise ConfigurationError(f"the target is {target!r}: expected another repository than the source")
-        with self._operating(), target._operating(is_replaced=True):
+        with self._looking(), target._replacing():
             return await move_between(
                 self._database, target._database, force=force, folder=folder, patience=self._policy.lock_timeout
             )
 
     @contextlib.contextmanager
-    def _operating(self, *, is_replaced: bool = False) -> Iterator[None]:
-        """Let an operator's call through, which needs no boot; one that replaces the store must come before any."""
+    def _replacing(self) -> Iterator[None]:
+        """What is stored is replaced meanwhile, which must come before any boot."""
         with self._looking():
-            if is_replaced and (self._report is not None or self._boot is not None):
+            if self._report is not None or self._boot is not None:
                 raise ConfigurationError(
                     f"{self!r} is in use: close it, and construct another that is not awaited for this"
                 )

@@ -109,7 +109,7 @@ class PostgresRuntimeRepository(RuntimeRepository):
             DatabaseUnavailableError: The database cannot be reached.
             RepositoryClosedError: The repository was closed.
         """
-        with self._operating():
+        with self._looking():
             return await self._postgres.dump(checked_path(path), program=program, patience=self._policy.lock_timeout)
 
     @contextlib.asynccontextmanager
