@@ -62,17 +62,14 @@ class Shared(Generic[A, T]):
 
     async def close(self, within: float) -> None:
         """Leave no task: whoever waits for one asks alone."""
-        if asking := self._abandoned():
-            await asyncio.wait(asking, timeout=within)
+        self.abandon()
+        if self._asking:
+            await asyncio.wait(self._asking, timeout=within)
 
     def abandon(self) -> None:
         """Let go without waiting."""
-        self._abandoned()
-
-    def _abandoned(self) -> set["asyncio.Task[None]"]:
         for task in self._asking:
             task.cancel()
-        return set(self._asking)
 
     def _begin(self, calls: Sequence["_Call[A, T]"]) -> None:
         for call in calls:
