@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from runtime_repo.cli.shared import YES, Call, on_database
+from runtime_repo.cli.shared import YES, Call, on_database, seconds
 from runtime_repo.cli.text import differences, said, table
 from runtime_repo.cli.working import working
 
@@ -27,14 +27,7 @@ __all__ = ["command"]
     help="Write all that is stored into this new file first, as runtime-repo backup does.",
 )
 @click.option("--copy/--no-copy", default=None, help="On SQLite, copy the file beside itself first.  [default: --copy]")
-@click.option(
-    "--lock-timeout",
-    type=click.FloatRange(0),
-    metavar="SECONDS",
-    default=60.0,
-    show_default=True,
-    help="How long to wait for another's migration, or for the locks of live traffic.",
-)
+@seconds("--lock-timeout", "How long to wait for another's migration, or for the locks of live traffic.", default=60.0)
 async def command(call: Call, *, backup: str | None, copy: bool | None, lock_timeout: float) -> int:
     """
     Bring the schema to this release's version, as a boot would, and show each step with its time.

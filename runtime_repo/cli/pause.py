@@ -5,7 +5,7 @@ from datetime import timedelta
 import click
 
 from runtime_repo.cli.control import shown
-from runtime_repo.cli.shared import YES, Call, on_database
+from runtime_repo.cli.shared import YES, Call, on_database, seconds
 from runtime_repo.cli.working import working
 
 __all__ = ["command"]
@@ -18,14 +18,7 @@ __all__ = ["command"]
     words=("QUEUE",),
 )
 @click.option("--reason", help="Why, for whoever looks at the status.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0),
-    metavar="SECONDS",
-    default=60.0,
-    show_default=True,
-    help="Seconds to wait for claims that had begun.",
-)
+@seconds("--timeout", "Seconds to wait for claims that had begun.", default=60.0)
 async def command(call: Call, *, reason: str | None, timeout: float) -> int:  # noqa: ASYNC109 - an option's value
     """
     Let nobody claim from QUEUE any more, until runtime-repo resume --queue QUEUE; what is held of it goes on.

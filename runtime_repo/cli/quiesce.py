@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runtime_repo.cli.control import shown
-from runtime_repo.cli.shared import YES, Call, on_database
+from runtime_repo.cli.shared import YES, Call, on_database, seconds
 from runtime_repo.cli.working import working
 
 if TYPE_CHECKING:
@@ -21,14 +21,7 @@ __all__ = ["command"]
     "runtime-repo quiesce postgresql://app@db.example/app --timeout 600",
 )
 @click.option("--reason", help="Why, for whoever looks at the status.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0),
-    metavar="SECONDS",
-    default=60.0,
-    show_default=True,
-    help="Seconds to wait for what is held; nothing new is claimed either way.",
-)
+@seconds("--timeout", "Seconds to wait for what is held; nothing new is claimed either way.", default=60.0)
 async def command(call: Call, *, reason: str | None, timeout: float) -> int:  # noqa: ASYNC109 - an option's value
     """
     Let nobody claim anything any more, and wait until nothing is held; until runtime-repo resume, whatever restarts.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from runtime_repo.repository import RuntimeRepository
 
-__all__ = ["DEBUG", "NO", "UNKNOWN", "YES", "Call", "Place", "epilog", "on_database"]
+__all__ = ["DEBUG", "NO", "UNKNOWN", "YES", "Call", "Place", "epilog", "on_database", "seconds"]
 
 YES, NO, UNKNOWN = 0, 1, 2
 """The exit codes."""
@@ -123,7 +123,15 @@ class Call:
             show(self.console)
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 Function = Callable[..., Awaitable[int]]
+
+
+def seconds(name: str, words: str, *, default: float, least: float = 0, most: float | None = None) -> Callable[[F], F]:
+    """An option that is a time."""
+    kind = click.FloatRange(least, most)
+    return click.option(name, type=kind, metavar="SECONDS", default=default, show_default=True, help=words)
 
 
 def on_database(name: str, *examples: str, words: tuple[str, ...] = ()) -> Callable[[Function], click.Command]:
@@ -157,13 +165,8 @@ def on_database(name: str, *examples: str, words: tuple[str, ...] = ()) -> Calla
         for decorate in (
             DEBUG,
             click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
-            click.option(
-                "--wait",
-                type=click.FloatRange(0.1, 3600),
-                metavar="SECONDS",
-                default=10.0,
-                show_default=True,
-                help="How long a server may take to answer, on PostgreSQL.",
+            seconds(
+                "--wait", "How long a server may take to answer, on PostgreSQL.", default=10.0, least=0.1, most=3600
             ),
             click.option(
                 "--schema",

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from runtime_repo.cli.shared import YES, Call, on_database
+from runtime_repo.cli.shared import YES, Call, on_database, seconds
 from runtime_repo.cli.text import number, rate, said, span, table
 
 if TYPE_CHECKING:
@@ -33,22 +33,8 @@ _PAUSE = 4
 
 @on_database("top", "runtime-repo top runtime.db", "runtime-repo top postgresql://app@db.example/app --once --json")
 @click.option("--once", is_flag=True, help="Show it once and end.")
-@click.option(
-    "--interval",
-    type=click.FloatRange(0.1, 3600),
-    metavar="SECONDS",
-    default=2.0,
-    show_default=True,
-    help="Seconds between two looks.",
-)
-@click.option(
-    "--over",
-    type=click.FloatRange(1, 3600),
-    metavar="SECONDS",
-    default=10.0,
-    show_default=True,
-    help="Seconds over which rates are averaged.",
-)
+@seconds("--interval", "Seconds between two looks.", default=2.0, least=0.1, most=3600)
+@seconds("--over", "Seconds over which rates are averaged.", default=10.0, least=1, most=3600)
 async def command(call: Call, *, once: bool, interval: float, over: float) -> int:
     """
     Show what moves in each queue, until Ctrl-C: what waits, what is held, how much comes and ends a second, how old
