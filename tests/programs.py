@@ -21,6 +21,19 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SECONDS = 60
 
 
+@contextlib.contextmanager
+def contained(command: list[str], **options: Any) -> Iterator["subprocess.Popen[Any]"]:
+    """Let a command run in a process group of its own, as a terminal does; it does not outlive the test."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 @dataclass(frozen=True)
 class Programs:
     """The examples, run in *folder*: on PostgreSQL each is told its place, on SQLite it makes its default file."""
@@ -61,22 +74,9 @@ class Programs:
 
     @contextlib.contextmanager
     def running(self, command: list[str], *, text: bool = False) -> Iterator["subprocess.Popen[Any]"]:
-        """Let it run in a process group of its own, as a terminal does; it does not outlive the test."""
-        with subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=text,
-            start_new_session=True,
-        ) as process:
-            try:
-                yield process
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        """Let it run in the folder."""
+        with contained(command, cwd=self.folder, env=self.environment, stdin=subprocess.PIPE, text=text) as process:
+            yield process
 
     def ask(self, statement: str, *, file: str) -> list[Any]:
         """

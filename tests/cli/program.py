@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import runtime_repo
 from runtime_repo.cli.app import COMMANDS, run
 from tests.place import Place
+from tests.programs import contained
 
 SECONDS = 60
 
@@ -70,20 +70,10 @@ class Program:
     @contextlib.contextmanager
     def running(self, name: str, *options: str) -> Iterator["subprocess.Popen[str]"]:
         """Let it run as a process of its own, which does not outlive the test."""
-        with subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "runtime_repo", *self.command(name, *options)],
-            env=environment(PYTHONUNBUFFERED="1"),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            try:
-                yield process
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        command = [sys.executable, "-W", "error", "-m", "runtime_repo", *self.command(name, *options)]
+        unbuffered = environment(PYTHONUNBUFFERED="1")
+        with contained(command, env=unbuffered, stdin=subprocess.DEVNULL, text=True) as process:
+            yield process
 
 
 async def ran(*arguments: str) -> Done:
