@@ -47,6 +47,7 @@ from runtime_repo.repository import Unique, check_seconds
 from runtime_repo.rows import lock_holder_from_row
 from runtime_repo.schema import Migration, load_migrations
 from runtime_repo.shielding import finish
+from runtime_repo.values import Columns
 
 if TYPE_CHECKING:
     from runtime_repo.postgres.target import Connection
@@ -172,14 +173,13 @@ class PostgresDatabase(Unique):
 
     async def _complete(self, calls: Sequence[Sequence[object]]) -> Sequence[Sequence[Row] | None]:
         """Complete for each of several, in one statement."""
-        given = [
-            {"attempt_id": attempt_id, "token": token, "result_json": result, "lease_id": lease_id}
-            for attempt_id, token, result, _, lease_id in calls
-        ]
-        rows = await self._fetch("attempts.complete_shared", (json.dumps(given), None))
+        attempt_ids: Any
+        attempt_ids, tokens, results, _, lease_ids = zip(*calls, strict=True)
+        given = Columns(attempt_id=attempt_ids, token=[*map(str, tokens)], lease_id=lease_ids, result_json=results)
+        rows = await self._fetch("attempts.complete_shared", (given, None))
         done = {row["attempt_id"]: [row] for row in rows}
         # Of two for the same attempt one has to learn that it was the second.
-        return [done.pop(attempt_id, None) for attempt_id, *_ in calls]
+        return [done.pop(attempt_id, None) for attempt_id in attempt_ids]
 
     async def glance(self, query: str, *args: object, within: float) -> Sequence[Row] | None:
         was_asked = False

@@ -462,18 +462,22 @@ select {attempt}
    and lease_id      = $5
    and ended_by      = 'complete';
 
+-- part: results_given
+-- On PostgreSQL, the leases and results of an array ($1) of four columns, one behind the other.
+select attempt_id, token::bigint as token, lease_id, result_json
+      from (select $1::pg_catalog.text[] as cells, pg_catalog.cardinality($1::pg_catalog.text[]) / 4 as height) as columns
+     cross join lateral rows from (
+               pg_catalog.unnest(cells[:height]), pg_catalog.unnest(cells[height + 1:2 * height]),
+               pg_catalog.unnest(cells[2 * height + 1:3 * height]), pg_catalog.unnest(cells[3 * height + 1:]))
+               as x (attempt_id, token, lease_id, result_json)
+
 -- name: complete_many @postgres
 -- As complete, for each lease of an array ($1) of four columns, one behind the other; returns those that were still their
 -- token's to finish or, if all were, one row without an id. One after the other in the order of ids, or two such calls
 -- could wait for each other. The attempts and the leases are found by arrays: joined, they would be compared one by one
 -- with all that is given or done, where a vacuum has found their tables empty.
 with given as materialized (
-    select attempt_id, token::bigint as token, lease_id, result_json
-      from (select $1::pg_catalog.text[] as cells, pg_catalog.cardinality($1::pg_catalog.text[]) / 4 as height) as columns
-     cross join lateral rows from (
-               pg_catalog.unnest(cells[:height]), pg_catalog.unnest(cells[height + 1:2 * height]),
-               pg_catalog.unnest(cells[2 * height + 1:3 * height]), pg_catalog.unnest(cells[3 * height + 1:]))
-               as x (attempt_id, token, lease_id, result_json)
+    {results_given}
      order by attempt_id
 ), done as (
     update {schema}.runtime_attempts as a
@@ -565,12 +569,10 @@ select null as attempt_id, null as lease_version, null as lease_id
  where $7 = 1;
 
 -- name: complete_shared @postgres
--- As complete, for each lease of a JSON array; returns what was completed. A row that somebody has locked is left alone:
+-- As complete, for each lease of such an array; returns what was completed. A row that somebody has locked is left alone:
 -- whoever asked for that one asks again by himself, and the others do not wait for it.
 with given as materialized (
-    select attempt_id, token, lease_id, result_json
-      from pg_catalog.json_to_recordset($1::pg_catalog.text::pg_catalog.json) as x (
-               attempt_id pg_catalog.text, token bigint, lease_id pg_catalog.text, result_json pg_catalog.text)
+    {results_given}
      where attempt_id = attempt_id || ''
        and attempt_id || '' = attempt_id
      order by attempt_id
